@@ -1,0 +1,118 @@
+"""The rows of one step on one rank, and how they are cut into micro-batches.
+
+A micro-batch is some of the rows with some of their blocks. All micro-batches of a pass have the same shape; cutting
+differently changes memory, never the result.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_ebft.layout import RowLayout, StridedLayout, document_starts
+
+
+@dataclass
+class GoldBatch:
+    """Gold rows of this rank. B rows, T tokens."""
+
+    tokens_BT: Tensor
+    """int64."""
+    index_B: Tensor
+    """Global sample number of each row, int64: names the document in the sampler's random numbers."""
+    document_BT: Tensor | None = None
+    """Document number of each token, with a document mask."""
+    answer_BT: Tensor | None = None
+    """True on answer tokens, when only those are trained on."""
+
+    def gold_valid(self) -> Tensor:
+        """Gold tokens 1..T−1 that count in the cross entropy, bool [B, T−1].
+
+        With a document mask a document's first token does not: nothing in it predicts that token.
+        """
+        valid = torch.ones_like(self.tokens_BT[:, 1:], dtype=torch.bool)
+        if self.document_BT is not None:
+            valid &= self.document_BT[:, 1:] == self.document_BT[:, :-1]
+        if self.answer_BT is not None:
+            valid &= self.answer_BT[:, 1:]
+        return valid
+
+    def valid_blocks(self, layout: StridedLayout) -> Tensor:
+        """Blocks that count, bool [B, K]."""
+        valid = layout.valid_blocks(self.document_BT, self.answer_BT)
+        shape = (len(self.tokens_BT), layout.num_blocks)
+        return torch.ones(shape, dtype=torch.bool, device=self.tokens_BT.device) if valid is True else valid
+
+
+@dataclass
+class MicroBatch:
+    """Rows [rows] of a batch, packed with the blocks of `row`."""
+
+    rows: slice
+    row: RowLayout
+    tokens: Tensor
+    """int64 [b, S]."""
+    positions: Tensor
+    """int64 [b, S]."""
+    document_BT: Tensor | None
+    """Rows' document numbers, with a document mask."""
+    is_first_part: bool
+    """Whether this is the part of its rows in which gold tokens count."""
+
+
+@dataclass
+class MicroBatches:
+    """Micro-batches of gold rows packed with `steps` tokens of each rollout; rows outermost, parts of blocks inside.
+
+    Raises:
+        ValueError: when the rows do not divide into micro-batches.
+    """
+
+    gold: GoldBatch
+    rollout_BKNG: Tensor
+    layout: StridedLayout
+    steps: int
+    micro_batch_size: int
+    blocks_per_microbatch: int
+
+    def __post_init__(self):
+        rows = len(self.gold.tokens_BT)
+        if rows % self.micro_batch_size:
+            raise ValueError(f"--micro-batch-size {self.micro_batch_size} does not divide the {rows} rows of a rank "
+                             "(--global-batch-size over the data-parallel size)")
+        self.parts = self.layout.parts(self.blocks_per_microbatch, self.steps)
+
+    def __len__(self) -> int:
+        return len(self.gold.tokens_BT) // self.micro_batch_size * len(self.parts)
+
+    @property
+    def row_length(self) -> int:
+        """S, the same for every micro-batch."""
+        return self.parts[0].length
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        for first in range(0, len(self.gold.tokens_BT), self.micro_batch_size):
+            rows = slice(first, first + self.micro_batch_size)
+            tokens, documents = self.gold.tokens_BT[rows], self.gold.document_BT
+            documents = None if documents is None else documents[rows]
+            starts = None if documents is None else document_starts(documents)
+            for part in self.parts:
+                yield MicroBatch(rows, part, part.pack(tokens, self.rollout_BKNG[rows]),
+                                 part.positions(starts, len(tokens)).to(tokens.device), documents,
+                                 is_first_part=part.first_block == 0)
+
+    def join_blocks(self, values: list[Tensor]) -> Tensor:
+        """One tensor [B, NB, ...] from the micro-batches' [b, size, ...], in order, without slots past the end."""
+        count = len(self.parts)
+        rows = [torch.cat(values[i : i + count], dim=1) for i in range(0, len(values), count)]
+        return torch.cat(rows)[:, : self.layout.num_blocks]
+
+
+def run_schedule(forward_step, micro_batches: MicroBatches, model, forward_only: bool) -> None:
+    """Run Megatron's pipeline schedule over the micro-batches."""
+    get_forward_backward_func()(
+        forward_step_func=forward_step, data_iterator=iter(micro_batches), model=model,
+        num_microbatches=len(micro_batches), seq_length=micro_batches.row_length,
+        micro_batch_size=micro_batches.micro_batch_size, forward_only=forward_only)

@@ -1,0 +1,103 @@
+"""The device ranks compute on, and the one place where a CPU stands in for CUDA.
+
+Megatron-Core names "cuda" in many places. On a machine without a GPU, and only there, `init_device` replaces
+those entry points by their CPU counterparts, so that every other module is written for CUDA alone:
+
+1. `torch.cuda` functions that name a device, a random state or a stream answer for the CPU.
+2. `device="cuda"` keywords, `Tensor.cuda()` and `Module.cuda()` mean the CPU.
+3. `Tensor.type()` answers "torch.cuda.FloatTensor" (Megatron's distributed optimizer compares that string).
+
+`init_device` must run before Megatron-Core is imported for the first time.
+"""
+
+import os
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+
+
+def have_gpu() -> bool:
+    """Whether ranks compute on CUDA devices."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device of this rank."""
+    return torch.device("cuda", torch.cuda.current_device()) if have_gpu() else CPU
+
+
+def backend() -> str:
+    """The torch.distributed backend: NCCL for GPUs, gloo for CPUs."""
+    return "nccl" if have_gpu() else "gloo"
+
+
+def synchronize() -> None:
+    """Wait for the device, so that a wall-clock reading means something."""
+    if have_gpu():
+        torch.cuda.synchronize()
+
+
+class _InertStream:
+    """Stands in for torch.cuda.Stream and Event: a CPU has one queue, so waiting is a no-op."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        return False
+
+    def record(self, *args):
+        return self
+
+    def query(self):
+        return True
+
+    wait = wait_stream = wait_event = record_event = synchronize = record
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Turns device="cuda" keywords into "cpu", and a tensor's CPU type name into its CUDA one."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        name = kwargs.get("device")
+        if name is not None and str(name).startswith("cuda"):
+            kwargs = {**kwargs, "device": CPU}
+        return func(*args, **kwargs)
+
+
+_installed = False
+
+
+def init_device() -> None:
+    """Select this rank's device (LOCAL_RANK on GPUs); without a GPU, install the stand-in. Idempotent."""
+    global _installed
+    if have_gpu():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        return
+    if _installed:
+        return
+    _installed = True
+    cuda, stream = torch.cuda, _InertStream()
+    cuda.current_device = lambda: CPU
+    cuda.set_device = lambda *_: None
+    cuda.synchronize = cuda.empty_cache = lambda *_, **__: None
+    cuda.is_current_stream_capturing = lambda: False
+    cuda.current_stream = cuda.default_stream = lambda *_, **__: stream
+    cuda.stream = lambda *_: stream
+    cuda.Stream = cuda.Event = _InertStream
+    for module in (cuda, cuda.random):
+        module.get_rng_state = lambda *_, **__: torch.get_rng_state()
+        module.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+        module.manual_seed = module.manual_seed_all = lambda seed: torch.random.default_generator.manual_seed(seed)
+    torch.nn.Module.cuda = lambda self, *_: self
+    _CudaMeansCpu().__enter__()

@@ -1,0 +1,167 @@
+"""One EBFT step: Algorithm 1 of the paper (METHOD: "Objective" to "Losses").
+
+    rollouts     ŷ_1..ŷ_n ~ p_θ(·|c)                for every block, by the policy
+    features     φ_c(ŷ_j), φ_c(y)                   by the frozen encoder
+    rewards      2φ_jᵀφ_y − α·2/(n−1) Σ φ_jᵀφ_j'    after whitening
+    advantages   leave-one-out baselines
+    loss         rl_coef·L_RL + γ·L_CE + β·KL       forward and backward through Megatron's schedule
+    step         Megatron's optimizer               (training.py)
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_ebft import energy, losses
+from megatron_ebft.attention import StridedPattern, as_mask
+from megatron_ebft.batch import GoldBatch, MicroBatch, MicroBatches, run_schedule
+from megatron_ebft.features import FeatureMap, block_grams
+from megatron_ebft.layout import StridedLayout
+from megatron_ebft.metrics import Means
+from megatron_ebft.parallel import dp_sum
+from megatron_ebft.readout import rollout_log_probs, training_readout
+from megatron_ebft.rollout import Rollouts, SamplingConfig
+
+
+@dataclass
+class EBFTConfig:
+    """Everything about the method, and nothing about the machine."""
+
+    layout: StridedLayout
+    sampling: SamplingConfig
+    feature_map: FeatureMap
+    whitening: str
+    advantage: str
+    alignment_coef: float
+    diversity_coef: float
+    """α."""
+    rl_coef: float
+    ce_coef: float
+    """γ."""
+    kl_coef: float
+    """β."""
+    kl_estimator: str
+    micro_batch_size: int
+    blocks_per_microbatch: int
+    """0: all."""
+    rollout_rows: int
+    """Rows that decode together; 0: all."""
+
+
+@dataclass
+class Rewards:
+    """What the encoder says of each rollout: float32 [B, K, N] each."""
+
+    gram: Tensor
+    """[B, K, n+1, n+1], float64."""
+    alignment: Tensor
+    diversity: Tensor
+    advantage: Tensor
+
+
+@dataclass
+class Scores:
+    """Log-probabilities under one model: of rollout tokens at the sampling temperature, of gold tokens at 1."""
+
+    rollout_BKNG: Tensor
+    gold_BT: Tensor
+    """[B, T−1]: of gold tokens 1..T−1."""
+
+
+def compute_rewards(encoder, gold: GoldBatch, rollouts: Rollouts, config: EBFTConfig) -> Rewards:
+    """Features of all rollouts and completions, and from them rewards and advantages."""
+    length = config.layout.rollout_length
+    rows = MicroBatches(gold, rollouts.tokens_BKNG, config.layout, length, config.micro_batch_size,
+                        config.blocks_per_microbatch)
+    gram = block_grams(encoder, config.feature_map, rows, [length])[:, :, 0]
+    alignment, diversity = energy.rewards(gram, config.whitening)
+    advantage = energy.advantages(alignment, diversity, config.advantage, config.alignment_coef, config.diversity_coef)
+    return Rewards(gram, alignment.float(), diversity.float(), advantage.float())
+
+
+def token_counts(gold: GoldBatch, layout: StridedLayout) -> Tensor:
+    """Valid rollout tokens and valid gold tokens of the GLOBAL batch, [2]: the denominators of the two means."""
+    rollout_tokens = gold.valid_blocks(layout).sum() * layout.num_samples * layout.rollout_length
+    return dp_sum(torch.stack([rollout_tokens, gold.gold_valid().sum()]).float())
+
+
+def training_rows(gold: GoldBatch, rollouts: Rollouts, config: EBFTConfig) -> MicroBatches:
+    """Rows of T + K·n·(G−1) tokens: the last token of a rollout predicts nothing."""
+    return MicroBatches(gold, rollouts.tokens_BKNG, config.layout, config.layout.rollout_length - 1,
+                        config.micro_batch_size, config.blocks_per_microbatch)
+
+
+def _forward(model, mb: MicroBatch, gold: GoldBatch, rollouts: Rollouts, config: EBFTConfig):
+    readout = training_readout(mb.row, gold.tokens_BT[mb.rows], rollouts.tokens_BKNG[mb.rows],
+                               config.sampling.temperature)
+    return model(mb.tokens, mb.positions, as_mask(StridedPattern(mb.row, mb.document_BT)), labels=readout)
+
+
+@torch.no_grad()
+def score(model, gold: GoldBatch, rollouts: Rollouts, config: EBFTConfig) -> Scores:
+    """Log-probabilities of given rollouts and gold tokens under a model, forward only."""
+    rows, found, found_gold = training_rows(gold, rollouts, config), [], []
+
+    def forward_step(iterator, model):
+        mb = next(iterator)
+
+        def collect(sections):
+            found.append(rollout_log_probs(mb.row, *sections[1:]))
+            if mb.is_first_part:
+                found_gold.append(sections[0].squeeze(-1).t())
+            return sections[0].sum(), {}
+
+        return _forward(model, mb, gold, rollouts, config), collect
+
+    run_schedule(forward_step, rows, model, forward_only=True)
+    return Scores(rows.join_blocks(found), torch.cat(found_gold))
+
+
+def policy_gradient(policy: list, gold: GoldBatch, rollouts: Rollouts, advantage_BKN: Tensor, config: EBFTConfig,
+                    means: Means, reference_BKNG: Tensor | None = None) -> Scores:
+    """Forward and backward of rl_coef·L_RL + γ·L_CE + β·KL; gradients are left in the policy's buffers.
+
+    Both means are over the valid tokens of the global batch, known before the schedule starts: every micro-batch adds
+    its share, and gradients are summed (not averaged) over micro-batches and data-parallel ranks.
+
+    Args:
+        means: receives loss parts and the mismatch between sampler and trainer.
+        reference_BKNG: `score` of the frozen starting policy, needed for β ≠ 0.
+
+    Returns:
+        The policy's own scores, detached.
+    """
+    rows, found, found_gold = training_rows(gold, rollouts, config), [], []
+    valid_BK, gold_valid = gold.valid_blocks(config.layout), gold.gold_valid()
+    rollout_count, gold_count = token_counts(gold, config.layout).clamp(min=1)
+
+    def forward_step(iterator, model):
+        mb = next(iterator)
+        blocks = mb.row.blocks.to(valid_BK.device)
+
+        def loss_func(sections):
+            log_probs = rollout_log_probs(mb.row, *sections[1:])
+            valid = (valid_BK[mb.rows][:, blocks] & mb.row.is_real.to(blocks.device))[:, :, None]
+            rl = losses.reinforce_loss(log_probs, advantage_BKN[mb.rows][:, blocks], valid)
+            loss = config.rl_coef * rl / rollout_count
+            token_valid = valid[..., None].expand_as(log_probs)
+            means.add("rl_loss", rl.detach(), token_valid.sum())
+            if reference_BKNG is not None:
+                base = reference_BKNG[mb.rows][:, blocks]
+                kl = losses.kl_estimate(log_probs, base, config.kl_estimator).where(token_valid, 0.0).sum()
+                loss = loss + config.kl_coef * kl / rollout_count
+                means.add("kl_loss", kl.detach(), token_valid.sum())
+            gold_log_probs = sections[0].squeeze(-1).t()
+            if mb.is_first_part:
+                ce = losses.cross_entropy(gold_log_probs, gold_valid[mb.rows])
+                loss = loss + config.ce_coef * ce / gold_count
+                means.add("ce_loss", ce.detach(), gold_valid[mb.rows].sum())
+                found_gold.append(gold_log_probs.detach())
+            found.append(log_probs.detach())
+            return loss, torch.zeros((), dtype=torch.int), {}
+
+        return _forward(model, mb, gold, rollouts, config), loss_func
+
+    run_schedule(forward_step, rows, policy, forward_only=False)
+    return Scores(rows.join_blocks(found), torch.cat(found_gold))

@@ -1,0 +1,111 @@
+"""Feature matching: Gram matrices, whitening, rewards, baselines and CFM (METHOD: "Objective", "Whitening and
+rewards", "Advantages", "Metrics"). Pure functions of tensors.
+
+Everything is computed from the Gram matrix of [x_1 .. x_n; y], the n rollout features and the reference feature of a
+block. It is additive over the feature dimension, so layers and shards of layers contribute by a sum.
+
+Names: M [..., n+1, n+1] Gram matrix, X Xᵀ its leading n×n block, g = X y, U S² Uᵀ the eigendecomposition of X Xᵀ.
+"""
+
+import torch
+from torch import Tensor
+
+WHITENING = ("none", "paper", "released")
+ADVANTAGES = ("rloo", "reinforce", "group_norm")
+SINGULAR_VALUE_CUTOFF = 1e-5
+"""Singular values of X below this share of the largest are dropped by whitening."""
+GROUP_NORM_EPS = 1e-6
+COSINE_EPS = 1e-8
+
+
+def gram(rollouts: Tensor, reference: Tensor) -> Tensor:
+    """Gram matrix of [rollouts; reference] in float64 (its square roots go down to 1e-5 of the largest).
+
+    Args:
+        rollouts: [..., n, D].
+        reference: [..., D].
+
+    Returns:
+        [..., n+1, n+1] float64.
+    """
+    features = torch.cat([rollouts, reference.unsqueeze(-2)], dim=-2).double()
+    return features @ features.mT
+
+
+def whiten(M: Tensor, whitening: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Inner products of whitened features.
+
+    `paper` (Eq. 8): x̃ = x W, ỹ = W y with W = (XᵀX/n)^{†1/2}, so X̃X̃ᵀ = n·UUᵀ, X̃ỹ = n·(XXᵀ)† g,
+    ‖ỹ‖² = n·‖(XXᵀ)† g‖². `released`: X̃ = W X, Ỹ = W [y; …; y] with W = (XXᵀ)^{†1/2}, so X̃X̃ᵀ = UUᵀ.
+
+    Returns:
+        X̃X̃ᵀ [..., n, n]; x̃_jᵀỹ_j [..., n]; ‖ỹ_j‖² [..., n]; ‖x̃_j‖² [..., n].
+    """
+    XX, g, yy = M[..., :-1, :-1], M[..., :-1, -1], M[..., -1, -1].unsqueeze(-1)
+    n = g.shape[-1]
+    if whitening == "none":
+        inner, cross, reference = XX, g, yy.expand_as(g)
+    else:
+        eigenvalues, U = torch.linalg.eigh(XX)
+        S = eigenvalues.clamp(min=0).sqrt()
+        inverse = torch.where(S > SINGULAR_VALUE_CUTOFF * S.amax(-1, keepdim=True), 1 / S, 0.0)
+        inner = (U * (inverse > 0).unsqueeze(-2)) @ U.mT
+        if whitening == "paper":
+            inner = n * inner
+            projected = ((U * inverse.square().unsqueeze(-2)) @ U.mT @ g.unsqueeze(-1)).squeeze(-1)
+            cross, reference = n * projected, (n * projected.square().sum(-1, keepdim=True)).expand_as(g)
+        elif whitening == "released":
+            W = (U * inverse.unsqueeze(-2)) @ U.mT
+            row_sums = W.sum(-1)
+            cross, reference = (W @ g.unsqueeze(-1)).squeeze(-1) * row_sums, row_sums.square() * yy
+        else:
+            raise ValueError(f"--ebft-whitening {whitening}: must be one of {', '.join(WHITENING)}")
+    return inner, cross, reference, inner.diagonal(dim1=-2, dim2=-1)
+
+
+def rewards(M: Tensor, whitening: str) -> tuple[Tensor, Tensor]:
+    """alignment_j = 2 cos(x̃_j, ỹ_j) and diversity_j = 2/(n−1) Σ_{j'≠j} x̃_jᵀx̃_{j'}, each [..., n]."""
+    inner, cross, reference, own = whiten(M, whitening)
+    n = cross.shape[-1]
+    norms = reference.clamp(min=0).sqrt().clamp(min=COSINE_EPS) * own.clamp(min=0).sqrt().clamp(min=COSINE_EPS)
+    alignment = 2 * cross / norms
+    diversity = 2 / max(n - 1, 1) * (inner.sum(-1) - own)
+    return alignment, diversity
+
+
+def advantages(alignment: Tensor, diversity: Tensor, kind: str, alignment_coef: float, diversity_coef: float) -> Tensor:
+    """Advantage of each rollout within its group, [..., n].
+
+    `rloo`: reward minus the leave-one-out baselines of both parts; `reinforce`: the reward; `group_norm`: the reward
+    centred and divided by the group's (population) standard deviation.
+
+    Raises:
+        ValueError: unknown kind, or a group of one where the others of the group are the baseline.
+    """
+    n = alignment.shape[-1]
+    reward = alignment_coef * alignment - diversity_coef * diversity
+    if kind == "reinforce":
+        return reward
+    if n < 2:
+        raise ValueError(f"--ebft-num-samples {n} with --ebft-advantage {kind}: needs at least 2 rollouts of a block; "
+                         "use --ebft-advantage reinforce for one")
+    if kind == "group_norm":
+        centred = reward - reward.mean(-1, keepdim=True)
+        return centred / (reward.std(-1, unbiased=False, keepdim=True) + GROUP_NORM_EPS)
+    if kind != "rloo":
+        raise ValueError(f"--ebft-advantage {kind}: must be one of {', '.join(ADVANTAGES)}")
+    align_baseline = (alignment.sum(-1, keepdim=True) - alignment) / (n - 1)
+    diversity_baseline = (diversity.sum(-1, keepdim=True) - 2 * diversity) / (n - 2) if n > 2 else 0.0
+    return reward - (alignment_coef * align_baseline - diversity_coef * diversity_baseline)
+
+
+def cfm(M: Tensor) -> tuple[Tensor, Tensor]:
+    """Conditional feature-matching loss of a block, biased and unbiased estimate, each [...].
+
+    Biased: ‖mean_j f_j − g‖². Unbiased: Σ_{i≠j} f_iᵀf_j/(n(n−1)) − (2/n) Σ_i f_iᵀg + ‖g‖² (NaN for n = 1).
+    """
+    XX, g, yy = M[..., :-1, :-1], M[..., :-1, -1], M[..., -1, -1]
+    n = g.shape[-1]
+    total, own, cross = XX.sum((-1, -2)), XX.diagonal(dim1=-2, dim2=-1).sum(-1), 2 * g.mean(-1)
+    unbiased = (total - own) / (n * (n - 1)) if n > 1 else torch.full_like(total, torch.nan)
+    return total / n**2 - cross + yy, unbiased - cross + yy

@@ -1,0 +1,185 @@
+"""The one owner of token order: where every gold and rollout token stands, and what it sees.
+
+Strided blocks (METHOD: "Strided blocks"). A document row holds T gold tokens. Block k has its anchor at
+a_k = c + k·s; its gold completion is gold[a_k : a_k+G]; its n rollouts continue gold[0:a_k].
+
+1. A packed row is [gold tokens | rollout tokens], rollout tokens ordered (block, sample, step).
+2. Rollout token (k, j, t) has position a_k + t, sees gold[0:a_k] and (k, j, 0..t), and nothing else. Gold is causal.
+3. Its predictor, the row index whose logits give its log-probability, is gold position a_k − 1 for t = 0 and
+   rollout token (k, j, t−1) otherwise. The last rollout token therefore predicts nothing and nobody sees it:
+   a training row needs only G − 1 steps of each rollout, an encoder row all G.
+4. A row may hold a contiguous part of the blocks, so that long rows can be split over micro-batches.
+   Parts have equal size; a part past the end repeats the last block, marked as not real.
+5. With a document mask, a gold token sees its own document only, positions restart there, and a block counts
+   only if the token before its anchor and its whole completion are in one document.
+
+Suffixes of tensor names: B rows, T gold tokens, R rollout tokens of a row, K blocks, N samples, G steps, S row length.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StridedLayout:
+    """Geometry of the blocks of one row.
+
+    Raises:
+        ValueError: naming the flag, when a value is out of range or no block fits the row.
+    """
+
+    seq_length: int
+    """T, gold tokens in a row."""
+    context_length: int
+    """c, the first anchor; at least 1, since the first rollout token needs a predictor."""
+    stride: int
+    """s, gold tokens between anchors."""
+    rollout_length: int
+    """G, tokens of a rollout."""
+    num_samples: int
+    """n, rollouts of a block."""
+
+    def __post_init__(self):
+        for flag, value in (("context-length", self.context_length), ("stride", self.stride),
+                            ("rollout-length", self.rollout_length), ("num-samples", self.num_samples)):
+            if value < 1:
+                raise ValueError(f"--ebft-{flag} {value}: must be at least 1")
+        if self.seq_length < self.context_length + self.rollout_length:
+            raise ValueError(
+                f"--seq-length {self.seq_length} is too short for one block: it needs at least --ebft-context-length "
+                f"{self.context_length} + --ebft-rollout-length {self.rollout_length} tokens")
+
+    @property
+    def num_blocks(self) -> int:
+        """NB = (T − G − c) // s + 1."""
+        return (self.seq_length - self.rollout_length - self.context_length) // self.stride + 1
+
+    def anchors(self, device=None) -> Tensor:
+        """a_k = c + k·s, int64 [K]."""
+        return self.context_length + self.stride * torch.arange(self.num_blocks, device=device)
+
+    def completion_index(self, device=None) -> Tensor:
+        """Gold positions a_k .. a_k+G−1 of every block's reference completion, int64 [K, G]."""
+        return self.anchors(device)[:, None] + torch.arange(self.rollout_length, device=device)
+
+    def valid_blocks(self, document_BT: Tensor | None, answer_BT: Tensor | None) -> Tensor | bool:
+        """Blocks that count: bool [B, K], or True when neither mask is given.
+
+        Args:
+            document_BT: document number of each gold token, not decreasing along a row; None: no document mask.
+            answer_BT: True on answer tokens; None: every token may be generated.
+        """
+        valid = True
+        if document_BT is not None:
+            anchors = self.anchors(document_BT.device)
+            valid = document_BT[:, anchors - 1] == document_BT[:, anchors + self.rollout_length - 1]
+        if answer_BT is not None:
+            valid = answer_BT[:, self.completion_index(answer_BT.device)].all(-1) & valid
+        return valid
+
+    def parts(self, blocks_per_part: int, steps: int) -> list["RowLayout"]:
+        """The rows that cover all blocks, `blocks_per_part` at a time (0: all in one row).
+
+        Args:
+            steps: rollout tokens kept of each rollout: G for the encoder, G − 1 for training.
+        """
+        size = min(blocks_per_part, self.num_blocks) or self.num_blocks
+        return [RowLayout(self, first, size, steps) for first in range(0, self.num_blocks, size)]
+
+
+def document_starts(document_BT: Tensor) -> Tensor:
+    """First gold position of each token's document, int64 [B, T]."""
+    index = torch.arange(document_BT.shape[1], device=document_BT.device).expand_as(document_BT)
+    is_first = torch.ones_like(document_BT, dtype=torch.bool)
+    is_first[:, 1:] = document_BT[:, 1:] != document_BT[:, :-1]
+    return (index * is_first).cummax(1).values
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """One packed row: T gold tokens, then `steps` tokens of each rollout of blocks [first_block, first_block + size)."""
+
+    layout: StridedLayout
+    first_block: int
+    size: int
+    """Blocks in this row; the last part may repeat the final block (see `is_real`)."""
+    steps: int
+    """Rollout tokens kept of each rollout."""
+
+    @property
+    def num_rollout_tokens(self) -> int:
+        """R = size · n · steps."""
+        return self.size * self.layout.num_samples * self.steps
+
+    @property
+    def length(self) -> int:
+        """S = T + R."""
+        return self.layout.seq_length + self.num_rollout_tokens
+
+    @cached_property
+    def blocks(self) -> Tensor:
+        """Block number of each block slot, int64 [size]."""
+        return torch.arange(self.first_block, self.first_block + self.size).clamp(max=self.layout.num_blocks - 1)
+
+    @cached_property
+    def is_real(self) -> Tensor:
+        """False for slots past the last block, bool [size]."""
+        return torch.arange(self.first_block, self.first_block + self.size) < self.layout.num_blocks
+
+    @cached_property
+    def anchors(self) -> Tensor:
+        """Anchor of each block slot, int64 [size]."""
+        return self.layout.anchors()[self.blocks]
+
+    @cached_property
+    def rollout_slot(self) -> Tensor:
+        """Block slot of each rollout token, int64 [R]."""
+        return torch.arange(self.size).repeat_interleave(self.layout.num_samples * self.steps)
+
+    @cached_property
+    def rollout_step(self) -> Tensor:
+        """Step t of each rollout token, int64 [R]."""
+        return torch.arange(self.steps).repeat(self.size * self.layout.num_samples)
+
+    def pack(self, gold_BT: Tensor, rollout_BKNG: Tensor) -> Tensor:
+        """Tokens of the row [B, S], from the gold row and the rollouts of ALL blocks [B, NB, n, G]."""
+        kept = rollout_BKNG[:, self.blocks.to(rollout_BKNG.device), :, : self.steps]
+        return torch.cat([gold_BT, kept.flatten(1)], dim=1)
+
+    def positions(self, starts_BT: Tensor | None, batch: int) -> Tensor:
+        """Position ids [B, S]; with a document mask they restart at each document.
+
+        Args:
+            starts_BT: `document_starts`, or None without a document mask.
+        """
+        row = torch.cat([torch.arange(self.layout.seq_length), self.anchors[self.rollout_slot] + self.rollout_step])
+        if starts_BT is None:
+            return row.expand(batch, -1)
+        before_anchor = (self.anchors - 1)[self.rollout_slot].to(starts_BT.device)
+        return row.to(starts_BT.device) - torch.cat([starts_BT, starts_BT[:, before_anchor]], dim=1)
+
+    def anchor_predictors(self) -> Tensor:
+        """Row index that predicts step 0 of every block slot (shared by its n samples), int64 [size]."""
+        return self.anchors - 1
+
+    def rollout_index(self, steps: range) -> Tensor:
+        """Row indices of the given steps of every rollout, int64 [size, n, len(steps)].
+
+        The tokens of steps 0..G−2 predict those of steps 1..G−1.
+        """
+        assert steps.start >= 0 and steps.stop <= self.steps
+        index = torch.arange(self.layout.seq_length, self.length).view(
+            self.size, self.layout.num_samples, self.steps)
+        return index[:, :, steps.start:steps.stop]
+
+    def completion_index(self, steps: range) -> Tensor:
+        """Gold positions a_k + t of the given steps of each block slot's reference completion, int64 [size, len(steps)]."""
+        return self.layout.completion_index()[self.blocks][:, steps.start : steps.stop]
+
+    def visible_gold(self, starts_BT: Tensor | None) -> tuple[Tensor | None, Tensor]:
+        """Gold interval [lo, hi) that each block slot's rollout tokens see: lo [B, size] (None: 0), hi [size]."""
+        lo = None if starts_BT is None else starts_BT[:, (self.anchors - 1).to(starts_BT.device)]
+        return lo, self.anchors

@@ -1,0 +1,50 @@
+"""Training losses (METHOD: "Losses"): pure functions of log-probabilities.
+
+Each returns a SUM over the tokens that count; the caller divides by the global number of such tokens, so that the
+loss does not depend on how the batch is split over ranks or micro-batches.
+"""
+
+import torch
+from torch import Tensor
+
+KL_ESTIMATORS = ("k1", "k2", "k3")
+
+
+def on_policy_ratio(log_probs: Tensor) -> Tensor:
+    """ρ = exp(logp − stopgrad(logp)): value 1, gradient ∇logp."""
+    return torch.exp(log_probs - log_probs.detach())
+
+
+def reinforce_loss(log_probs: Tensor, advantages: Tensor, valid: Tensor) -> Tensor:
+    """−Σ A·ρ over the valid tokens.
+
+    Args:
+        log_probs: [..., G] of rollout tokens under the training pass, at the sampling temperature.
+        advantages: [...], one per rollout, shared by its tokens.
+        valid: bool, broadcastable to [...].
+    """
+    return -(on_policy_ratio(log_probs).sum(-1) * advantages * valid).sum()
+
+
+def cross_entropy(log_probs: Tensor, valid: Tensor) -> Tensor:
+    """−Σ logp over valid gold tokens."""
+    return -(log_probs * valid).sum()
+
+
+def kl_estimate(log_probs: Tensor, reference_log_probs: Tensor, estimator: str) -> Tensor:
+    """Estimate per token of KL(p_θ ‖ p_ref) from tokens sampled from p_θ; d = logp − logp_ref.
+
+    k1 = d, differentiated as a score function (d·∇logp: its plain gradient ∇logp has zero mean); k2 = d²/2;
+    k3 = exp(−d) − 1 + d. All have the KL's gradient or value, or both, in expectation.
+
+    Raises:
+        ValueError: unknown estimator.
+    """
+    d = log_probs - reference_log_probs
+    if estimator == "k1":
+        return d.detach() * on_policy_ratio(log_probs)
+    if estimator == "k2":
+        return d.square() / 2
+    if estimator == "k3":
+        return torch.expm1(-d) + d
+    raise ValueError(f"--ebft-kl-estimator {estimator}: must be one of {', '.join(KL_ESTIMATORS)}")

@@ -1,0 +1,50 @@
+"""What a step is measured by: means over the global batch, and seconds per phase."""
+
+import time
+from collections import defaultdict
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from megatron_ebft.device import device, synchronize
+from megatron_ebft.parallel import dp_sum
+
+
+class Means:
+    """Weighted means over micro-batches and data-parallel ranks, reduced in one call."""
+
+    def __init__(self):
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, total: Tensor, count: Tensor | float) -> None:
+        """Add a sum and the number of things in it; every rank must add the same names in the same order."""
+        pair = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device()) for x in (total, count)])
+        self._sums[name] = self._sums.get(name, 0) + pair
+
+    def add_masked(self, name: str, values: Tensor, valid: Tensor) -> None:
+        """Add values where `valid` (broadcast to them)."""
+        valid = valid.expand_as(values)
+        self.add(name, values.detach().double().where(valid, 0.0).sum(), valid.sum())
+
+    def reduce(self) -> dict[str, float]:
+        """The means over all ranks; 0 where nothing counted."""
+        if not self._sums:
+            return {}
+        totals, counts = dp_sum(torch.stack(list(self._sums.values()))).unbind(1)
+        return dict(zip(self._sums, (totals / counts.clamp(min=1)).tolist()))
+
+
+class PhaseTimer:
+    """Wall-clock seconds of the phases of a step."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, phase: str):
+        synchronize()
+        start = time.perf_counter()
+        yield
+        synchronize()
+        self.seconds[phase] += time.perf_counter() - start

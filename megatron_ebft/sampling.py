@@ -1,0 +1,113 @@
+"""Sampling of tokens from vocabulary-parallel logits, reproducible whatever the batch split.
+
+1. A token is drawn by inverting the distribution function at one uniform number, which is a hash of
+   (seed, iteration, document, block, sample, step): no generator state, no dependence on who computes it.
+2. Top-k and top-p keep the tokens above a threshold per row. The threshold is found by bisection on the bits of the
+   probabilities, which needs only sums over the vocabulary: no sort, no gathered logits. Equal probabilities are kept
+   or dropped together.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_ebft.readout import log_sum_exp
+
+_GOLDEN, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+def _signed(value: int) -> int:
+    """The int64 with the bits of an unsigned 64-bit number."""
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def mix64(x: Tensor) -> Tensor:
+    """The finaliser of splitmix64, a bijection of int64 that spreads every bit over all others."""
+    x = (x ^ ((x >> 30) & (1 << 34) - 1)) * _signed(_MIX1)
+    x = (x ^ ((x >> 27) & (1 << 37) - 1)) * _signed(_MIX2)
+    return x ^ ((x >> 31) & (1 << 33) - 1)
+
+
+def uniform(seed: int, iteration: int, document: Tensor, block: Tensor, sample: Tensor, step: int) -> Tensor:
+    """Uniform numbers in [0, 1), float64, of the broadcast shape of document, block and sample (int64)."""
+    state = torch.zeros((), dtype=torch.int64, device=document.device)
+    for part in (seed, iteration, document, block, sample, step):
+        state = mix64(state + part + _signed(_GOLDEN))
+    return ((state >> 11) & (1 << 53) - 1).double() * 2.0**-53
+
+
+def _sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    total = x.sum(-1, keepdim=True)
+    if dist.get_world_size(group) > 1:
+        dist.all_reduce(total, group=group)
+    return total
+
+
+def filter_probabilities(p: Tensor, top_p: float, top_k: int, group: dist.ProcessGroup) -> Tensor:
+    """Probabilities with all but the most likely tokens set to 0, not renormalised.
+
+    Kept: the smallest set of most likely tokens whose mass reaches `top_p` (1: all), of at most `top_k` tokens (0: all),
+    ties included. p: float32 [..., V], this rank's shard of a distribution.
+    """
+    if top_k > 0:
+        p = _keep_most_likely(p, lambda kept: _sum((kept > 0).to(p.dtype), group) >= top_k)
+    if top_p < 1:
+        mass = _sum(p, group) * top_p
+        p = _keep_most_likely(p, lambda kept: _sum(kept, group) >= mass)
+    return p
+
+
+def _keep_most_likely(p: Tensor, is_enough) -> Tensor:
+    """p above the highest threshold at which what is kept is enough, found on the bits of non-negative floats."""
+    bits = p.view(torch.int32)
+    low = torch.zeros_like(bits[..., :1])  # everything kept: enough, or nothing is
+    high = torch.full_like(low, 0x3F800001)  # above 1.0: nothing kept
+    for _ in range(31):
+        middle = low + (high - low) // 2
+        enough = is_enough(p.where(bits >= middle, 0.0))
+        low, high = middle.where(enough, low), high.where(enough, middle)
+    return p.where(bits >= low, 0.0)
+
+
+def sample(logits: Tensor, numbers: Tensor, temperature: float, top_p: float, top_k: int,
+           group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw tokens from softmax(logits / temperature), filtered by top-p and top-k.
+
+    Args:
+        logits: [..., V], this rank's vocabulary shard.
+        numbers: uniform in [0, 1), float64 [..., m]: m draws from each distribution.
+
+    Returns:
+        tokens int64 [..., m]; their log-probabilities under the unfiltered softmax(logits / temperature), float32
+        [..., m]; that distribution's entropy in nats, float32 [...].
+    """
+    x = logits.float() / temperature
+    lse = log_sum_exp(x, group)
+    log_p = x.sub_(lse[..., None])
+    p = log_p.exp()
+    entropy = -_sum(p * log_p.clamp(min=-1e4), group).squeeze(-1)
+    kept = filter_probabilities(p, top_p, top_k, group)
+    cdf = kept.cumsum(-1, dtype=torch.float64)
+    before, total = _mass_before(cdf[..., -1:], group)
+    local = torch.searchsorted(cdf, numbers * total - before, right=True)
+    last = (kept > 0).to(torch.int8).flip(-1).argmax(-1, keepdim=True)  # rounding must not reach filtered tokens
+    local = torch.minimum(local, kept.shape[-1] - 1 - last)
+    tokens, log_probs = local, log_p.gather(-1, local)
+    if dist.get_world_size(group) > 1:
+        target = numbers * total
+        is_last = dist.get_rank(group) == dist.get_world_size(group) - 1
+        here = (target >= before) & ((target < before + cdf[..., -1:]) | is_last)
+        tokens = (local + dist.get_rank(group) * kept.shape[-1]).where(here, -1)
+        log_probs = log_probs.where(here, -torch.inf)
+        dist.all_reduce(tokens, op=dist.ReduceOp.MAX, group=group)
+        dist.all_reduce(log_probs, op=dist.ReduceOp.MAX, group=group)
+    return tokens, log_probs, entropy
+
+
+def _mass_before(mass: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Mass of the vocabulary shards before this rank's, and of all."""
+    if dist.get_world_size(group) == 1:
+        return torch.zeros_like(mass), mass
+    masses = [torch.empty_like(mass) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(masses, mass.contiguous(), group=group)
+    return sum(masses[: dist.get_rank(group)], torch.zeros_like(mass)), sum(masses)
