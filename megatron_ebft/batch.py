@@ -51,7 +51,8 @@ class MicroBatch:
     """Rows [rows] of a batch, packed with the blocks of `row`."""
 
     rows: slice
-    row: RowLayout
+    row: RowLayout | None
+    """None: gold tokens only."""
     tokens: Tensor
     """int64 [b, S]."""
     positions: Tensor
@@ -78,10 +79,7 @@ class MicroBatches:
     blocks_per_microbatch: int
 
     def __post_init__(self):
-        rows = len(self.gold.tokens_BT)
-        if rows % self.micro_batch_size:
-            raise ValueError(f"--micro-batch-size {self.micro_batch_size} does not divide the {rows} rows of a rank "
-                             "(--global-batch-size over the data-parallel size)")
+        _check_micro_batch_size(self.micro_batch_size, len(self.gold.tokens_BT))
         self.parts = self.layout.parts(self.blocks_per_microbatch, self.steps)
 
     def __len__(self) -> int:
@@ -93,10 +91,8 @@ class MicroBatches:
         return self.parts[0].length
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        for first in range(0, len(self.gold.tokens_BT), self.micro_batch_size):
-            rows = slice(first, first + self.micro_batch_size)
-            tokens, documents = self.gold.tokens_BT[rows], self.gold.document_BT
-            documents = None if documents is None else documents[rows]
+        for rows in _row_slices(self.gold, self.micro_batch_size):
+            tokens, documents = self.gold.tokens_BT[rows], _rows_of(self.gold.document_BT, rows)
             starts = None if documents is None else document_starts(documents)
             for part in self.parts:
                 yield MicroBatch(rows, part, part.pack(tokens, self.rollout_BKNG[rows]),
@@ -110,7 +106,51 @@ class MicroBatches:
         return torch.cat(rows)[:, : self.layout.num_blocks]
 
 
-def run_schedule(forward_step, micro_batches: MicroBatches, model, forward_only: bool) -> None:
+@dataclass
+class GoldMicroBatches:
+    """Micro-batches of gold rows alone, for the cross entropy.
+
+    Raises:
+        ValueError: when the rows do not divide into micro-batches.
+    """
+
+    gold: GoldBatch
+    micro_batch_size: int
+
+    def __post_init__(self):
+        _check_micro_batch_size(self.micro_batch_size, len(self.gold.tokens_BT))
+
+    def __len__(self) -> int:
+        return len(self.gold.tokens_BT) // self.micro_batch_size
+
+    @property
+    def row_length(self) -> int:
+        return self.gold.tokens_BT.shape[1]
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        for rows in _row_slices(self.gold, self.micro_batch_size):
+            tokens, documents = self.gold.tokens_BT[rows], _rows_of(self.gold.document_BT, rows)
+            positions = torch.arange(self.row_length, device=tokens.device).expand_as(tokens)
+            if documents is not None:
+                positions = positions - document_starts(documents)
+            yield MicroBatch(rows, None, tokens, positions, documents, is_first_part=True)
+
+
+def _check_micro_batch_size(size: int, rows: int) -> None:
+    if rows % size:
+        raise ValueError(f"--micro-batch-size {size} does not divide the {rows} rows of a rank "
+                         "(--global-batch-size over the data-parallel size)")
+
+
+def _row_slices(gold: GoldBatch, size: int) -> list[slice]:
+    return [slice(first, first + size) for first in range(0, len(gold.tokens_BT), size)]
+
+
+def _rows_of(tensor: Tensor | None, rows: slice) -> Tensor | None:
+    return None if tensor is None else tensor[rows]
+
+
+def run_schedule(forward_step, micro_batches: MicroBatches | GoldMicroBatches, model, forward_only: bool) -> None:
     """Run Megatron's pipeline schedule over the micro-batches."""
     get_forward_backward_func()(
         forward_step_func=forward_step, data_iterator=iter(micro_batches), model=model,

@@ -7,7 +7,7 @@ those entry points by their CPU counterparts, so that every other module is writ
 2. `device="cuda"` keywords, `Tensor.cuda()` and `Module.cuda()` mean the CPU.
 3. `Tensor.type()` answers "torch.cuda.FloatTensor" (Megatron's distributed optimizer compares that string).
 
-`init_device` must run before Megatron-Core is imported for the first time.
+`init_device` runs before the process groups start (parallel.py calls it).
 """
 
 import os
@@ -31,6 +31,11 @@ def device() -> torch.device:
 def backend() -> str:
     """The torch.distributed backend: NCCL for GPUs, gloo for CPUs."""
     return "nccl" if have_gpu() else "gloo"
+
+
+def temporary_elements() -> int:
+    """Elements of a temporary over the vocabulary: what a CPU cache holds, or a modest share of a GPU's memory."""
+    return 1 << 27 if have_gpu() else 1 << 19
 
 
 def synchronize() -> None:

@@ -13,13 +13,13 @@ from torch import Tensor
 WHITENING = ("none", "paper", "released")
 ADVANTAGES = ("rloo", "reinforce", "group_norm")
 SINGULAR_VALUE_CUTOFF = 1e-5
-"""Singular values of X below this share of the largest are dropped by whitening."""
+"""Singular values of the inverted matrix (Σ̂, XXᵀ) below this share of the largest are dropped by whitening."""
 GROUP_NORM_EPS = 1e-6
 COSINE_EPS = 1e-8
 
 
 def gram(rollouts: Tensor, reference: Tensor) -> Tensor:
-    """Gram matrix of [rollouts; reference] in float64 (its square roots go down to 1e-5 of the largest).
+    """Gram matrix of [rollouts; reference], in float64 so that squaring costs whitening no precision.
 
     Args:
         rollouts: [..., n, D].
@@ -47,9 +47,9 @@ def whiten(M: Tensor, whitening: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         inner, cross, reference = XX, g, yy.expand_as(g)
     else:
         eigenvalues, U = torch.linalg.eigh(XX)
-        S = eigenvalues.clamp(min=0).sqrt()
-        inverse = torch.where(S > SINGULAR_VALUE_CUTOFF * S.amax(-1, keepdim=True), 1 / S, 0.0)
-        inner = (U * (inverse > 0).unsqueeze(-2)) @ U.mT
+        kept = eigenvalues > SINGULAR_VALUE_CUTOFF * eigenvalues[..., -1:]
+        inverse = eigenvalues.clamp(min=0).rsqrt().where(kept, 0.0)
+        inner = (U * kept.unsqueeze(-2)) @ U.mT
         if whitening == "paper":
             inner = n * inner
             projected = ((U * inverse.square().unsqueeze(-2)) @ U.mT @ g.unsqueeze(-1)).squeeze(-1)

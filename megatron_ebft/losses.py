@@ -34,8 +34,9 @@ def cross_entropy(log_probs: Tensor, valid: Tensor) -> Tensor:
 def kl_estimate(log_probs: Tensor, reference_log_probs: Tensor, estimator: str) -> Tensor:
     """Estimate per token of KL(p_θ ‖ p_ref) from tokens sampled from p_θ; d = logp − logp_ref.
 
-    k1 = d, differentiated as a score function (d·∇logp: its plain gradient ∇logp has zero mean); k2 = d²/2;
-    k3 = exp(−d) − 1 + d. All have the KL's gradient or value, or both, in expectation.
+    k1 = d, differentiated as a score function (d·∇logp; its plain gradient ∇logp has zero mean): unbiased value and
+    gradient. k2 = d²/2: the same gradient, a biased value. k3 = exp(−d) − 1 + d: unbiased value of low variance, and
+    the gradient of KL(p_ref ‖ p_θ).
 
     Raises:
         ValueError: unknown estimator.

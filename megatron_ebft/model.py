@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.module import Float16Module
@@ -115,12 +115,13 @@ def _layer_spec(args: ModelArgs):
     return spec
 
 
-def _build_gpt(args: ModelArgs, config: TransformerConfig, *, pre_process: bool, post_process: bool):
+def _build_gpt(args: ModelArgs, config: TransformerConfig, *, post_process: bool):
     rope = args.position_embedding_type == "rope"
     model = LanguageModel(
         config=config, transformer_layer_spec=_layer_spec(args), vocab_size=args.padded_vocab_size,
-        max_sequence_length=args.max_position_embeddings, pre_process=pre_process, post_process=post_process,
-        parallel_output=True, share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        max_sequence_length=args.max_position_embeddings, pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=post_process and parallel_state.is_pipeline_last_stage(), parallel_output=True,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
         position_embedding_type="mrope" if rope else args.position_embedding_type,
         rotary_percent=args.rotary_percent, rotary_base=args.rotary_base)
     if rope:
@@ -129,22 +130,35 @@ def _build_gpt(args: ModelArgs, config: TransformerConfig, *, pre_process: bool,
     return Float16Module(config, model) if config.bf16 else model
 
 
-def build_policy(args: ModelArgs, config: TransformerConfig, ddp: DistributedDataParallelConfig) -> list:
-    """The trained model: one DDP-wrapped GPTModel per virtual pipeline stage (one, for now)."""
-    model = build_frozen(args, config, requires_grad=True)
-    return [DistributedDataParallel(config, ddp, model)]
+def build_policy(args: ModelArgs, ddp: DistributedDataParallelConfig, **overrides) -> list:
+    """The trained model: one DDP-wrapped LanguageModel per virtual pipeline stage (one, for now).
+
+    Losses are divided by global token counts before the backward pass, so gradients are plain sums.
+    """
+    config = transformer_config(args, **overrides)
+    policy = DistributedDataParallel(config, ddp, _build_gpt(args, config, post_process=True))
+    config.no_sync_func = policy.no_sync
+    config.finalize_model_grads_func = lambda models, num_tokens, **kwargs: finalize_model_grads(models, None, **kwargs)
+    return [policy]
 
 
-def build_frozen(args: ModelArgs, config: TransformerConfig, requires_grad: bool = False):
-    """A whole model without DDP: the reference policy, and what `build_policy` wraps."""
-    model = _build_gpt(args, config, pre_process=parallel_state.is_pipeline_first_stage(),
-                       post_process=parallel_state.is_pipeline_last_stage())
-    return model if requires_grad else _freeze(model)
+def build_frozen(args: ModelArgs, **overrides):
+    """A whole model without gradients: the starting policy."""
+    return _freeze(_build_gpt(args, transformer_config(args, **overrides), post_process=True))
 
 
-def build_encoder(args: ModelArgs, config: TransformerConfig):
-    """The encoder: `config.num_layers` lower layers, no final norm, no output head, no gradients."""
-    return _freeze(_build_gpt(args, config, pre_process=parallel_state.is_pipeline_first_stage(), post_process=False))
+def build_encoder(args: ModelArgs, deepest_layer: int, **overrides):
+    """The encoder: the lower layers up to the deepest feature layer, no final norm, no output head, no gradients."""
+    config = transformer_config(args, **{**overrides, "num_layers": deepest_layer})
+    return _freeze(_build_gpt(args, config, post_process=False))
+
+
+def copy_weights(source, target) -> None:
+    """Copy into `target` the weights it has in common with `source`: its own start, or an encoder of it."""
+    weights = dict(unwrap(source).named_parameters())
+    with torch.no_grad():
+        for name, parameter in unwrap(target).named_parameters():
+            parameter.copy_(weights[name])
 
 
 def _freeze(model):

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 
-from megatron_ebft.device import backend, device
+from megatron_ebft.device import backend, device, init_device
 
 
 def init_parallel(tensor_model_parallel_size: int, pipeline_model_parallel_size: int, seed: int,
@@ -26,6 +26,7 @@ def init_parallel(tensor_model_parallel_size: int, pipeline_model_parallel_size:
         raise ValueError(
             f"world size {world} is not a multiple of --tensor-model-parallel-size {tensor_model_parallel_size} × "
             f"--pipeline-model-parallel-size {pipeline_model_parallel_size}; start a multiple of {model_parallel} ranks")
+    init_device()
     dist.init_process_group(backend(), timeout=datetime.timedelta(minutes=timeout_minutes))
     parallel_state.initialize_model_parallel(tensor_model_parallel_size, pipeline_model_parallel_size)
     set_seed(seed)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_ebft.device import temporary_elements
 from megatron_ebft.layout import RowLayout
 
 
@@ -95,40 +96,89 @@ def log_sum_exp(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 class _VocabParallelLogProbs(torch.autograd.Function):
+    """Sections given by slices must not overlap; those given by indices may share rows with them."""
+
     @staticmethod
     def forward(ctx, logits_SBV: Tensor, group: dist.ProcessGroup, sections: list[Section]):
         ctx.group, ctx.sections = group, sections
-        normalisers, outputs = [], []
+        outputs, normalisers = [], []
         for section in sections:
-            x = _scaled(logits_SBV, section)
-            lse = log_sum_exp(x, group)
-            local, here = local_targets(section.targets_PBM, x.shape[-1], group)
-            target = x.gather(-1, local).where(here, 0.0)
-            if dist.get_world_size(group) > 1:
-                dist.all_reduce(target, group=group)
+            parts = [_log_probs(logits_SBV[rows], targets, section.temperature, group)
+                     for rows, targets in _chunks(section, logits_SBV)]
+            log_probs, lse = (torch.cat(x) for x in zip(*parts)) if parts else _nothing(section, logits_SBV)
+            outputs.append(log_probs)
             normalisers.append(lse)
-            outputs.append(target - lse[..., None])
         ctx.save_for_backward(logits_SBV, *normalisers)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx, *grads):
         logits_SBV, *normalisers = ctx.saved_tensors
-        grad_SBV = torch.zeros_like(logits_SBV)
-        for section, lse, grad in zip(ctx.sections, normalisers, grads):
-            grad = grad / section.temperature
-            softmax = _scaled(logits_SBV, section).sub_(lse[..., None]).exp_()
-            softmax *= -grad.sum(-1, keepdim=True)
-            local, here = local_targets(section.targets_PBM, softmax.shape[-1], ctx.group)
-            softmax.scatter_add_(-1, local, grad * here)
-            if isinstance(section.rows, slice):
-                grad_SBV[section.rows] += softmax
-            else:
-                grad_SBV.index_add_(0, section.rows, softmax.to(grad_SBV.dtype))
+        grad_SBV = torch.empty_like(logits_SBV)
+        covered = torch.zeros(len(logits_SBV), dtype=torch.bool)
+        by_slices_first = sorted(zip(ctx.sections, normalisers, grads), key=lambda x: not isinstance(x[0].rows, slice))
+        for section, lse, grad in by_slices_first:
+            done = 0
+            for rows, targets in _chunks(section, logits_SBV):
+                here = slice(done, done + len(targets))
+                done = here.stop
+                part = _log_probs_backward(logits_SBV[rows], targets, lse[here], grad[here], section.temperature, ctx.group)
+                if isinstance(rows, slice):
+                    grad_SBV[rows] = part
+                    covered[rows] = True
+                else:
+                    _zero_rows(grad_SBV, covered)
+                    grad_SBV.index_add_(0, rows, part.to(grad_SBV.dtype))
+        _zero_rows(grad_SBV, covered)
         return grad_SBV, None, None
 
 
-def _scaled(logits_SBV: Tensor, section: Section) -> Tensor:
-    """A fresh copy of the section's logits over its temperature, in float32 (float64 stays)."""
-    x = logits_SBV[section.rows]
-    return x.to(torch.promote_types(x.dtype, torch.float32)) / section.temperature
+def _zero_rows(grad_SBV: Tensor, covered: Tensor) -> None:
+    """Zero the rows not yet written, once."""
+    if not covered.all():
+        grad_SBV[(~covered).nonzero().squeeze(1).to(grad_SBV.device)] = 0
+        covered.fill_(True)
+
+
+def _chunks(section: Section, logits_SBV: Tensor):
+    """The section's rows and targets, a bounded number of rows at a time."""
+    count = len(section.targets_PBM)
+    size = max(1, temporary_elements() // logits_SBV[0].numel())
+    for first in range(0, count, size):
+        last = min(first + size, count)
+        if isinstance(section.rows, slice):
+            rows = slice(section.rows.start + first, section.rows.start + last)
+        else:
+            rows = section.rows[first:last]
+        yield rows, section.targets_PBM[first:last]
+
+
+def _nothing(section: Section, logits_SBV: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and normalisers of a section without rows."""
+    dtype = torch.promote_types(logits_SBV.dtype, torch.float32)
+    return (logits_SBV.new_zeros(section.targets_PBM.shape, dtype=dtype),
+            logits_SBV.new_zeros(section.targets_PBM.shape[:2], dtype=dtype))
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    """A fresh copy of the logits over the temperature, in float32 (float64 stays)."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+
+
+def _log_probs(logits_PBV: Tensor, targets_PBM: Tensor, temperature: float, group) -> tuple[Tensor, Tensor]:
+    x = _scaled(logits_PBV, temperature)
+    lse = log_sum_exp(x, group)
+    local, here = local_targets(targets_PBM, x.shape[-1], group)
+    target = x.gather(-1, local).where(here, 0.0)
+    if dist.get_world_size(group) > 1:
+        dist.all_reduce(target, group=group)
+    return target - lse[..., None], lse
+
+
+def _log_probs_backward(logits_PBV, targets_PBM, lse_PB, grad_PBM, temperature: float, group) -> Tensor:
+    """(onehot(target) − softmax) · grad / τ, summed over the targets of a row."""
+    grad = grad_PBM / temperature
+    softmax = _scaled(logits_PBV, temperature).sub_(lse_PB[..., None]).exp_()
+    softmax *= -grad.sum(-1, keepdim=True)
+    local, here = local_targets(targets_PBM, softmax.shape[-1], group)
+    return softmax.scatter_add_(-1, local, grad * here)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_ebft.device import temporary_elements
 from megatron_ebft.readout import log_sum_exp
 
 _GOLDEN, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -81,6 +82,15 @@ def sample(logits: Tensor, numbers: Tensor, temperature: float, top_p: float, to
         tokens int64 [..., m]; their log-probabilities under the unfiltered softmax(logits / temperature), float32
         [..., m]; that distribution's entropy in nats, float32 [...].
     """
+    shape = logits.shape[:-1]
+    logits, numbers = logits.flatten(0, -2), numbers.flatten(0, -2)
+    size = max(1, temporary_elements() // logits.shape[-1])
+    parts = [_sample(logits[i : i + size], numbers[i : i + size], temperature, top_p, top_k, group)
+             for i in range(0, len(logits), size)]
+    return tuple(torch.cat(x).unflatten(0, shape) for x in zip(*parts))
+
+
+def _sample(logits, numbers, temperature, top_p, top_k, group) -> tuple[Tensor, Tensor, Tensor]:
     x = logits.float() / temperature
     lse = log_sum_exp(x, group)
     log_p = x.sub_(lse[..., None])

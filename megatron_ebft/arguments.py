@@ -1,0 +1,284 @@
+"""The command line, and from it the typed configurations the rest of the code takes.
+
+Megatron's flag names where Megatron has the thing; `--ebft-…` for what only EBFT has. Defaults are the paper's coding
+settings. Whatever can be refused from the flags alone is refused here, before any file is read or GPU taken.
+"""
+
+import argparse
+import dataclasses
+import math
+
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+
+from megatron_ebft import energy, losses
+from megatron_ebft.ebft import EBFTConfig
+from megatron_ebft.features import FEATURE_NORMS, POOLINGS, FeatureMap
+from megatron_ebft.layout import StridedLayout
+from megatron_ebft.model import ModelArgs, feature_layers
+from megatron_ebft.rollout import SamplingConfig
+
+TOKENIZERS = ("SentencePieceTokenizer", "HuggingFaceTokenizer", "NullTokenizer")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags of `python -m megatron_ebft.train`."""
+    parser = argparse.ArgumentParser(
+        prog="torchrun --nproc-per-node N -m megatron_ebft.train", allow_abbrev=False,
+        description="Energy-Based Fine-Tuning (and plain next-token training) of language models on Megatron-Core.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    _add_run(parser.add_argument_group("run"))
+    _add_model(parser.add_argument_group("model"))
+    _add_data(parser.add_argument_group("data"))
+    _add_optimizer(parser.add_argument_group("optimizer"))
+    _add_machine(parser.add_argument_group("parallelism, precision and memory"))
+    _add_checkpoint(parser.add_argument_group("checkpoints"))
+    _add_logging(parser.add_argument_group("evaluation and logging"))
+    _add_ebft(parser.add_argument_group("EBFT"))
+    return parser
+
+
+def _add_run(group):
+    add = group.add_argument
+    add("--training-mode", choices=("ebft", "sft"), default="ebft",
+        help="ebft: energy-based fine-tuning; sft: next-token training on the same rows, also from scratch")
+    add("--train-iters", type=int, required=True, help="optimizer steps in all, those before a resume included")
+    add("--micro-batch-size", type=int, default=1, help="rows of a micro-batch on one rank; bounds memory")
+    add("--global-batch-size", type=int, default=16, help="rows of a step over all ranks")
+    add("--seed", type=int, default=1234, help="of initial weights, data order and rollouts")
+
+
+def _add_model(group):
+    add = group.add_argument
+    add("--num-layers", type=int, help="decoder layers")
+    add("--hidden-size", type=int, help="width of the residual stream")
+    add("--ffn-hidden-size", type=int, help="width of the MLP; default: 4 × hidden size, or 8/3 of it with --swiglu, "
+        "rounded up to a multiple of 64")
+    add("--num-attention-heads", type=int, help="query heads")
+    add("--num-query-groups", type=int, help="key/value heads; default: as many as query heads")
+    add("--kv-channels", type=int, help="dimension of a head; default: hidden size / heads")
+    add("--max-position-embeddings", type=int, help="longest sequence the model is for; default: --seq-length")
+    add("--position-embedding-type", choices=("rope", "learned_absolute", "none"), default="rope", help="positions")
+    add("--rotary-base", type=float, default=10000.0, help="base of the rotary frequencies")
+    add("--rotary-percent", type=float, default=1.0, help="share of a head that is rotated")
+    add("--use-rope-scaling", action="store_true", help="Llama 3's scaling of the rotary frequencies")
+    add("--rope-scaling-factor", type=float, default=8.0, help="its factor")
+    add("--rope-low-freq-factor", type=float, default=1.0, help="its lower cut-off, in turns of the original context")
+    add("--rope-high-freq-factor", type=float, default=4.0, help="its upper cut-off")
+    add("--rope-original-max-position-embeddings", type=int, default=8192, help="its original context")
+    add("--normalization", choices=("RMSNorm", "LayerNorm"), default="RMSNorm", help="kind of norm")
+    add("--norm-epsilon", type=float, default=1e-5, help="added under the norm's square root")
+    add("--swiglu", action=argparse.BooleanOptionalAction, default=True, help="gated MLP with SiLU (else GELU)")
+    add("--add-bias-linear", action=argparse.BooleanOptionalAction, default=False, help="biases in linear layers")
+    add("--add-qkv-bias", action=argparse.BooleanOptionalAction, default=False, help="biases of Q, K, V (Qwen2)")
+    add("--qk-layernorm", action=argparse.BooleanOptionalAction, default=False, help="norms of Q and K (Qwen3)")
+    add("--untie-embeddings-and-output-weights", action=argparse.BooleanOptionalAction, default=False,
+        help="an output head of its own")
+    add("--init-method-std", type=float, default=0.02, help="standard deviation of initial weights")
+
+
+def _add_data(group):
+    add = group.add_argument
+    add("--data-path", nargs="+", metavar="PREFIX", help="dataset prefixes from tools/preprocess_data.py: one, several, "
+        "or a weight before each")
+    add("--split", help="weights of training, validation and test documents of --data-path; default 969,30,1")
+    for kind in ("train", "valid"):
+        add(f"--{kind}-data-path", nargs="+", metavar="PREFIX", help=f"instead of --data-path, for the {kind} split")
+    add("--data-cache-path", help="folder for dataset indices; default: beside each dataset")
+    add("--seq-length", type=int, default=1024, help="T, gold tokens of a row")
+    add("--tokenizer-type", choices=TOKENIZERS, default="HuggingFaceTokenizer", help="kind of tokenizer")
+    add("--tokenizer-model", help="SentencePiece model file, or Hugging Face tokenizer folder")
+    add("--vocab-size", type=int, help="ids of the NullTokenizer, or more ids than the tokenizer has")
+    add("--ebft-document-mask", action=argparse.BooleanOptionalAction, default=False,
+        help="documents of a row do not see each other: attention and positions restart, blocks stay within one")
+    add("--ebft-answer-only", action=argparse.BooleanOptionalAction, default=False,
+        help="only answer tokens are trained on: blocks whose completion is all answer, cross entropy of answers")
+
+
+def _add_optimizer(group):
+    add = group.add_argument
+    add("--lr", type=float, default=1e-6, help="highest learning rate")
+    add("--min-lr", type=float, default=0.0, help="learning rate at the end of the decay")
+    add("--lr-decay-style", choices=("constant", "linear", "cosine"), default="constant", help="after the warm-up")
+    add("--lr-warmup-fraction", type=float, default=0.03, help="share of --train-iters with rising learning rate")
+    add("--weight-decay", type=float, default=0.0, help="AdamW's, not on biases and norms")
+    add("--adam-beta1", type=float, default=0.9, help="AdamW's")
+    add("--adam-beta2", type=float, default=0.95, help="AdamW's")
+    add("--adam-eps", type=float, default=1e-8, help="AdamW's")
+    add("--clip-grad", type=float, default=1.0, help="largest gradient norm; 0: no clipping")
+
+
+def _add_machine(group):
+    add = group.add_argument
+    add("--tensor-model-parallel-size", type=int, default=1, help="ranks that share each layer (1 for now)")
+    add("--pipeline-model-parallel-size", type=int, default=1, help="ranks that share the layers (1 for now)")
+    add("--bf16", action="store_true", help="weights and activations in bfloat16; optimizer and sampling in float32")
+    add("--recompute-granularity", choices=("full", "selective"), help="recompute activations in the backward pass: "
+        "whole layers, or only attention")
+    add("--overlap-grad-reduce", action=argparse.BooleanOptionalAction, default=False,
+        help="reduce gradients while the backward pass still runs")
+    add("--ebft-blocks-per-microbatch", type=int, default=0, help="blocks of a row that train (and are embedded) "
+        "together, 0: all; bounds memory of long rows without changing the result")
+    add("--ebft-rollout-rows", type=int, default=0, help="rows of a rank that decode together, 0: all; bounds memory "
+        "of the key-value cache without changing the result")
+    add("--distributed-timeout-minutes", type=float, default=10.0, help="a rank that waits longer than this gives up")
+
+
+def _add_checkpoint(group):
+    add = group.add_argument
+    add("--save", help="folder for checkpoints")
+    add("--save-interval", type=int, default=100, help="steps between checkpoints; there is one at the end, too")
+    add("--load", help="folder to continue from, bit for bit; where it holds none yet, the run starts afresh")
+    add("--pretrained-checkpoint", help="folder with the weights to start from; also the encoder's, by default")
+    add("--ebft-encoder-load", help="folder with the encoder's weights, where it is not the starting policy (for an "
+        "SFT start: the base model)")
+    add("--override-opt-param-scheduler", action="store_true", help="on resume, the flags' learning-rate schedule "
+        "replaces the checkpoint's; without it a different one is refused")
+    add("--use-checkpoint-opt-param-scheduler", action="store_true", help="on resume, keep the checkpoint's schedule")
+    add("--use-checkpoint-args", action="store_true", help="take the architecture from --load or --pretrained-checkpoint")
+
+
+def _add_logging(group):
+    add = group.add_argument
+    add("--eval-interval", type=int, default=100, help="steps between evaluations, 0: none; also before the first step")
+    add("--eval-iters", type=int, default=4, help="global batches of an evaluation, always the same rows")
+    add("--log-interval", type=int, default=1, help="steps between console and TensorBoard lines")
+    add("--tensorboard-dir", help="default: `tensorboard` in --save, or in the working folder")
+    add("--ebft-eval-length", type=int, default=64, help="CFM is evaluated for completions of 1, 2, 4, … up to this")
+    add("--ebft-track-kl", action=argparse.BooleanOptionalAction, default=True, help="measure KL to the starting policy "
+        "at evaluation; keeps a frozen copy of it, as a KL coefficient does")
+
+
+def _add_ebft(group):
+    add = group.add_argument
+    add("--ebft-rollout-length", type=int, default=8, help="G, tokens of a rollout")
+    add("--ebft-stride", type=int, default=8, help="s, gold tokens between anchors")
+    add("--ebft-context-length", type=int, default=8, help="c, gold tokens before the first anchor")
+    add("--ebft-num-samples", type=int, default=4, help="n, rollouts of a block")
+    add("--ebft-temperature", type=float, default=0.6, help="τ, of sampling and of the rollouts' log-probabilities")
+    add("--ebft-top-p", type=float, default=1.0, help="sample from the most likely tokens of this mass; 1: all")
+    add("--ebft-top-k", type=int, default=0, help="sample from this many most likely tokens; 0: all")
+    add("--ebft-feature-layers", type=float, nargs="+", default=[0.25, 0.5, 0.75], metavar="FRACTION",
+        help="depths of the encoder whose hidden states are the feature")
+    add("--ebft-feature-norm", choices=FEATURE_NORMS, default="joint", help="one L2 norm of the concatenation, or one "
+        "for each layer")
+    add("--ebft-feature-pooling", choices=POOLINGS, default="last_token", help="of a completion's tokens")
+    add("--ebft-whitening", choices=energy.WHITENING, default="none", help="of a block's features: none is the exact "
+        "gradient, paper is its Eq. 8, released is the authors' code")
+    add("--ebft-advantage", choices=energy.ADVANTAGES, default="rloo", help="baseline within a block's rollouts")
+    add("--ebft-alignment-coef", type=float, default=1.0, help="weight of the alignment in the reward")
+    add("--ebft-diversity-coef", type=float, default=1.0, help="α, weight of the diversity in the reward; 1 is the "
+        "gradient of feature matching")
+    add("--ebft-rl-coef", type=float, default=1.0, help="weight of the rollout loss")
+    add("--ebft-ce-coef", type=float, default=0.03, help="γ, weight of the next-token loss on gold tokens")
+    add("--ebft-kl-coef", type=float, default=0.0, help="β, weight of KL(policy ‖ starting policy)")
+    add("--ebft-kl-estimator", choices=losses.KL_ESTIMATORS, default="k2", help="per token, d = log ratio: d (score "
+        "function), d²/2, or exp(−d) − 1 + d")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse and check the flags.
+
+    Raises:
+        ValueError: naming the flag that cannot be right.
+    """
+    args = build_parser().parse_args(argv)
+    for flag in ("train_iters", "micro_batch_size", "global_batch_size", "seq_length", "save_interval", "log_interval",
+                 "eval_iters", "ebft_eval_length"):
+        _require(args, flag, lambda x: x >= 1, "must be at least 1")
+    for flag in ("eval_interval", "ebft_blocks_per_microbatch", "ebft_rollout_rows", "ebft_ce_coef", "ebft_kl_coef",
+                 "ebft_rl_coef", "clip_grad", "weight_decay", "lr", "min_lr"):
+        _require(args, flag, lambda x: x >= 0, "must be 0 or more")
+    _require(args, "lr_warmup_fraction", lambda x: 0 <= x < 1, "must be in [0, 1)")
+    for flag in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+        _require(args, flag, lambda x: x == 1, "only 1 is supported so far")
+    if args.global_batch_size % args.micro_batch_size:
+        raise ValueError(f"--global-batch-size {args.global_batch_size}: must be a multiple of --micro-batch-size "
+                         f"{args.micro_batch_size}")
+    if args.training_mode == "ebft":
+        StridedLayout(args.seq_length, args.ebft_context_length, args.ebft_stride, args.ebft_rollout_length,
+                      args.ebft_num_samples)
+        if args.ebft_num_samples < 2 and args.ebft_advantage != "reinforce":
+            raise ValueError(f"--ebft-num-samples {args.ebft_num_samples} with --ebft-advantage {args.ebft_advantage}: "
+                             "needs at least 2 rollouts of a block; use --ebft-advantage reinforce for one")
+    if args.use_checkpoint_args and not (args.load or args.pretrained_checkpoint):
+        raise ValueError("--use-checkpoint-args: needs --load or --pretrained-checkpoint to take them from")
+    return args
+
+
+def _require(args, name: str, test, message: str) -> None:
+    value = vars(args)[name]
+    if not (math.isfinite(value) and test(value)):
+        raise ValueError(f"--{name.replace('_', '-')} {value}: {message}")
+
+
+def model_args(args: argparse.Namespace, vocab_size: int) -> ModelArgs:
+    """The architecture the flags describe, for a tokenizer of `vocab_size` ids.
+
+    Raises:
+        ValueError: a size is missing or does not divide.
+    """
+    for flag in ("num_layers", "hidden_size", "num_attention_heads"):
+        if vars(args)[flag] is None:
+            raise ValueError(f"--{flag.replace('_', '-')}: give it, or --use-checkpoint-args with a checkpoint")
+    hidden, heads = args.hidden_size, args.num_attention_heads
+    groups = args.num_query_groups or heads
+    if args.kv_channels is None and hidden % heads:
+        raise ValueError(f"--hidden-size {hidden}: must be a multiple of --num-attention-heads {heads}")
+    if heads % groups:
+        raise ValueError(f"--num-attention-heads {heads}: must be a multiple of --num-query-groups {groups}")
+    derived = dict(
+        ffn_hidden_size=args.ffn_hidden_size or (math.ceil(hidden * 8 / 3 / 64) * 64 if args.swiglu else 4 * hidden),
+        num_query_groups=groups, kv_channels=args.kv_channels or hidden // heads, padded_vocab_size=vocab_size,
+        max_position_embeddings=args.max_position_embeddings or args.seq_length)
+    flags = {f.name: vars(args)[f.name] for f in dataclasses.fields(ModelArgs) if f.name not in derived}
+    return ModelArgs(**flags, **derived)
+
+
+def transformer_overrides(args: argparse.Namespace) -> dict:
+    """Fields of Megatron-Core's TransformerConfig that describe the machine, for policy, encoder and reference."""
+    import torch
+
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    recompute = {}
+    if args.recompute_granularity == "full":
+        recompute = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    elif args.recompute_granularity == "selective":
+        recompute = dict(recompute_granularity="selective")
+    return dict(bf16=args.bf16, params_dtype=dtype, pipeline_dtype=dtype,
+                tensor_model_parallel_size=args.tensor_model_parallel_size,
+                pipeline_model_parallel_size=args.pipeline_model_parallel_size, **recompute)
+
+
+def ddp_config(args: argparse.Namespace) -> DistributedDataParallelConfig:
+    """Gradients reduced in float32, sharded over the data-parallel ranks."""
+    return DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True,
+                                         overlap_grad_reduce=args.overlap_grad_reduce)
+
+
+def optimizer_config(args: argparse.Namespace) -> OptimizerConfig:
+    """AdamW with Megatron's distributed optimizer."""
+    overrides = transformer_overrides(args)
+    return OptimizerConfig(
+        optimizer="adam", lr=args.lr, min_lr=args.min_lr, weight_decay=args.weight_decay, adam_beta1=args.adam_beta1,
+        adam_beta2=args.adam_beta2, adam_eps=args.adam_eps, clip_grad=args.clip_grad, bf16=args.bf16,
+        params_dtype=overrides["params_dtype"], use_distributed_optimizer=True)
+
+
+def ebft_config(args: argparse.Namespace, num_layers: int) -> EBFTConfig:
+    """The method's configuration for an encoder made from a model of `num_layers`.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    layout = StridedLayout(args.seq_length, args.ebft_context_length, args.ebft_stride, args.ebft_rollout_length,
+                           args.ebft_num_samples)
+    return EBFTConfig(
+        layout=layout,
+        sampling=SamplingConfig(args.ebft_temperature, args.ebft_top_p, args.ebft_top_k, args.seed),
+        feature_map=FeatureMap(feature_layers(args.ebft_feature_layers, num_layers), args.ebft_feature_norm,
+                               args.ebft_feature_pooling),
+        whitening=args.ebft_whitening, advantage=args.ebft_advantage, alignment_coef=args.ebft_alignment_coef,
+        diversity_coef=args.ebft_diversity_coef, rl_coef=args.ebft_rl_coef, ce_coef=args.ebft_ce_coef,
+        kl_coef=args.ebft_kl_coef, kl_estimator=args.ebft_kl_estimator, micro_batch_size=args.micro_batch_size,
+        blocks_per_microbatch=args.ebft_blocks_per_microbatch, rollout_rows=args.ebft_rollout_rows)

@@ -1,0 +1,145 @@
+"""From flags to a `Run`: tokenizer and data first (cheap to refuse), then models, optimizer and checkpoints.
+
+Starting points. The policy starts from --pretrained-checkpoint (or from the seed). The encoder is --ebft-encoder-load,
+else that same start. The reference is the start. A checkpoint in --load then takes the policy further; the encoder and
+the start it was trained with are recorded in it by content hash, and must be the ones at hand.
+"""
+
+import argparse
+import dataclasses
+import os
+
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_ebft.arguments import ddp_config, ebft_config, model_args, optimizer_config, transformer_overrides
+from megatron_ebft.checkpoint import (TrainState, latest_iteration, load_checkpoint, load_weights, read_metadata,
+                                      weights_fingerprint)
+from megatron_ebft.dataset import build_datasets
+from megatron_ebft.model import ModelArgs, build_encoder, build_frozen, build_policy, copy_weights
+from megatron_ebft.parallel import dp_size
+from megatron_ebft.tokenizer import build_tokenizer
+from megatron_ebft.training import Run
+
+
+def build_run(args: argparse.Namespace) -> Run:
+    """Everything the training loop works on.
+
+    Raises:
+        ValueError: naming the flag that is wrong or the file that is missing or damaged.
+    """
+    if args.global_batch_size % (args.micro_batch_size * dp_size()):
+        raise ValueError(f"--global-batch-size {args.global_batch_size}: must be a multiple of --micro-batch-size "
+                         f"{args.micro_batch_size} × {dp_size()} data-parallel ranks")
+    args.tensorboard_dir = args.tensorboard_dir or os.path.join(args.save or ".", "tensorboard")
+    tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, args.vocab_size)
+    resume = _find_resume(args)
+    if args.use_checkpoint_args:
+        _restore_architecture(args, "--load" if resume else "--pretrained-checkpoint")
+    architecture = model_args(args, tokenizer.vocab_size)
+    if args.seq_length > architecture.max_position_embeddings:
+        raise ValueError(f"--seq-length {args.seq_length}: longer than --max-position-embeddings "
+                         f"{architecture.max_position_embeddings}")
+    wants_encoder = args.training_mode == "ebft" or args.ebft_encoder_load is not None
+    config = ebft_config(args, architecture.num_layers) if wants_encoder else None
+    train_data, valid_data = _build_data(args, tokenizer)
+
+    overrides, fields = transformer_overrides(args), dataclasses.asdict(architecture)
+    policy = build_policy(architecture, ddp_config(args), **overrides)
+    if args.pretrained_checkpoint:
+        start = load_weights(args.pretrained_checkpoint, policy[0], architecture=fields)
+        _check_tokenizer(start, tokenizer, "--pretrained-checkpoint")
+    encoder = _build_encoder(args, architecture, policy, config, overrides, tokenizer) if wants_encoder else None
+    reference = None
+    if args.training_mode == "ebft" and (args.ebft_kl_coef or args.ebft_track_kl):
+        reference = build_frozen(architecture, **overrides)
+        copy_weights(policy[0], reference)
+    optimizer = get_megatron_optimizer(optimizer_config(args), policy)
+    scheduler = _build_scheduler(args, optimizer)
+    metadata = {
+        "architecture": fields, "arguments": vars(args),
+        "tokenizer": {"type": args.tokenizer_type, "fingerprint": tokenizer.fingerprint},
+        "start": {"origin": args.pretrained_checkpoint or f"--seed {args.seed}",
+                  "fingerprint": weights_fingerprint(policy[0])},
+        "encoder": {"origin": args.ebft_encoder_load or args.pretrained_checkpoint or f"--seed {args.seed}",
+                    "fingerprint": weights_fingerprint(encoder)} if encoder is not None else None}
+    state = TrainState()
+    if resume:
+        saved = read_metadata(args.load)
+        _check_tokenizer(saved, tokenizer, "--load")
+        _check_origins(saved, metadata, args)
+        state, _ = load_checkpoint(args.load, policy, optimizer, scheduler, architecture=fields)
+    return Run(args.training_mode, policy, encoder, reference, optimizer, scheduler, config, train_data, valid_data,
+               tokenizer, args, metadata, state)
+
+
+def _find_resume(args) -> bool:
+    """Whether --load holds a checkpoint. None is fine where the run itself will save there."""
+    if not args.load:
+        return False
+    if latest_iteration(args.load) is not None:
+        return True
+    if args.save and os.path.abspath(args.load) == os.path.abspath(args.save):
+        return False
+    raise ValueError(f"--load {args.load}: no checkpoint there; name a folder that --save wrote, or the same folder as "
+                     "--save to start afresh and continue from it later")
+
+
+def _restore_architecture(args, flag: str) -> None:
+    metadata = read_metadata(args.load if flag == "--load" else args.pretrained_checkpoint, flag=flag)
+    for name, value in metadata["architecture"].items():
+        if name in vars(args):
+            setattr(args, name, value)
+
+
+def _build_data(args, tokenizer):
+    eval_rows = args.eval_iters * args.global_batch_size if args.eval_interval else 0
+    train_data, valid_data, _ = build_datasets(
+        seq_length=args.seq_length, seed=args.seed, sizes=[args.train_iters * args.global_batch_size, eval_rows, 0],
+        tokenizer=tokenizer, data_path=args.data_path, split=args.split, train_data_path=args.train_data_path,
+        valid_data_path=args.valid_data_path if eval_rows else None, test_data_path=None,
+        data_cache_path=args.data_cache_path)
+    return train_data, valid_data
+
+
+def _build_encoder(args, architecture: ModelArgs, policy, config, overrides, tokenizer):
+    encoder = build_encoder(architecture, max(config.feature_map.layers), **overrides)
+    if args.ebft_encoder_load:
+        metadata = load_weights(args.ebft_encoder_load, encoder, architecture=dataclasses.asdict(architecture),
+                                flag="--ebft-encoder-load")
+        _check_tokenizer(metadata, tokenizer, "--ebft-encoder-load")
+    else:
+        copy_weights(policy[0], encoder)
+    return encoder
+
+
+def _build_scheduler(args, optimizer) -> OptimizerParamScheduler:
+    """Warm-up and decay, counted in rows as Megatron does."""
+    rows = args.train_iters * args.global_batch_size
+    return OptimizerParamScheduler(
+        optimizer, init_lr=0.0, max_lr=args.lr, min_lr=min(args.min_lr, args.lr),
+        lr_warmup_steps=int(args.lr_warmup_fraction * rows), lr_decay_steps=rows, lr_decay_style=args.lr_decay_style,
+        start_wd=args.weight_decay, end_wd=args.weight_decay, wd_incr_steps=rows, wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=args.use_checkpoint_opt_param_scheduler,
+        override_opt_param_scheduler=args.override_opt_param_scheduler)
+
+
+def _check_tokenizer(metadata: dict, tokenizer, flag: str) -> None:
+    saved = metadata["tokenizer"]
+    if saved["fingerprint"] != tokenizer.fingerprint:
+        raise ValueError(f"--tokenizer-model: {flag} was trained with another tokenizer ({saved['type']} "
+                         f"{saved['fingerprint'][:12]}, this is {tokenizer.name} {tokenizer.fingerprint[:12]})")
+
+
+def _check_origins(saved: dict, now: dict, args) -> None:
+    """The encoder, and with a KL term the start, must be those the checkpoint was trained with."""
+    if args.training_mode != saved["arguments"]["training_mode"]:
+        raise ValueError(f"--load {args.load}: was saved by --training-mode {saved['arguments']['training_mode']}; to "
+                         f"start {args.training_mode} from its weights, give it as --pretrained-checkpoint")
+    if args.training_mode != "ebft":
+        return
+    for part, flag in (("encoder", "--ebft-encoder-load"), ("start", "--pretrained-checkpoint")):
+        if saved[part]["fingerprint"] != now[part]["fingerprint"]:
+            raise ValueError(f"{flag}: the {part}'s weights are not those {args.load} was trained with "
+                             f"(hash {now[part]['fingerprint']} from {now[part]['origin']}, recorded "
+                             f"{saved[part]['fingerprint']} from {saved[part]['origin']}); give the recorded one")

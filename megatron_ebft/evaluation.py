@@ -1,0 +1,97 @@
+"""Evaluation on held-out rows: cross entropy, CFM as a function of completion length, alignment, KL to the start.
+
+Always the same rows and the same random numbers, at temperature 1 and without whitening, so that two evaluations
+differ by the policy alone.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from megatron_ebft import energy
+from megatron_ebft.batch import GoldBatch, MicroBatches
+from megatron_ebft.ebft import EBFTConfig, score
+from megatron_ebft.features import block_grams
+from megatron_ebft.layout import StridedLayout
+from megatron_ebft.losses import kl_estimate
+from megatron_ebft.metrics import Means
+from megatron_ebft.rollout import Rollouts, sample_rollouts
+from megatron_ebft.sft import cross_entropy_pass
+
+EVALUATION_ITERATION = -1
+"""Names evaluation in the sampler's random numbers, where training has its iteration."""
+
+
+@dataclass
+class EvaluationRollouts:
+    """Rollouts of one batch of evaluation rows, for showing."""
+
+    gold: GoldBatch
+    layout: StridedLayout
+    rollouts: Rollouts
+
+
+def evaluation_config(config: EBFTConfig, longest: int) -> tuple[EBFTConfig, list[int]]:
+    """The configuration evaluation rolls out with, and the completion lengths it measures: 1, 2, 4, …, and G.
+
+    Rollouts are as long as the longest of them and blocks that far apart, so that an evaluation row is about as long
+    as a training row. Lengths that leave no room for a block are left out.
+    """
+    training = config.layout
+    longest = max(min(longest, training.seq_length - training.context_length), training.rollout_length)
+    lengths = sorted({training.rollout_length, *(2**i for i in range(longest.bit_length()))})
+    layout = replace(training, rollout_length=lengths[-1], stride=max(training.stride, lengths[-1]))
+    sampling = replace(config.sampling, temperature=1.0, top_p=1.0, top_k=0)
+    return replace(config, layout=layout, sampling=sampling), lengths
+
+
+def evaluate(policy: list, encoder, reference, batches: list[GoldBatch], config: EBFTConfig | None,
+             longest: int, micro_batch_size: int) -> tuple[dict[str, float], EvaluationRollouts | None]:
+    """All evaluation metrics over `batches`, the same on every rank.
+
+    Args:
+        encoder: None in plain next-token training without one: cross entropy only.
+        reference: frozen starting policy, or None: no KL.
+        config: the method's configuration; needed with an encoder.
+        longest: completions are measured up to this many tokens.
+    """
+    means, shown = Means(), None
+    was_training = policy[0].training
+    policy[0].eval()
+    with torch.no_grad():
+        for gold in batches:
+            cross_entropy_pass(policy, gold, micro_batch_size, means, forward_only=True)
+            if encoder is not None:
+                rollouts, layout = _measure_rollouts(policy[0], encoder, reference, gold, config, longest, means)
+                shown = shown or EvaluationRollouts(gold, layout, rollouts)
+    policy[0].train(was_training)
+    metrics = means.reduce()
+    return metrics, shown
+
+
+def _measure_rollouts(policy, encoder, reference, gold, config, longest, means) -> tuple[Rollouts, StridedLayout]:
+    config, lengths = evaluation_config(config, longest)
+    layout, training_length = config.layout, lengths
+    rollouts = sample_rollouts(policy, gold, layout, config.sampling, EVALUATION_ITERATION, config.rollout_rows)
+    rows = MicroBatches(gold, rollouts.tokens_BKNG, layout, layout.rollout_length, config.micro_batch_size,
+                        config.blocks_per_microbatch)
+    gram_BKLMM = block_grams(encoder, config.feature_map, rows, lengths)
+    valid_BK = gold.valid_blocks(layout)
+    biased, unbiased = energy.cfm(gram_BKLMM)
+    alignment, _ = energy.rewards(gram_BKLMM, "none")
+    for i, length in enumerate(lengths):
+        means.add_masked(f"cfm_length/{length:02d}", unbiased[:, :, i], valid_BK)
+        means.add_masked(f"cfm_biased_length/{length:02d}", biased[:, :, i], valid_BK)
+        means.add_masked(f"alignment_length/{length:02d}", alignment[:, :, i].mean(-1), valid_BK)
+    means.add_masked("entropy", rollouts.entropy_BKNG, valid_BK[:, :, None, None])
+    if reference is not None:
+        _measure_kl(policy, reference, gold, rollouts, config, valid_BK, means)
+    return rollouts, layout
+
+
+def _measure_kl(policy, reference, gold, rollouts, config, valid_BK: Tensor, means: Means) -> None:
+    """KL(policy ‖ start) per rollout token, by the estimator k3, which has the lowest variance."""
+    start = score(reference, gold, rollouts, config).rollout_BKNG
+    now = score(policy, gold, rollouts, config).rollout_BKNG
+    means.add_masked("kl_to_start", kl_estimate(now, start, "k3"), valid_BK[:, :, None, None])

@@ -1,0 +1,106 @@
+"""Seeing a run: one console line a step, TensorBoard, and rollouts beside gold text. Rank 0 writes, others do nothing."""
+
+import time
+
+import torch.distributed as dist
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_ebft.evaluation import EvaluationRollouts
+
+CONSOLE = {"loss": "loss {:.4f}", "ce_loss": "ce {:.4f}", "reward": "reward {:+.4f}", "alignment": "align {:.4f}",
+           "diversity": "div {:.4f}", "cfm": "cfm {:.4f}", "entropy": "H {:.2f}", "grad_norm": "grad {:.3f}",
+           "lr": "lr {:.2e}"}
+EVALUATION = {"ce_loss": "ce {:.4f}", "cfm": "cfm {:.4f}", "alignment": "align {:.4f}", "kl_to_start": "kl {:.4f}",
+              "entropy": "H {:.2f}"}
+SHOWN_BLOCKS, SHOWN_CONTEXT = 3, 32
+
+
+def clock(seconds: float) -> str:
+    """1h02m, 3m20s or 12.3s."""
+    if seconds >= 3600:
+        return f"{int(seconds // 3600)}h{int(seconds % 3600 // 60):02d}m"
+    return f"{int(seconds // 60)}m{int(seconds % 60):02d}s" if seconds >= 60 else f"{seconds:.1f}s"
+
+
+class Logger:
+    """Console and TensorBoard of one run.
+
+    Args:
+        directory: TensorBoard's; steps after `iteration` that an interrupted run left there are dropped.
+        tokens_per_step: gold tokens of a global batch.
+        rollout_length: G, the completion length whose CFM is "the" CFM of an evaluation.
+    """
+
+    def __init__(self, directory: str, iteration: int, train_iters: int, tokens_per_step: int, rollout_length: int,
+                 tokenizer):
+        self.is_main = dist.get_rank() == 0
+        self.train_iters, self.tokens_per_step = train_iters, tokens_per_step
+        self.rollout_length, self.tokenizer = rollout_length, tokenizer
+        self.durations: list[float] = []
+        self.writer = SummaryWriter(directory, purge_step=iteration + 1 if iteration else None) if self.is_main else None
+
+    def print(self, line: str) -> None:
+        """A line on rank 0's console."""
+        if self.is_main:
+            print(line, flush=True)
+
+    def step(self, iteration: int, metrics: dict[str, float], seconds: dict[str, float], duration: float) -> None:
+        """Log one training step. seconds: by phase; duration: of the whole step."""
+        if not self.is_main:
+            return
+        self.durations = [*self.durations[-19:], duration]
+        left = (self.train_iters - iteration) * sum(self.durations) / len(self.durations)
+        for name, value in metrics.items():
+            self.writer.add_scalar(f"train/{name}", value, iteration)
+        for name, value in seconds.items():
+            self.writer.add_scalar(f"seconds/{name}", value, iteration)
+        self.writer.add_scalar("seconds/step", duration, iteration)
+        self.writer.add_scalar("train/tokens_per_second", self.tokens_per_step / duration, iteration)
+        numbers = " ".join(form.format(metrics[name]) for name, form in CONSOLE.items() if name in metrics)
+        phases = " ".join(f"{name} {value:.2f}" for name, value in seconds.items() if value >= 0.005)
+        self.print(f"step {iteration}/{self.train_iters} | {numbers} | {phases} | {duration:.2f}s "
+                   f"{self.tokens_per_step / duration:.0f} tok/s | left {clock(left)}")
+
+    def evaluation(self, iteration: int, metrics: dict[str, float], shown: EvaluationRollouts | None,
+                   seconds: float) -> None:
+        """Log one evaluation."""
+        if not self.is_main:
+            return
+        for name in ("cfm", "cfm_biased", "alignment"):
+            at_length = f"{name}_length/{self.rollout_length:02d}"
+            if at_length in metrics:
+                metrics[name] = metrics[at_length]
+        for name, value in metrics.items():
+            self.writer.add_scalar(f"eval/{name}", value, iteration)
+        if shown is not None:
+            self.writer.add_text("rollouts", self._rollout_text(shown), iteration)
+        self.writer.flush()
+        numbers = " ".join(form.format(metrics[name]) for name, form in EVALUATION.items() if name in metrics)
+        self.print(f"eval {iteration}/{self.train_iters} | {numbers} | {clock(seconds)}")
+
+    def saved(self, folder: str) -> None:
+        """Say that a checkpoint is whole."""
+        self.print(f"saved {folder}")
+
+    def _rollout_text(self, shown: EvaluationRollouts) -> str:
+        """Context, gold completion and rollouts of a few blocks of the first row, as Markdown."""
+        layout, tokens = shown.layout, shown.gold.tokens_BT[0]
+        blocks = range(0, layout.num_blocks, max(1, layout.num_blocks // SHOWN_BLOCKS))
+        completions = layout.completion_index()
+        sections = []
+        for block in list(blocks)[:SHOWN_BLOCKS]:
+            anchor = int(completions[block, 0])
+            sections.append(f"**context** …{self._code(tokens[max(0, anchor - SHOWN_CONTEXT):anchor])}")
+            sections.append(f"**gold** {self._code(tokens[completions[block].to(tokens.device)])}")
+            for sample in shown.rollouts.tokens_BKNG[0, block]:
+                sections.append(f"**rollout** {self._code(sample)}")
+        return "\n\n".join(sections)
+
+    def _code(self, ids) -> str:
+        return "\n```\n" + self.tokenizer.detokenize(ids.tolist()) + "\n```"
+
+    def close(self, start: float) -> None:
+        """Last line and files closed. start: time.perf_counter() at the run's start."""
+        if self.is_main:
+            self.writer.close()
+            self.print(f"done in {clock(time.perf_counter() - start)}")
