@@ -177,12 +177,16 @@ def _add_ebft(group):
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse and check the flags.
+    """Parse and check the flags; raises as `check_args`."""
+    return check_args(build_parser().parse_args(argv))
+
+
+def check_args(args: argparse.Namespace) -> argparse.Namespace:
+    """The same flags, if nothing about them alone is wrong.
 
     Raises:
         ValueError: naming the flag that cannot be right.
     """
-    args = build_parser().parse_args(argv)
     for flag in ("train_iters", "micro_batch_size", "global_batch_size", "seq_length", "save_interval", "log_interval",
                  "eval_iters", "ebft_eval_length"):
         _require(args, flag, lambda x: x >= 1, "must be at least 1")

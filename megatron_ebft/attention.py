@@ -60,7 +60,7 @@ class _PatternMask(torch.Tensor):
 
 def as_mask(pattern) -> Tensor:
     """The `attention_mask` argument that makes every StridedAttention follow `pattern`."""
-    mask = torch.Tensor._make_subclass(_PatternMask, torch.empty(0))
+    mask = torch.Tensor._make_subclass(_PatternMask, torch.empty(0, dtype=torch.bool))  # floats are cast under bf16
     mask.pattern = pattern
     return mask
 

@@ -13,9 +13,10 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_ebft.arguments import ddp_config, ebft_config, model_args, optimizer_config, transformer_overrides
-from megatron_ebft.checkpoint import (TrainState, latest_iteration, load_checkpoint, load_weights, read_metadata,
-                                      weights_fingerprint)
+from megatron_ebft.checkpoint import TrainState, load_checkpoint, load_weights
+from megatron_ebft.checkpoint_files import latest_iteration, read_metadata
 from megatron_ebft.dataset import build_datasets
+from megatron_ebft.fingerprint import weights_fingerprint
 from megatron_ebft.model import ModelArgs, build_encoder, build_frozen, build_policy, copy_weights
 from megatron_ebft.parallel import dp_size
 from megatron_ebft.tokenizer import build_tokenizer
@@ -55,7 +56,7 @@ def build_run(args: argparse.Namespace) -> Run:
         reference = build_frozen(architecture, **overrides)
         copy_weights(policy[0], reference)
     optimizer = get_megatron_optimizer(optimizer_config(args), policy)
-    scheduler = _build_scheduler(args, optimizer)
+    scheduler = build_scheduler(args, optimizer)
     metadata = {
         "architecture": fields, "arguments": vars(args),
         "tokenizer": {"type": args.tokenizer_type, "fingerprint": tokenizer.fingerprint},
@@ -113,7 +114,7 @@ def _build_encoder(args, architecture: ModelArgs, policy, config, overrides, tok
     return encoder
 
 
-def _build_scheduler(args, optimizer) -> OptimizerParamScheduler:
+def build_scheduler(args, optimizer) -> OptimizerParamScheduler:
     """Warm-up and decay, counted in rows as Megatron does."""
     rows = args.train_iters * args.global_batch_size
     return OptimizerParamScheduler(

@@ -10,40 +10,24 @@
 """
 
 import contextlib
-import hashlib
-import itertools
-import json
 import os
-import pickle
 import random
-import re
-import shutil
-import zipfile
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import numpy
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
-from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
-from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, is_main_replica
+from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.optimizer import ChainedOptimizer
-from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_ebft.device import device, have_gpu
+from megatron_ebft.checkpoint_files import (MANIFEST, RECORD, clear_leftovers, commit, damaged, folder_name, read_json,
+                                            reading, resolve, write_json, writing)
+from megatron_ebft.device import have_gpu
+from megatron_ebft.fingerprint import SHARDING, sharded_tensors
 from megatron_ebft.model import unwrap
-
-POINTER, RECORD, MANIFEST = "latest_checkpointed_iteration.txt", "ebft.json", "manifest.json"
-# Pass copies: Megatron-Core adds its process groups to the dict.
-SHARDING = {"non_homogeneous_layers": True, "distrib_optim_sharding_type": "dp_reshardable"}
-UNREADABLE = (CheckpointingException, CheckpointException, pickle.UnpicklingError, zipfile.BadZipFile, EOFError,
-              OSError, RuntimeError, KeyError, ValueError, AttributeError, IndexError, ImportError, TypeError)
 
 
 @dataclass
@@ -66,14 +50,13 @@ def save_checkpoint(directory: str, state: TrainState, model: list, optimizer, s
     Raises:
         ValueError: the directory cannot be written, or is not the same on every rank.
     """
-    folder = os.path.join(directory, _name(state.iteration))
+    folder = os.path.join(directory, folder_name(state.iteration))
     temporary = folder + ".tmp"
     record = {"format": 1, "train_state": asdict(state), "layout": _layout(), "metadata": metadata}
-    with _together(), _writing(directory, flag):
+    with _together(), writing(directory, flag):
         if dist.get_rank() == 0:
-            _clear_leftovers(directory)
+            clear_leftovers(directory)
             os.makedirs(temporary)
-            _write_json(os.path.join(temporary, RECORD), record)
     with _together():
         if not os.path.isdir(temporary):
             raise ValueError(f"{flag} {directory}: rank {dist.get_rank()} does not see the folder rank 0 made there; "
@@ -81,13 +64,14 @@ def save_checkpoint(directory: str, state: TrainState, model: list, optimizer, s
     overlapped = [chunk for chunk in model if chunk.ddp_config.overlap_param_gather]
     for chunk in overlapped:
         chunk.disable_forward_pre_hook()  # gathers what the next forward pass would have gathered
-    with _together(), _writing(directory, flag), torch.no_grad():
+    with _together(), writing(directory, flag), torch.no_grad():
         dist_checkpointing.save(_sharded_state(model, optimizer, scheduler, with_rng=True), temporary)
     for chunk in overlapped:
         chunk.enable_forward_pre_hook()
-    with _together(), _writing(directory, flag):
+    with _together(), writing(directory, flag):
         if dist.get_rank() == 0:
-            _commit(directory, temporary, folder, state.iteration)
+            write_json(os.path.join(temporary, RECORD), record)
+            commit(directory, temporary, folder, state.iteration)
     return folder
 
 
@@ -125,7 +109,7 @@ def load_checkpoint(directory: str, model: list, optimizer, scheduler, *, archit
         except (AssertionError, KeyError) as error:
             raise ValueError(
                 f"{flag} {folder}: optimizer or schedule is not the saved one ({error}); give the saved run's flags, "
-                f"or --override-opt-param-scheduler or --use-checkpoint-opt-param-scheduler for the schedule") from error
+                f"or --override-opt-param-scheduler or --use-checkpoint-opt-param-scheduler") from error
     if saved == now:
         _set_rng_state(loaded["rng_state"])
     elif dist.get_rank() == 0:
@@ -152,74 +136,6 @@ def load_weights(directory: str, module, *, architecture: dict | None = None,
     missing, unexpected = module.load_state_dict(_read(folder, template, flag), strict=False)
     assert not unexpected and all(key.endswith("_extra_state") for key in missing), (missing, unexpected)
     return record["metadata"]
-
-
-def read_metadata(directory: str, *, flag: str = "--load") -> dict:
-    """The metadata dict that was saved; needs no process groups. Raises ValueError as load_checkpoint does."""
-    folder = _resolve(directory, flag)
-    return _read_json(folder, RECORD, flag)["metadata"]
-
-
-def latest_iteration(directory: str, *, flag: str = "--load") -> int | None:
-    """Iteration of the newest complete checkpoint, or None where there is none; needs no process groups.
-
-    Raises:
-        ValueError: the pointer holds no iteration, or one whose folder is not there.
-    """
-    complete = _complete(directory)
-    pointer = os.path.join(directory, POINTER)
-    if not os.path.exists(pointer):
-        return max(complete, default=None)
-    with open(pointer, errors="replace") as file:
-        text = file.read().strip()
-    if not text.isdecimal() or int(text) not in complete:
-        raise ValueError(f"{flag} {directory}: {POINTER} says {text!r}, but complete checkpoints there are "
-                         f"{_listed(complete)}; write one of these iterations into {pointer}, or remove that file")
-    return int(text)
-
-
-def weights_fingerprint(module) -> str:
-    """64-bit content hash of a model's weights, in hex: the same for every parallel layout, on every rank.
-
-    Σ over tensors and elements of mix64(bits ⊕ (hash(key, shape, dtype) + flat global index · odd constant)) mod 2⁶⁴,
-    each element counted by its main replica. Parameters in flight (overlap_param_gather) must have arrived.
-    """
-    total = torch.zeros((), dtype=torch.int64, device=device())
-    with torch.no_grad():
-        for tensor in _tensors(unwrap(module).sharded_state_dict(metadata=dict(SHARDING))):
-            if is_main_replica(tensor.replica_id):
-                total += _tensor_hash(tensor)
-    dist.all_reduce(total)
-    return f"{total.item() % 2**64:016x}"
-
-
-def _tensor_hash(tensor: ShardedTensor, chunk: int = 2**18) -> Tensor:
-    """Sum of element hashes of one local shard, int64 []; `chunk` elements at a time (2**22: 5× slower, out of the CPU's cache)."""
-    data = tensor.data.detach()
-    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[data.element_size()]
-    name = f"{tensor.key} {tuple(tensor.global_shape)} {data.dtype}"
-    seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
-    strides = list(itertools.accumulate(tensor.global_shape[:0:-1], lambda a, b: a * b, initial=1))[::-1]
-    base = sum(offset * stride for offset, stride in zip(tensor.global_offset, strides))
-    total = torch.zeros((), dtype=torch.int64, device=data.device)
-    rows = data.reshape(1) if data.dim() == 0 else data
-    for start in range(0, len(rows), step := max(1, chunk * len(rows) // max(1, rows.numel()))):
-        part = rows[start:start + step]
-        index = torch.full((), base, dtype=torch.int64, device=data.device)
-        for axis, (size, stride) in enumerate(zip(part.shape, strides[tensor.prepend_axis_num:])):
-            first = start if axis == 0 else 0
-            places = torch.arange(first, first + size, device=data.device) * stride
-            index = index.unsqueeze(-1) + places
-        bits = part.contiguous().view(integer).long()
-        total += _mix64(bits ^ (index * -0x61C8864680B583EB + seed)).sum()  # 2⁶⁴ / golden ratio, as a signed integer
-    return total
-
-
-def _mix64(x: Tensor) -> Tensor:
-    """SplitMix64's finaliser on int64 [...], wrapping; >> is arithmetic, so the sign bits are masked off."""
-    x = (x ^ ((x >> 30) & (2**34 - 1))) * -0x40A7B892E31B1A47
-    x = (x ^ ((x >> 27) & (2**37 - 1))) * -0x6B2FB644ECCEEE15
-    return x ^ ((x >> 31) & (2**33 - 1))
 
 
 def _sharded_state(model: list, optimizer, scheduler, with_rng: bool, is_loading: bool = False) -> dict:
@@ -256,7 +172,7 @@ def _load_optimizer(optimizer, loaded: dict, keep_lr: bool) -> None:
 
     The step count of torch's Adam: Megatron-Core leaves out a count of 0 (plain optimizers), or loads one tensor for
     all parameters and copies the template's count over it (distributed one); torch adds to it per parameter.
-    The groups' learning-rate bounds: 0.16 lets the saved ones win whatever the scheduler was told, 0.19 fails on others.
+    The groups' learning-rate bounds: 0.16 lets the saved ones win whatever the scheduler was told, 0.19 fails.
     """
     inner, is_torch = _inner(optimizer)
     saved = loaded.get("optimizer", loaded)
@@ -301,14 +217,14 @@ def _layout() -> dict:
 def _open(directory: str, architecture: dict | None, flag: str) -> tuple[str, dict]:
     """Find the folder, check its files and its architecture; returns the folder and its ebft.json."""
     with _together():
-        folder = _resolve(directory, flag)
-        record = _read_json(folder, RECORD, flag)
+        folder = resolve(directory, flag)
+        record = read_json(folder, RECORD, flag)
         if dist.get_rank() == 0:
-            for name, size in _read_json(folder, MANIFEST, flag).items():
+            for name, size in read_json(folder, MANIFEST, flag).items():
                 path = os.path.join(folder, name)
                 there = os.path.getsize(path) if os.path.exists(path) else None
                 if there != size:
-                    raise _damaged(folder, flag, f"{name} is missing" if there is None else
+                    raise damaged(folder, flag, f"{name} is missing" if there is None else
                                    f"{name} has {there} bytes instead of {size}")
         saved = record["metadata"].get("architecture", {})
         differ = [f"{field} (saved {saved.get(field)!r}, now {value!r})"
@@ -322,13 +238,13 @@ def _open(directory: str, architecture: dict | None, flag: str) -> tuple[str, di
 def _read(folder: str, template: dict, flag: str) -> dict:
     """Check every tensor of the template against the checkpoint, then load it."""
     with _together():
-        with _reading(folder, flag):
-            # Not dist_checkpointing.load_tensors_metadata: 0.19.2's fails on what torch ≥ 2.12 stores.
+        with reading(folder, flag):
+            # Not dist_checkpointing.load_tensors_metadata: 0.19.2's fails on what torch 2.15 stores.
             stored = {key: tuple(value.size) for key, value in
                       FileSystemReader(folder).read_metadata().state_dict_metadata.items()
                       if isinstance(value, TensorStorageMetadata)}
         wrong = {}
-        for tensor in _tensors(template):
+        for tensor in sharded_tensors(template):
             needed, found = tuple(tensor.global_shape), stored.get(tensor.key)
             if found != needed:
                 wrong[tensor.key] = f"{tensor.key}: {'missing' if found is None else f'shape {found}'}, needs {needed}"
@@ -336,129 +252,10 @@ def _read(folder: str, template: dict, flag: str) -> dict:
             hint = "; the optimizer was another one, or sharded otherwise" if "optimizer" in " ".join(wrong) else ""
             raise ValueError(f"{flag} {folder}: {len(wrong)} tensors do not fit the model{hint}: "
                              f"{'; '.join(list(wrong.values())[:8])}; name a checkpoint of this model")
-    with _together(), _reading(folder, flag), torch.no_grad():
+    with _together(), reading(folder, flag), torch.no_grad():
         # Sharding was validated when it was saved; doing so again would fail on rank 0 alone while others wait.
         loaded = dist_checkpointing.load(template, folder, validate_access_integrity=False)
         return {key: loaded[key] for key in template}  # without what else the checkpoint holds
-
-
-def _tensors(sharded) -> Iterator[ShardedTensor]:
-    """The sharded tensors of a state dict, factories applied."""
-    for value in nested_values(sharded):
-        if isinstance(value, ShardedTensorFactory):
-            yield from _tensors(value.build())
-        elif isinstance(value, ShardedTensor):
-            yield value
-
-
-def _name(iteration: int) -> str:
-    return f"iter_{iteration:07d}"
-
-
-def _complete(directory: str) -> list[int]:
-    """Iterations whose folder was renamed to its final name (or kept as `.old` by a save killed at that moment)."""
-    names = os.listdir(directory) if os.path.isdir(directory) else []
-    found = {int(match[1]) for match in (re.fullmatch(r"iter_(\d{7,})(\.old)?", name) for name in names)
-             if match and os.path.exists(os.path.join(directory, match[0], MANIFEST))}
-    return sorted(found)
-
-
-def _listed(iterations: list[int]) -> str:
-    return ", ".join(map(str, iterations)) or "none"
-
-
-def _resolve(directory: str, flag: str) -> str:
-    """The checkpoint folder meant by a directory: itself, or the one its pointer names."""
-    if not os.path.isdir(directory):
-        raise ValueError(f"{flag} {directory}: no such directory; name one that --save wrote")
-    if os.path.exists(os.path.join(directory, RECORD)):
-        return directory
-    iteration = latest_iteration(directory, flag=flag)
-    if iteration is None:
-        raise ValueError(f"{flag} {directory}: no complete checkpoint there (no iter_* folder with {MANIFEST}); name a "
-                         f"directory that --save wrote")
-    folder = os.path.join(directory, _name(iteration))
-    return folder if os.path.isdir(folder) else folder + ".old"
-
-
-def _clear_leftovers(directory: str) -> None:
-    """Remove what killed saves left; a replaced checkpoint whose successor never came gets its name back."""
-    os.makedirs(directory, exist_ok=True)
-    for name in os.listdir(directory):
-        path = os.path.join(directory, name)
-        final = path.removesuffix(".old")
-        if re.fullmatch(r"iter_\d{7,}\.tmp", name) or re.fullmatch(r"iter_\d{7,}\.old", name) and os.path.isdir(final):
-            shutil.rmtree(path)
-        elif re.fullmatch(r"iter_\d{7,}\.old", name):
-            os.rename(path, final)
-
-
-def _commit(directory: str, temporary: str, folder: str, iteration: int) -> None:
-    """Make a finished temporary folder the checkpoint of its iteration, then the latest one."""
-    sizes = {name: os.path.getsize(os.path.join(temporary, name)) for name in sorted(os.listdir(temporary))}
-    for name in sizes:
-        _sync(os.path.join(temporary, name))
-    _write_json(os.path.join(temporary, MANIFEST), sizes)
-    _sync(temporary)
-    if os.path.isdir(folder):
-        os.rename(folder, folder + ".old")
-    os.rename(temporary, folder)
-    _sync(directory)
-    pointer = os.path.join(directory, POINTER)
-    with open(pointer + ".tmp", "w") as file:
-        file.write(str(iteration))
-    _sync(pointer + ".tmp")
-    os.replace(pointer + ".tmp", pointer)
-    _sync(directory)
-    shutil.rmtree(folder + ".old", ignore_errors=True)
-
-
-def _sync(path: str) -> None:
-    """Flush a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_json(path: str, value: dict) -> None:
-    with open(path, "w") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-    _sync(path)
-
-
-def _read_json(folder: str, name: str, flag: str) -> dict:
-    with _reading(folder, flag), open(os.path.join(folder, name)) as file:
-        return json.load(file)
-
-
-def _damaged(folder: str, flag: str, what: str) -> ValueError:
-    directory, name = os.path.split(os.path.abspath(folder))
-    older = [iteration for iteration in _complete(directory) if _name(iteration) != name]
-    return ValueError(f"{flag} {folder}: the checkpoint is damaged ({what}); remove that folder and write another "
-                      f"iteration (there: {_listed(older)}) into {os.path.join(directory, POINTER)}")
-
-
-@contextlib.contextmanager
-def _reading(folder: str, flag: str):
-    """Turn what damaged files raise into a ValueError that names the folder."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except UNREADABLE as error:
-        raise _damaged(folder, flag, f"{type(error).__name__}: {error}"[:300]) from error
-
-
-@contextlib.contextmanager
-def _writing(directory: str, flag: str):
-    """Turn what a full or forbidden disk raises into a ValueError that names the directory."""
-    try:
-        yield
-    except (OSError, CheckpointException, CheckpointingException) as error:
-        raise ValueError(f"{flag} {directory}: cannot write the checkpoint ({error}); free space or name another "
-                         f"directory. Earlier checkpoints are untouched") from error
 
 
 @contextlib.contextmanager

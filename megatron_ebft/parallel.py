@@ -18,16 +18,15 @@ def init_parallel(tensor_model_parallel_size: int, pipeline_model_parallel_size:
     Raises:
         ValueError: when the world size is not a multiple of the model-parallel size.
     """
-    for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29511"), ("RANK", "0"), ("WORLD_SIZE", "1")):
-        os.environ.setdefault(name, value)
-    world = int(os.environ["WORLD_SIZE"])
+    world = int(os.environ.get("WORLD_SIZE", "1"))
     model_parallel = tensor_model_parallel_size * pipeline_model_parallel_size
     if world % model_parallel:
         raise ValueError(
             f"world size {world} is not a multiple of --tensor-model-parallel-size {tensor_model_parallel_size} × "
             f"--pipeline-model-parallel-size {pipeline_model_parallel_size}; start a multiple of {model_parallel} ranks")
     init_device()
-    dist.init_process_group(backend(), timeout=datetime.timedelta(minutes=timeout_minutes))
+    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(backend(), **alone, timeout=datetime.timedelta(minutes=timeout_minutes))
     parallel_state.initialize_model_parallel(tensor_model_parallel_size, pipeline_model_parallel_size)
     set_seed(seed)
 

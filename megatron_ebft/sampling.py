@@ -12,28 +12,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ebft.device import temporary_elements
+from megatron_ebft.hashing import GOLDEN, mix64
 from megatron_ebft.readout import log_sum_exp
-
-_GOLDEN, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-
-
-def _signed(value: int) -> int:
-    """The int64 with the bits of an unsigned 64-bit number."""
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
-def mix64(x: Tensor) -> Tensor:
-    """The finaliser of splitmix64, a bijection of int64 that spreads every bit over all others."""
-    x = (x ^ ((x >> 30) & (1 << 34) - 1)) * _signed(_MIX1)
-    x = (x ^ ((x >> 27) & (1 << 37) - 1)) * _signed(_MIX2)
-    return x ^ ((x >> 31) & (1 << 33) - 1)
-
 
 def uniform(seed: int, iteration: int, document: Tensor, block: Tensor, sample: Tensor, step: int) -> Tensor:
     """Uniform numbers in [0, 1), float64, of the broadcast shape of document, block and sample (int64)."""
     state = torch.zeros((), dtype=torch.int64, device=document.device)
     for part in (seed, iteration, document, block, sample, step):
-        state = mix64(state + part + _signed(_GOLDEN))
+        state = mix64(state + part + GOLDEN)
     return ((state >> 11) & (1 << 53) - 1).double() * 2.0**-53
 
 

@@ -1,0 +1,152 @@
+"""Checkpoint folders: names, the latest pointer, what is whole and what is damaged, and how a save becomes visible."""
+
+import contextlib
+import json
+import os
+import pickle
+import re
+import shutil
+import zipfile
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint.api import CheckpointException
+
+POINTER, RECORD, MANIFEST = "latest_checkpointed_iteration.txt", "ebft.json", "manifest.json"
+UNREADABLE = (CheckpointingException, CheckpointException, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError,
+              RuntimeError, KeyError, ValueError, AttributeError, IndexError, ImportError, TypeError)
+"""What damaged files make torch and Megatron-Core raise."""
+
+
+def read_metadata(directory: str, *, flag: str = "--load") -> dict:
+    """The metadata dict that was saved; needs no process groups. Raises ValueError as load_checkpoint does."""
+    folder = resolve(directory, flag)
+    return read_json(folder, RECORD, flag)["metadata"]
+
+
+def latest_iteration(directory: str, *, flag: str = "--load") -> int | None:
+    """Iteration of the newest complete checkpoint, or None where there is none; needs no process groups.
+
+    Raises:
+        ValueError: the pointer holds no iteration, or one whose folder is not there.
+    """
+    complete = complete_iterations(directory)
+    pointer = os.path.join(directory, POINTER)
+    if not os.path.exists(pointer):
+        return max(complete, default=None)
+    with open(pointer, errors="replace") as file:
+        text = file.read().strip()
+    if not text.isdecimal() or int(text) not in complete:
+        raise ValueError(f"{flag} {directory}: {POINTER} says {text!r}, but complete checkpoints there are "
+                         f"{_listed(complete)}; write one of these iterations into {pointer}, or remove that file")
+    return int(text)
+
+
+def folder_name(iteration: int) -> str:
+    return f"iter_{iteration:07d}"
+
+
+def complete_iterations(directory: str) -> list[int]:
+    """Iterations whose folder was renamed to its final name (or kept as `.old` by a save killed at that moment)."""
+    names = os.listdir(directory) if os.path.isdir(directory) else []
+    found = {int(match[1]) for match in (re.fullmatch(r"iter_(\d{7,})(\.old)?", name) for name in names)
+             if match and os.path.exists(os.path.join(directory, match[0], MANIFEST))}
+    return sorted(found)
+
+
+def _listed(iterations: list[int]) -> str:
+    return ", ".join(map(str, iterations)) or "none"
+
+
+def resolve(directory: str, flag: str) -> str:
+    """The checkpoint folder meant by a directory: itself, or the one its pointer names."""
+    if not os.path.isdir(directory):
+        raise ValueError(f"{flag} {directory}: no such directory; name one that --save wrote")
+    if os.path.exists(os.path.join(directory, RECORD)):
+        return directory
+    iteration = latest_iteration(directory, flag=flag)
+    if iteration is None:
+        raise ValueError(f"{flag} {directory}: no complete checkpoint there (no iter_* folder with {MANIFEST}); name a "
+                         f"directory that --save wrote")
+    folder = os.path.join(directory, folder_name(iteration))
+    return folder if os.path.isdir(folder) else folder + ".old"
+
+
+def clear_leftovers(directory: str) -> None:
+    """Remove what killed saves left; a replaced checkpoint whose successor never came gets its name back."""
+    os.makedirs(directory, exist_ok=True)
+    for name in os.listdir(directory):
+        path = os.path.join(directory, name)
+        final = path.removesuffix(".old")
+        if re.fullmatch(r"iter_\d{7,}\.tmp", name) or re.fullmatch(r"iter_\d{7,}\.old", name) and os.path.isdir(final):
+            shutil.rmtree(path)
+        elif re.fullmatch(r"iter_\d{7,}\.old", name):
+            os.rename(path, final)
+
+
+def commit(directory: str, temporary: str, folder: str, iteration: int) -> None:
+    """Make a finished temporary folder the checkpoint of its iteration, then the latest one."""
+    sizes = {name: os.path.getsize(os.path.join(temporary, name)) for name in sorted(os.listdir(temporary))}
+    for name in sizes:
+        _sync(os.path.join(temporary, name))
+    write_json(os.path.join(temporary, MANIFEST), sizes)
+    _sync(temporary)
+    if os.path.isdir(folder):
+        os.rename(folder, folder + ".old")
+    os.rename(temporary, folder)
+    _sync(directory)
+    pointer = os.path.join(directory, POINTER)
+    with open(pointer + ".tmp", "w") as file:
+        file.write(str(iteration))
+    _sync(pointer + ".tmp")
+    os.replace(pointer + ".tmp", pointer)
+    _sync(directory)
+    shutil.rmtree(folder + ".old", ignore_errors=True)
+
+
+def _sync(path: str) -> None:
+    """Flush a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: str, value: dict) -> None:
+    with open(path, "w") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+    _sync(path)
+
+
+def read_json(folder: str, name: str, flag: str) -> dict:
+    with reading(folder, flag), open(os.path.join(folder, name)) as file:
+        return json.load(file)
+
+
+def damaged(folder: str, flag: str, what: str) -> ValueError:
+    directory, name = os.path.split(os.path.abspath(folder))
+    older = [iteration for iteration in complete_iterations(directory) if folder_name(iteration) != name]
+    return ValueError(f"{flag} {folder}: the checkpoint is damaged ({what}); remove that folder and write another "
+                      f"iteration (there: {_listed(older)}) into {os.path.join(directory, POINTER)}")
+
+
+@contextlib.contextmanager
+def reading(folder: str, flag: str):
+    """Turn what damaged files raise into a ValueError that names the folder."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except UNREADABLE as error:
+        raise damaged(folder, flag, f"{type(error).__name__}: {error}"[:300]) from error
+
+
+@contextlib.contextmanager
+def writing(directory: str, flag: str):
+    """Turn what a full or forbidden disk raises into a ValueError that names the directory."""
+    try:
+        yield
+    except (OSError, CheckpointException, CheckpointingException) as error:
+        raise ValueError(f"{flag} {directory}: cannot write the checkpoint ({error}); free space or name another "
+                         f"directory. Earlier checkpoints are untouched") from error

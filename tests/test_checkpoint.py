@@ -1,0 +1,371 @@
+"""Checkpoints: training continues bit for bit, layouts may change, damage is named."""
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from ranks import run_ranks
+
+from megatron_ebft import checkpoint, fingerprint, parallel
+from megatron_ebft.attention import CausalPattern, as_mask
+from megatron_ebft.checkpoint import TrainState, load_checkpoint, load_weights, save_checkpoint
+from megatron_ebft.checkpoint_files import MANIFEST, POINTER, latest_iteration, read_metadata
+from megatron_ebft.fingerprint import weights_fingerprint
+from megatron_ebft.model import ModelArgs, build_encoder, build_frozen, build_policy, unwrap
+
+ARGS = ModelArgs(num_layers=4, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2,
+                 kv_channels=8, padded_vocab_size=64, max_position_embeddings=64)
+META = {"architecture": {"num_layers": 4, "hidden_size": 32}, "tokenizer": "fingerprint ü"}
+
+
+def seed_all(seed: int) -> None:
+    parallel.set_seed(seed)
+    random.seed(seed)
+    numpy.random.seed(seed)
+
+
+class Run:
+    """A policy with Megatron's optimizer and schedule, and a loop whose data comes from all random generators."""
+
+    def __init__(self, distributed: bool = True, lr: float = 1e-2, overlap: bool = False, **config):
+        seed_all(1)
+        ddp = DistributedDataParallelConfig(use_distributed_optimizer=distributed, overlap_param_gather=overlap,
+                                            overlap_grad_reduce=overlap)
+        self.model = build_policy(ARGS, ddp, **config)
+        self.optimizer = get_megatron_optimizer(
+            OptimizerConfig(optimizer="adam", lr=lr, min_lr=1e-4, weight_decay=0.1, clip_grad=1.0,
+                            bf16=config.get("bf16", False), use_distributed_optimizer=distributed,
+                            overlap_param_gather=overlap), self.model)
+        self.scheduler = OptimizerParamScheduler(
+            self.optimizer, init_lr=0.0, max_lr=lr, min_lr=1e-4, lr_warmup_steps=2, lr_decay_steps=20,
+            lr_decay_style="cosine", start_wd=0.1, end_wd=0.1, wd_incr_steps=20, wd_incr_style="constant",
+            use_checkpoint_opt_param_scheduler=False)
+        self.parts = (self.model, self.optimizer, self.scheduler)
+
+    def train(self, steps: int):
+        ddp = self.model[0]
+        for _ in range(steps):
+            shift = random.randrange(8) + int(numpy.random.randint(8))
+            token_BT = (torch.randint(0, 64, (2, 16)) + shift) % 64
+            ddp.zero_grad_buffer()
+            self.optimizer.zero_grad()
+            logits_TBV = unwrap(ddp)(token_BT, torch.arange(16).expand(2, 16), as_mask(CausalPattern()),
+                                     labels=lambda hidden, head, group: head(hidden))
+            loss = torch.nn.functional.cross_entropy(logits_TBV.float().flatten(0, 1), token_BT.t().flatten())
+            (loss / parallel.dp_size()).backward()
+            ddp.finish_grad_sync()
+            self.optimizer.step()
+            self.scheduler.step(1)
+        return self
+
+    def weights(self) -> dict:
+        return {name: p.detach().clone() for name, p in unwrap(self.model[0]).named_parameters()}
+
+    def save(self, directory, iteration: int) -> str:
+        return save_checkpoint(str(directory), TrainState(iteration, 2 * iteration), *self.parts, META)
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank():
+    parallel.init_parallel(1, 1, seed=1)
+    yield
+    parallel.shut_down()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A directory with iterations 2 and 3, and the run that wrote them."""
+    directory = tmp_path_factory.mktemp("saved")
+    run = Run().train(2)
+    run.save(directory, 2)
+    run.train(1).save(directory, 3)
+    return directory, run
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    """A copy of `saved` to damage."""
+    return Path(shutil.copytree(saved[0], tmp_path / "copy"))
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+# --- continuing ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [dict(), dict(bf16=True), dict(distributed=False),
+                                     dict(distributed=False, bf16=True), dict(overlap=True)], ids=str)
+def test_training_continues_bit_for_bit(tmp_path, options):
+    first = Run(**options).train(2)
+    first.save(tmp_path, 2)
+    expected = first.train(3).weights()
+    second = Run(**options)
+    state, metadata = load_checkpoint(str(tmp_path), *second.parts, architecture=META["architecture"])
+    assert (state, metadata) == (TrainState(iteration=2, consumed_samples=4), META)
+    assert same(second.train(3).weights(), expected)
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_a_save_before_the_first_step_changes_nothing(tmp_path, distributed):
+    expected = Run(distributed).train(2).weights()
+    first = Run(distributed)
+    first.save(tmp_path, 0)
+    assert same(first.train(2).weights(), expected)
+    second = Run(distributed)
+    load_checkpoint(str(tmp_path), *second.parts)
+    assert same(second.train(2).weights(), expected)
+
+
+def two_ranks(one: str, two: str) -> dict:
+    """On two ranks: continue at DP 2, save there, and fingerprint a one-rank checkpoint in three layouts."""
+    parallel.init_parallel(1, 1, seed=1)
+    run = Run().train(2)
+    run.save(two, 2)
+    saved_print = weights_fingerprint(run.model[0])
+    expected = run.train(2).weights()
+    again = Run()
+    load_checkpoint(two, *again.parts)
+    result = {"continues": same(again.train(2).weights(), expected), "saved": saved_print,
+              "trained": weights_fingerprint(run.model[0]), "prints": [], "refused": "", "agreed": ""}
+    from_one = Run()
+    load_checkpoint(one, *from_one.parts)
+    result["prints"].append(weights_fingerprint(from_one.model[0]))
+    try:
+        with checkpoint._together():
+            if parallel.dp_rank() == 1:
+                raise ValueError("only rank 1")
+    except ValueError as error:
+        result["agreed"] = str(error)
+    for tensor_parallel, pipeline_parallel in ((2, 1), (1, 2)):
+        parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(tensor_parallel, pipeline_parallel)
+        parallel.set_seed(1)
+        module = build_frozen(ARGS, tensor_model_parallel_size=tensor_parallel, pipeline_dtype=torch.float32,
+                              pipeline_model_parallel_size=pipeline_parallel)
+        load_weights(one, module)
+        result["prints"].append(weights_fingerprint(module))
+        if tensor_parallel == 2:
+            try:
+                load_checkpoint(one, [module], None, None)
+            except ValueError as error:
+                result["refused"] = str(error)
+    parallel.shut_down()
+    return result
+
+
+def test_two_ranks(saved, tmp_path, capsys):
+    one, run = saved
+    ranks = run_ranks(2, "test_checkpoint:two_ranks", str(one), str(tmp_path))
+    for result in ranks:
+        assert result["continues"]
+        assert result["agreed"] == "only rank 1"
+        assert result["prints"] == [weights_fingerprint(run.model[0])] * 3  # DP 2, TP 2, PP 2
+        assert "--tensor-model-parallel-size 1, now 2" in result["refused"]
+    single = Run()
+    load_checkpoint(str(tmp_path), *single.parts)  # DP 2 → DP 1
+    assert "saved on 2 ranks" in capsys.readouterr().out
+    assert weights_fingerprint(single.model[0]) == ranks[0]["saved"]
+    seed_all(5)
+    expected = single.train(2).weights()
+    moved = Run()
+    load_checkpoint(str(tmp_path), *moved.parts)
+    single_state, moved_state = (r.optimizer.chained_optimizers[0].optimizer.state for r in (single, moved))
+    assert all(float(s["step"]) == 4 for s in single_state.values())
+    assert all(float(s["step"]) == 2 and float(s["exp_avg"].abs().max()) > 0 for s in moved_state.values())
+    seed_all(5)
+    assert same(moved.train(2).weights(), expected)
+
+
+# --- weights alone ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_truncated_encoder_takes_the_lower_layers(saved, bf16):
+    directory, run = saved
+    encoder = build_encoder(ARGS, 2, bf16=bf16)
+    assert load_weights(str(directory / "iter_0000003"), encoder, architecture={"hidden_size": 32}) == META
+    policy, kept = run.weights(), dict(unwrap(encoder).named_parameters())
+    assert {name.split(".")[2] for name in kept if "layers" in name} == {"0", "1"}
+    assert not any("final" in name or "output" in name for name in kept)
+    assert all(torch.equal(p, policy[name].to(p.dtype)) for name, p in kept.items())
+
+
+def test_tensors_that_do_not_fit_are_named(saved):
+    directory = str(saved[0])
+    with pytest.raises(ValueError, match="--ebft-encoder-load .*decoder.layers.4.*missing, needs"):
+        load_weights(directory, build_encoder(ARGS, 5), flag="--ebft-encoder-load")
+    wide = ModelArgs(**{**vars(ARGS), "padded_vocab_size": 128})
+    with pytest.raises(ValueError, match=r"word_embeddings.weight: shape \(64, 32\), needs \(128, 32\)"):
+        load_weights(directory, build_frozen(wide))
+
+
+def test_fingerprint_sees_every_element_and_its_place():
+    module = build_frozen(ARGS)
+    original = weights_fingerprint(module)
+    assert original == weights_fingerprint(module) and len(original) == 16
+    prints = {original}
+    for name, parameter in module.named_parameters():
+        if ".1." in name or "layers" not in name:
+            flat = parameter.data.view(-1)
+            flat[3] += 2 ** -20
+            prints.add(weights_fingerprint(module))
+            flat[3] -= 2 ** -20
+    changed = len(prints)
+    fc1 = module.decoder.layers[0].mlp.linear_fc1.weight.data
+    fc1[[0, 50]] = fc1[[50, 0]]  # a gate row with an up row
+    prints.add(weights_fingerprint(module))
+    fc1[[0, 50]] = fc1[[50, 0]]
+    a, b = (module.decoder.layers[i].mlp.linear_fc2.weight for i in (0, 1))
+    a.data, b.data = b.data, a.data
+    prints.add(weights_fingerprint(module))
+    a.data, b.data = b.data, a.data
+    assert changed == 1 + 6 + 3 and len(prints) == changed + 2
+    assert weights_fingerprint(module) == original
+
+
+def test_fingerprint_does_not_depend_on_chunks():
+    data = torch.randn(6, 10)
+    tensor = ShardedTensor.from_rank_offsets("key", data, (0, 1, 2), (1, 0, 3), (2, 2, 3),
+                                                        prepend_axis_num=1)
+    whole = fingerprint._tensor_hash(tensor)
+    assert all(torch.equal(whole, fingerprint._tensor_hash(tensor, chunk)) for chunk in (1, 7, 20, 59, 60))
+
+
+# --- saving ----------------------------------------------------------------------------------------------------------
+
+
+def test_folder_layout(saved):
+    directory, _ = saved
+    assert sorted(os.listdir(directory)) == ["iter_0000002", "iter_0000003", "latest_checkpointed_iteration.txt"]
+    assert (directory / POINTER).read_text() == "3" and latest_iteration(str(directory)) == 3
+    record = json.loads((directory / "iter_0000003/ebft.json").read_text())
+    assert record["metadata"] == META == read_metadata(str(directory))
+    assert record["train_state"] == {"iteration": 3, "consumed_samples": 6}
+
+
+def test_a_killed_save_leaves_the_older_checkpoint(copy, saved, monkeypatch):
+    run, rename = saved[1], os.rename
+
+    def killed_before(source, target):
+        if str(source).endswith("4.tmp"):
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", killed_before)
+    with pytest.raises(KeyboardInterrupt):
+        run.save(copy, 4)
+    monkeypatch.undo()
+    assert (copy / "iter_0000004.tmp").is_dir() and latest_iteration(str(copy)) == 3
+    load_checkpoint(str(copy), *Run().parts)
+    run.save(copy, 5)
+    assert not (copy / "iter_0000004.tmp").exists() and latest_iteration(str(copy)) == 5
+
+
+def test_a_save_over_an_iteration_is_safe(copy, saved, monkeypatch):
+    run, rename = saved[1], os.rename
+
+    def killed_between(source, target):
+        if str(source).endswith("3.tmp"):
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", killed_between)
+    with pytest.raises(KeyboardInterrupt):
+        run.save(copy, 3)
+    monkeypatch.undo()
+    assert not (copy / "iter_0000003").exists() and latest_iteration(str(copy)) == 3
+    assert load_checkpoint(str(copy), *Run().parts)[0].iteration == 3  # from iter_0000003.old
+    os.rename(copy / "iter_0000002", copy / "iter_0000009")
+    run.save(copy, 3)
+    assert sorted(os.listdir(copy)) == ["iter_0000003", "iter_0000009", "latest_checkpointed_iteration.txt"]
+    load_checkpoint(str(copy), *Run().parts)
+
+
+def test_a_lost_pointer_means_the_newest(copy, tmp_path):
+    os.remove(copy / POINTER)
+    os.remove(copy / "iter_0000003" / MANIFEST)
+    assert latest_iteration(str(copy)) == 2
+    assert latest_iteration(str(tmp_path / "nothing")) is None
+
+
+def test_a_directory_that_cannot_be_written(tmp_path, saved):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="--save .*file: cannot write"):
+        saved[1].save(tmp_path / "file", 1)
+
+
+# --- errors of loading -----------------------------------------------------------------------------------------------
+
+
+def refused(directory, match: str, **options) -> None:
+    with pytest.raises(ValueError, match=match):
+        load_weights(str(directory), build_frozen(ARGS), flag="--load", **options)
+
+
+def test_nothing_to_load(tmp_path):
+    refused(tmp_path / "no", "--load .*no: no such directory; name one")
+    refused(tmp_path, "--load .*no complete checkpoint there")
+
+
+@pytest.mark.parametrize("text", ["7", "release", ""])
+def test_a_pointer_to_nowhere(copy, text):
+    (copy / POINTER).write_text(text)
+    refused(copy, f"--load .*says '{text}', but complete checkpoints there are 2, 3; write one of these")
+
+
+def test_damaged_files_are_named(copy):
+    folder = copy / "iter_0000003"
+    data = next(folder.glob("*.distcp"))
+    truncate(data)
+    refused(copy, rf"--load .*damaged \({data.name} has \d+ bytes instead of \d+\).*there: 2\) into .*latest")
+    data.unlink()
+    refused(copy, f"damaged .{data.name} is missing")
+    refused(folder, f"damaged .{data.name} is missing")
+
+
+@pytest.mark.parametrize("name", [".metadata", "ebft.json", "manifest.json", "metadata.json"])
+def test_garbage_of_the_right_size_is_named(copy, name):
+    path = copy / "iter_0000003" / name
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    refused(copy, "--load .*iter_0000003: the checkpoint is damaged")
+
+
+def test_garbage_in_common_state_is_named(copy):
+    for path in [*(copy / "iter_0000003").glob("common.pt"), *(copy / "iter_0000003").glob("*.distcp")]:
+        path.write_bytes(b"\xff" * path.stat().st_size)
+    refused(copy, "--load .*iter_0000003: the checkpoint is damaged")
+
+
+def test_another_architecture(saved):
+    refused(saved[0], r"--load .*hidden_size \(saved 32, now 64\), kv_channels \(saved None, now 8\)",
+            architecture={"num_layers": 4, "hidden_size": 64, "kv_channels": 8})
+
+
+def test_another_optimizer_or_schedule(saved):
+    with pytest.raises(ValueError, match="--load .*tensors do not fit the model; the optimizer was another one"):
+        load_checkpoint(str(saved[0]), *Run(distributed=False).parts)
+    with pytest.raises(ValueError, match="--load .*learning rate do not match.*--override-opt-param-scheduler"):
+        load_checkpoint(str(saved[0]), *Run(lr=2e-2).parts)
+    for choice, lr in (("override_opt_param_scheduler", 2e-2), ("use_checkpoint_opt_param_scheduler", 1e-2)):
+        run = Run(lr=2e-2)
+        setattr(run.scheduler, choice, True)
+        load_checkpoint(str(saved[0]), *run.parts)
+        run.train(1)
+        assert [group["max_lr"] for group in run.optimizer.param_groups] == [lr] * len(run.optimizer.param_groups)

@@ -1,0 +1,176 @@
+"""Cost of an EBFT step against an SFT step: same rows, same model, one run.
+
+    python tools/benchmark.py                                        # the shape of the README's table
+    torchrun --nproc-per-node N tools/benchmark.py --bf16 --num-layers 16 --hidden-size 2048 …
+
+Takes the training flags (see `python -m megatron_ebft.train --help`); random tokens and weights. Prints a table and,
+with --json, writes the same as JSON. Every repeat runs an SFT step, then an EBFT step; medians are reported.
+"""
+
+import dataclasses
+import json
+import statistics
+import sys
+import time
+import warnings
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
+
+PHASES = ("rollout", "features", "train", "optimizer")
+SHAPE = dict(num_layers=8, hidden_size=256, ffn_hidden_size=768, num_attention_heads=8, num_query_groups=4,
+             seq_length=512, vocab_size=8192, micro_batch_size=2, global_batch_size=2, ebft_track_kl=False,
+             untie_embeddings_and_output_weights=True)
+"""The default: small enough for two CPU cores, with every ingredient of a Llama."""
+
+
+@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
+def _flash_cpu(query, key, value, *args, out_shape=None, **kwargs):
+    return sdpa_flop_count(query, key, value)
+
+
+@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward)
+def _flash_cpu_backward(grad, query, key, value, *args, out_shape=None, **kwargs):
+    return sdpa_backward_flop_count(grad, query, key, value)
+
+
+def build(args):
+    """A Run on random weights, and one global batch of random rows on this rank."""
+    from megatron.core.optimizer import get_megatron_optimizer
+
+    from megatron_ebft.arguments import ddp_config, ebft_config, model_args, optimizer_config, transformer_overrides
+    from megatron_ebft.batch import GoldBatch
+    from megatron_ebft.build import build_scheduler
+    from megatron_ebft.checkpoint import TrainState
+    from megatron_ebft.device import device
+    from megatron_ebft.model import build_encoder, build_policy, copy_weights
+    from megatron_ebft.parallel import dp_rank, dp_size
+    from megatron_ebft.training import Run
+
+    architecture, overrides = model_args(args, args.vocab_size), transformer_overrides(args)
+    config = ebft_config(args, architecture.num_layers)
+    policy = build_policy(architecture, ddp_config(args), **overrides)
+    encoder = build_encoder(architecture, max(config.feature_map.layers), **overrides)
+    copy_weights(policy[0], encoder)
+    optimizer = get_megatron_optimizer(optimizer_config(args), policy)
+    run = Run("ebft", policy, encoder, None, optimizer, build_scheduler(args, optimizer), config, None, None, None, args,
+              {}, TrainState())
+    rows = args.global_batch_size // dp_size()
+    generator = torch.Generator().manual_seed(args.seed)
+    tokens = torch.randint(0, args.vocab_size, (args.global_batch_size, args.seq_length), generator=generator)
+    mine = slice(dp_rank() * rows, (dp_rank() + 1) * rows)
+    return run, GoldBatch(tokens[mine].to(device()), torch.arange(args.global_batch_size)[mine].to(device()))
+
+
+def measure_step(run, gold) -> dict[str, float]:
+    """Seconds of one step, by phase and in all."""
+    from megatron_ebft.metrics import PhaseTimer
+    from megatron_ebft.training import train_step
+
+    timer, start = PhaseTimer(), time.perf_counter()
+    train_step(run, gold, timer, check=False)
+    return {**timer.seconds, "step": time.perf_counter() - start}
+
+
+def count_flops(run, gold) -> dict[str, float]:
+    """Floating-point operations of the phases' matrix products and attention."""
+    from megatron_ebft.training import train_step
+
+    counts = {}
+
+    class Counter:
+        def __call__(self, phase):
+            counts[phase] = FlopCounterMode(display=False)
+            return counts[phase]
+
+    train_step(run, gold, Counter(), check=False)
+    return {phase: float(counter.get_total_flops()) for phase, counter in counts.items()}
+
+
+def matmul_rate(dtype: torch.dtype, size: int, repeats: int = 5) -> float:
+    """FLOP/s of the best of a few size³ matrix products: what this device reaches on large ones."""
+    from megatron_ebft.device import device, synchronize
+
+    a, b = (torch.randn(size, size, device=device(), dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(repeats + 1):
+        synchronize()
+        start = time.perf_counter()
+        a @ b
+        synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def benchmark(args) -> dict:
+    """All figures, JSON-able."""
+    from megatron_ebft.device import have_gpu
+
+    run, gold = build(args)
+    sft_run = dataclasses.replace(run, mode="sft")
+    flops = {"ebft": count_flops(run, gold), "sft": count_flops(sft_run, gold)}  # also warms up
+    rate = matmul_rate(torch.bfloat16 if args.bf16 else torch.float32, 8192 if have_gpu() else 2048)
+    sft, ebft = [], []
+    for repeat in range(args.repeats):
+        sft.append(measure_step(sft_run, gold))
+        ebft.append(measure_step(run, gold))
+        print(f"repeat {repeat + 1}/{args.repeats}: SFT {sft[-1]['step']:.3f} s, EBFT {ebft[-1]['step']:.3f} s", flush=True)
+    seconds = {name: {phase: statistics.median(step[phase] for step in steps) for phase in steps[0]}
+               for name, steps in (("ebft", ebft), ("sft", sft))}
+    layout = run.config.layout
+    return {
+        "device": torch.cuda.get_device_name() if have_gpu() else f"CPU, {torch.get_num_threads()} threads",
+        "torch": torch.__version__, "repeats": args.repeats, "matmul_gflops_per_second": rate / 1e9,
+        "gold_tokens": gold.tokens_BT.numel(), "blocks": layout.num_blocks,
+        "rollout_tokens": len(gold.tokens_BT) * layout.num_blocks * layout.num_samples * layout.rollout_length,
+        "seconds": seconds, "gflops": {name: {k: v / 1e9 for k, v in f.items()} for name, f in flops.items()},
+        "ratio": seconds["ebft"]["step"] / seconds["sft"]["step"],
+        "ratio_of_each_repeat": [e["step"] / s["step"] for e, s in zip(ebft, sft)],
+        "flops_ratio": sum(flops["ebft"].values()) / sum(flops["sft"].values())}
+
+
+def table(result: dict) -> str:
+    """The figures as Markdown."""
+    lines = [f"{result['device']}, torch {result['torch']}; {result['gold_tokens']} gold and {result['rollout_tokens']} "
+             f"rollout tokens a step; matrix product {result['matmul_gflops_per_second']:.0f} GFLOP/s", "",
+             "| step | phase | seconds | share | GFLOP | GFLOP/s | of the matrix product |", "|---|---|--:|--:|--:|--:|--:|"]
+    for name in ("sft", "ebft"):
+        seconds, gflops = result["seconds"][name], result["gflops"][name]
+        total = sum(gflops.values())
+        for phase in [p for p in PHASES if p in seconds] + ["step"]:
+            work = total if phase == "step" else gflops.get(phase, 0.0)
+            rate = work / seconds[phase]
+            lines.append(f"| {name} | {phase} | {seconds[phase]:.3f} | {seconds[phase] / seconds['step']:.0%} | {work:.1f} | "
+                         f"{rate:.0f} | {rate / result['matmul_gflops_per_second']:.0%} |")
+    each = result["ratio_of_each_repeat"]
+    lines += ["", f"EBFT / SFT: {result['ratio']:.2f} × in time (single repeats {min(each):.2f} to {max(each):.2f}), "
+                  f"{result['flops_ratio']:.2f} × in operations"]
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+    warnings.filterwarnings("ignore")
+    from megatron_ebft.arguments import build_parser, check_args
+    from megatron_ebft.parallel import init_parallel, shut_down
+
+    parser = build_parser()
+    parser.prog, parser.description = "tools/benchmark.py", __doc__.splitlines()[0]
+    parser.set_defaults(**SHAPE)
+    parser.add_argument("--repeats", type=int, default=5, help="steps of each kind that are timed")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there")
+    args = check_args(parser.parse_args(["--train-iters", "1000", *argv]))
+    init_parallel(args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.seed)
+    result = benchmark(args)
+    if torch.distributed.get_rank() == 0:
+        print(table(result))
+        if args.json:
+            with open(args.json, "w") as file:
+                json.dump(result, file, indent=2)
+    shut_down()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"error: {error}")
