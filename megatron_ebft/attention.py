@@ -108,6 +108,8 @@ class _Chunk:
 def _chunks(row: RowLayout, query_steps: range, starts_BT: Tensor | None, heads_per_group: int, like: Tensor,
             chunk_rows: int) -> list[_Chunk]:
     """Chunks for rollout queries of `query_steps` against cached or in-row keys of all `row.steps` steps."""
+    if row.steps == 0:  # rollouts of one token: a training row is gold alone
+        return []
     lo_BK, hi_K = row.visible_gold(starts_BT)
     samples, per_block = row.layout.num_samples, row.layout.num_samples * row.steps
     queries_per_block = samples * len(query_steps)

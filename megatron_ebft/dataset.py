@@ -229,9 +229,10 @@ def _check_split(kind: Split, blend: Blend, size: int | None, bounds: tuple[floa
         begin, end = (round(bound * len(lengths[prefix])) for bound in bounds)  # as Megatron-Core rounds
         tokens = int(lengths[prefix][begin:end].sum(dtype=numpy.int64))
         if tokens < needed:
-            raise ValueError(f"{blend.flag} {prefix}: its {kind.name} split has {end - begin} of {len(lengths[prefix])} "
-                             f"documents and {tokens} tokens, where at least {needed} are needed: add documents, give "
-                             "the split a larger share (--split), or ask for none of its rows")
+            raise ValueError(
+                f"{blend.flag} {prefix}: its {kind.name} split has {end - begin} of {len(lengths[prefix])} documents and "
+                f"{tokens} tokens, where at least {needed} are needed: add documents, give the split a larger share "
+                "(--split), or ask for none of its rows")
 
 
 def check_dataset(prefix: str, flag: str = "--data-path") -> numpy.ndarray:

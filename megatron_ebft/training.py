@@ -177,12 +177,15 @@ def self_check(run: Run, means: Means) -> None:
     found = means.reduce()
     problems = []
     if not math.isfinite(found["reward"]):
-        problems.append(f"the mean reward is {found['reward']}: the encoder's features are not finite; check "
-                        "--ebft-encoder-load or --pretrained-checkpoint")
-    if not found["mismatch"] <= limit:
+        problems.append(f"the mean reward is {found['reward']}, not finite: check the weights of --ebft-encoder-load or "
+                        "--pretrained-checkpoint")
+    if not math.isfinite(found["mismatch"]):
+        problems.append("the policy's log-probabilities are not finite: check the weights of --pretrained-checkpoint "
+                        "or --load")
+    elif not found["mismatch"] <= limit:
         problems.append(f"the sampler's log-probabilities differ from the training pass's by {found['mismatch']:.2e} a "
                         f"token on average (limit {limit:.0e}): rollouts are not on-policy")
-    if run.state.iteration == 0 and not found.get("distance_to_start", 0.0) <= limit:
+    if run.state.iteration == 0 and found.get("distance_to_start", 0.0) > limit:
         problems.append(f"the policy's log-probabilities differ from the starting policy's by "
                         f"{found['distance_to_start']:.2e} a token before the first step (limit {limit:.0e})")
     if problems:

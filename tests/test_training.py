@@ -1,0 +1,222 @@
+"""The training command: resumes bit for bit after SIGKILL, logs what it should, refuses what cannot work."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from preprocess_data import main as preprocess
+from ranks import free_port
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_ebft import rollout, training
+from megatron_ebft.arguments import parse_args
+from megatron_ebft.build import build_run
+from megatron_ebft.checkpoint import load_weights
+from megatron_ebft.checkpoint_files import read_metadata
+from megatron_ebft.logger import Logger
+from megatron_ebft.metrics import PhaseTimer
+from megatron_ebft.model import ModelArgs, build_frozen, unwrap
+from megatron_ebft.training import gold_batch, train, train_step
+
+VOCAB = 64
+MODEL = ["--num-layers", "4", "--hidden-size", "32", "--num-attention-heads", "4", "--num-query-groups", "2"]
+SMALL = ["--seq-length", "24", "--micro-batch-size", "1", "--global-batch-size", "2", "--lr", "1e-2", "--eval-iters", "1",
+         "--ebft-rollout-length", "4", "--ebft-stride", "4", "--ebft-context-length", "4", "--ebft-eval-length", "8",
+         "--tokenizer-type", "NullTokenizer", "--vocab-size", str(VOCAB)]
+EVERY_STEP = {"loss", "rl_loss", "ce_loss", "reward", "alignment", "diversity", "reward_std", "zero_spread", "cfm",
+              "cfm_biased", "entropy", "mismatch", "mismatch_ratio", "grad_norm", "lr", "tokens_per_second"}
+EVALUATED = {"ce_loss", "cfm", "cfm_biased", "alignment", "kl_to_start", "cfm_length/01", "cfm_length/08"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Flags of a dataset of documents that count in steps of 3 from a random start."""
+    folder = tmp_path_factory.mktemp("data")
+    generator = torch.Generator().manual_seed(0)
+    with open(folder / "text.jsonl", "w") as file:
+        for _ in range(40):
+            first = int(torch.randint(0, VOCAB - 1, (), generator=generator))
+            ids = [(first + 3 * i) % (VOCAB - 1) for i in range(60)]
+            file.write(json.dumps({"text": " ".join(map(str, ids))}) + "\n")
+    preprocess(["--input", str(folder / "text.jsonl"), "--output-prefix", str(folder / "set"), "--tokenizer-type",
+                "NullTokenizer", "--vocab-size", str(VOCAB)])
+    return ["--data-path", str(folder / "set_text_document"), "--split", "80,20,0"]
+
+
+def start_ranks(flags: list[str], ranks: int = 2) -> list[subprocess.Popen]:
+    """`python -m megatron_ebft.train` on each rank; rank 0's output is piped."""
+    port = free_port()
+    return [subprocess.Popen(
+        [sys.executable, "-m", "megatron_ebft.train", *flags], text=True, stderr=subprocess.STDOUT,
+        stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL, start_new_session=True,
+        env=os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+                          "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}) for rank in range(ranks)]
+
+
+def finish(processes: list[subprocess.Popen]) -> str:
+    output = processes[0].communicate(timeout=120)[0]
+    assert [p.wait(timeout=20) for p in processes] == [0] * len(processes), output
+    return output
+
+
+def scalars(folder) -> dict[str, list[tuple[int, float]]]:
+    """Steps and values of every TensorBoard scalar."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    """Weights of the latest checkpoint."""
+    model = build_frozen(ModelArgs(**read_metadata(str(folder))["architecture"]))
+    load_weights(str(folder), model)
+    return dict(unwrap(model).named_parameters())
+
+
+def test_killed_run_continues_bit_for_bit(data, tmp_path, one_rank):
+    def flags(folder):
+        return [*data, *MODEL, *SMALL, "--train-iters", "6", "--save-interval", "3", "--eval-interval", "3",
+                "--save", str(folder), "--load", str(folder)]
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    first, second = start_ranks(flags(whole)), None
+    finish(first)
+    second = start_ranks(flags(killed))
+    for line in second[0].stdout:
+        if line.startswith("saved"):  # iteration 3 is whole; step 4 has begun
+            time.sleep(0.05)
+            for process in second:
+                os.killpg(process.pid, signal.SIGKILL)  # with the processes that Megatron-Core saves with
+            break
+    rest = second[0].communicate()[0]
+    assert [p.wait() for p in second] == [-signal.SIGKILL] * 2 and "step 5/6" not in rest
+    output = finish(start_ranks(flags(killed)))
+    assert "step 3/6" not in output and "step 4/6" in output
+
+    expected, found = scalars(whole / "tensorboard"), scalars(killed / "tensorboard")
+    timed = ("seconds/", "train/tokens_per_second", "train/distance_to_start")
+    for tag in (tag for tag in expected if not tag.startswith(timed)):
+        assert found[tag] == expected[tag], tag
+    assert [step for step, _ in found["train/loss"]] == [1, 2, 3, 4, 5, 6]
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(killed)[name]), name
+
+
+@pytest.fixture
+def arguments(data):
+    """Flags → parsed arguments of a small run."""
+    return lambda *more: parse_args([*data, *MODEL, *SMALL, "--train-iters", "4", *more])
+
+
+def start(args) -> tuple:
+    """A run and its logger."""
+    run = build_run(args)
+    return run, Logger(args.tensorboard_dir, run.state.iteration, args.train_iters, 48, args.ebft_rollout_length, run.tokenizer)
+
+
+def test_every_metric_is_logged(arguments, tmp_path, one_rank, capsys):
+    run, log = start(arguments("--tensorboard-dir", str(tmp_path), "--ebft-kl-coef", "0.1", "--ebft-document-mask"))
+    train(run, log)
+    log.close(0.0)
+    found = scalars(tmp_path)
+    assert {f"train/{name}" for name in EVERY_STEP | {"kl_loss"}} <= found.keys()
+    assert {f"eval/{name}" for name in EVALUATED} <= found.keys()
+    assert {f"seconds/{name}" for name in ("rollout", "features", "train", "optimizer", "step")} <= found.keys()
+    assert found["eval/kl_to_start"][0] == (0, 0.0) and found["eval/kl_to_start"][-1][1] > 0
+    assert found["train/distance_to_start"][0] == (1, 0.0)
+    assert all(value < 1e-5 for _, value in found["train/mismatch"])
+    console = capsys.readouterr().out
+    assert "step 4/4" in console and "left" in console and "rollout" in console
+    shown = EventAccumulator(str(tmp_path)).Reload().Tensors("rollouts/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert shown.count("**gold**") == shown.count("**context**") > 0 and shown.count("**rollout**") >= 4
+
+
+def test_sft_then_ebft_from_its_checkpoint(arguments, tmp_path, one_rank):
+    sft = arguments("--training-mode", "sft", "--save", str(tmp_path / "sft"), "--train-iters", "8", "--lr", "3e-2")
+    run, log = start(sft)
+    train(run, log)
+    losses = [value for _, value in scalars(tmp_path / "sft" / "tensorboard")["eval/ce_loss"]]
+    assert losses[-1] < losses[0]
+    flags = ["--use-checkpoint-args", "--pretrained-checkpoint", str(tmp_path / "sft"), "--save", str(tmp_path / "ebft"),
+             "--load", str(tmp_path / "ebft")]
+    args = arguments(*flags)
+    args.num_layers = args.hidden_size = args.num_attention_heads = None  # must come from the checkpoint
+    run, _ = start(args)
+    trained = weights(tmp_path / "sft")
+    assert all(torch.equal(p, trained[name]) for name, p in unwrap(run.encoder).named_parameters())
+    training.save_checkpoint(args.save, run.state, run.policy, run.optimizer, run.scheduler, run.metadata)
+    with pytest.raises(ValueError, match="--ebft-encoder-load: the encoder's weights are not those"):
+        build_run(arguments("--load", str(tmp_path / "ebft"), "--seed", "7"))
+    with pytest.raises(ValueError, match="was saved by --training-mode sft"):
+        build_run(arguments("--load", str(tmp_path / "sft")))
+
+
+def test_a_checkpoint_of_another_tokenizer_is_refused(arguments, tmp_path, one_rank):
+    run, _ = start(arguments("--save", str(tmp_path)))
+    run.metadata["tokenizer"]["fingerprint"] = "another"
+    training.save_checkpoint(str(tmp_path), run.state, run.policy, run.optimizer, run.scheduler, run.metadata)
+    with pytest.raises(ValueError, match="--tokenizer-model: --pretrained-checkpoint was trained with another tokenizer"):
+        build_run(arguments("--pretrained-checkpoint", str(tmp_path)))
+
+
+@pytest.mark.parametrize("where", ["policy", "encoder"])
+@pytest.mark.parametrize("check, message", [(True, "self-check failed.*not finite"), (False, "not finite, stopped before")])
+def test_a_number_that_is_not_finite_stops_before_the_step(arguments, one_rank, where, check, message):
+    run = build_run(arguments("--eval-interval", "0"))
+    broken = unwrap(run.policy[0] if where == "policy" else run.encoder)
+    with torch.no_grad():
+        broken.decoder.layers[0].mlp.linear_fc1.weight[0, 0] = torch.nan
+    before = [p.detach().clone() for p in run.policy[0].parameters()]
+    with pytest.raises(RuntimeError, match=message):
+        train_step(run, gold_batch(run, run.train_data, 0), PhaseTimer(), check)
+    assert all(torch.equal(a, b) or a.isnan().any() for a, b in zip(before, run.policy[0].parameters()))
+
+
+def test_the_first_step_notices_a_sampler_that_is_not_the_trainer(arguments, tmp_path, one_rank, monkeypatch):
+    run, log = start(arguments("--tensorboard-dir", str(tmp_path), "--eval-interval", "0"))
+    sample = rollout.sample
+    monkeypatch.setattr(rollout, "sample", lambda x, u, temperature, *rest: sample(x, u, 1.1 * temperature, *rest))
+    with pytest.raises(RuntimeError, match="sampler's log-probabilities differ"):
+        train(run, log)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--ebft-num-samples", "1"], "--ebft-num-samples 1 with --ebft-advantage rloo: needs at least 2"),
+    (["--seq-length", "7"], "--seq-length 7 is too short for one block"),
+    (["--ebft-stride", "0"], "--ebft-stride 0: must be at least 1"),
+    (["--ebft-temperature", "0"], "--ebft-temperature 0.0: must be above 0"),
+    (["--ebft-top-p", "1.5"], "--ebft-top-p 1.5: must be in"),
+    (["--ebft-feature-layers", "0.1", "0.5"], "--ebft-feature-layers 0.1 0.5: with --num-layers 4 these are layers"),
+    (["--global-batch-size", "3", "--micro-batch-size", "2"], "--global-batch-size 3: must be a multiple"),
+    (["--lr", "nan"], "--lr nan"),
+    (["--num-query-groups", "3"], "must be a multiple of --num-query-groups 3"),
+    (["--tensor-model-parallel-size", "2"], "--tensor-model-parallel-size 2: only 1"),
+    (["--load", "/nowhere"], "--load /nowhere"),
+    (["--pretrained-checkpoint", "/nowhere"], "--pretrained-checkpoint /nowhere: no such directory"),
+    (["--use-checkpoint-args"], "--use-checkpoint-args: needs --load or --pretrained-checkpoint"),
+    (["--data-path", "/nowhere/set"], "--data-path /nowhere/set"),
+    (["--vocab-size", "63"], "--tokenizer-model: .* was made with another tokenizer"),
+    (["--max-position-embeddings", "16"], "--seq-length 24: longer than --max-position-embeddings 16"),
+])
+def test_bad_flags_are_named(arguments, tmp_path, one_rank, flags, message):
+    with pytest.raises(ValueError, match=message):
+        build_run(arguments("--tensorboard-dir", str(tmp_path), *flags))
+
+
+def test_unknown_values_name_their_flag(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--train-iters", "1", "--ebft-whitening", "zca"])
+    assert "--ebft-whitening: invalid choice: 'zca'" in capsys.readouterr().err
+
+
+def test_a_world_that_does_not_fit_is_refused(data):
+    processes = start_ranks([*data, *MODEL, *SMALL, "--train-iters", "1", "--global-batch-size", "3"])
+    output = processes[0].communicate(timeout=60)[0]
+    assert processes[0].returncode == 1 and "Traceback" not in output
+    assert "error: --global-batch-size 3: must be a multiple of --micro-batch-size 1 × 2 data-parallel ranks" in output
+    processes[1].wait(timeout=20)

@@ -1,0 +1,323 @@
+"""Tokenises JSON Lines into Megatron's indexed datasets.
+
+    python tools/preprocess_data.py --input a.jsonl b.jsonl --output-prefix data/mine \
+        --tokenizer-type HuggingFaceTokenizer --tokenizer-model /models/llama --workers 8
+
+1. Plain text: a dataset for each of --json-keys, `<prefix>_<key>_document.bin` and `.idx`.
+2. With --question-key and --answer-key a document is question + answer + eod, in `<prefix>_text_document`, and
+   `<prefix>_text_document_answer_mask` holds a byte for each token: 1 in the answer and on its eod, else 0. The two
+   texts are tokenised one by one, so that every token belongs to one of them.
+3. Beside a dataset, its `.json` names the tokenizer, which training compares with its own.
+4. Files are written under temporary names and renamed at the end, the text's .idx last: it says that all is whole.
+5. The output is the same whatever the number of workers.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy
+from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+from megatron_ebft.dataset import ANSWER_MASK_SUFFIX
+from megatron_ebft.tokenizer import TOKENIZER_TYPES, Tokenizer, build_tokenizer
+
+BATCH_BYTES = 1 << 18
+"""Input sent to a worker at a time."""
+PROGRESS_SECONDS = 10
+"""Longest silence."""
+
+
+@dataclass
+class Batch:
+    """Consecutive lines of an input file."""
+
+    path: str
+    first_line: int
+    """Number of the first line, counted from 1."""
+    lines: list[bytes]
+    num_bytes: int = 0
+
+
+@dataclass
+class Document:
+    """Token ids of a document; those from `answer_start` on are its answer."""
+
+    ids: numpy.ndarray
+    answer_start: int
+
+
+@dataclass
+class Encoder:
+    """JSON lines to documents."""
+
+    tokenizer: Tokenizer
+    dtype: type[numpy.number]
+    """Of the token ids."""
+    parts: list[list[str]]
+    """The keys that make up a document, for each dataset: [key], or [question key, answer key]."""
+    append_eod: bool
+
+    def encode(self, batch: Batch) -> list[list[Document | None]]:
+        """The documents of each line that is not blank, one for each dataset; None where a text is empty.
+
+        Raises:
+            ValueError: with file and line, for what is not a JSON object with the keys' texts.
+        """
+        documents = []
+        for number, line in enumerate(batch.lines, batch.first_line):
+            if not line.strip():
+                continue
+            try:
+                fields = json.loads(line)
+                documents.append([self._document(fields, keys) for keys in self.parts])
+            except ValueError as error:  # JSON and Unicode errors are ValueErrors too
+                raise ValueError(f"{batch.path}:{number}: {error}") from error
+        return documents
+
+    def _document(self, fields: dict, keys: list[str]) -> Document | None:
+        *question, answer = (self._ids(fields, key) for key in keys)
+        if not answer:
+            return None
+        question = sum(question, [])
+        eod = [self.tokenizer.eod] if self.append_eod else []
+        return Document(numpy.array(question + answer + eod, dtype=self.dtype), len(question))
+
+    def _ids(self, fields: dict, key: str) -> list[int]:
+        if not isinstance(fields, dict):
+            raise ValueError("not a JSON object, {...}")
+        if key not in fields:
+            raise ValueError(f"no key {key!r}; the line has {', '.join(map(repr, fields))}")
+        if not isinstance(fields[key], str):
+            raise ValueError(f"{key!r} is not a text")
+        fields[key].encode()  # refuses lone surrogates, which tokenizers treat each in its own way
+        return self.tokenizer.tokenize(fields[key])
+
+
+class DatasetWriter:
+    """An indexed dataset, its answer mask and its metadata, which appear under their names all at once."""
+
+    def __init__(self, prefix: str, dtype: type[numpy.number], with_answers: bool):
+        self.prefix = prefix
+        self.documents = self.tokens = self.answer_tokens = 0
+        self._temporary = f"{prefix}.{os.getpid()}.tmp"
+        self._text = IndexedDatasetBuilder(self._temporary + ".bin", dtype)
+        self._mask = None
+        if with_answers:
+            self._mask = IndexedDatasetBuilder(self._temporary + ANSWER_MASK_SUFFIX + ".bin", numpy.uint8)
+
+    def add(self, document: Document) -> None:
+        length, start = len(document.ids), document.answer_start
+        self._text.add_document(document.ids, [length])
+        if self._mask is not None:
+            self._mask.add_document(numpy.arange(length) >= start, [length])
+        self.documents += 1
+        self.tokens += length
+        self.answer_tokens += length - start
+
+    def finish(self, metadata: dict) -> None:
+        """Write the indices and the metadata, and rename everything; what was there before goes."""
+        counts = dict(documents=self.documents, tokens=self.tokens)
+        endings = [".bin", ".json", ".idx"]
+        self._text.finalize(self._temporary + ".idx")
+        if self._mask is not None:
+            counts["answer_tokens"] = self.answer_tokens
+            endings = [ANSWER_MASK_SUFFIX + ".bin", ANSWER_MASK_SUFFIX + ".idx", *endings]
+            self._mask.finalize(self._temporary + ANSWER_MASK_SUFFIX + ".idx")
+        with open(self._temporary + ".json", "w", encoding="utf-8") as file:
+            json.dump(metadata | counts, file, indent=2)
+            file.write("\n")
+        for stale in (".idx", ANSWER_MASK_SUFFIX + ".idx", ANSWER_MASK_SUFFIX + ".bin"):
+            _remove(self.prefix + stale)
+        for ending in endings:
+            os.replace(self._temporary + ending, self.prefix + ending)
+
+    def discard(self) -> None:
+        """Remove the temporary files that are left; none are after `finish`."""
+        for builder in filter(None, (self._text, self._mask)):
+            builder.data_file.close()
+        for ending in (".bin", ".json", ".idx", ANSWER_MASK_SUFFIX + ".bin", ANSWER_MASK_SUFFIX + ".idx"):
+            _remove(self._temporary + ending)
+
+
+def _remove(path: str) -> None:
+    if os.path.exists(path):
+        os.remove(path)
+
+
+class Progress:
+    """A line with rates and time left, every so many documents and at least every PROGRESS_SECONDS."""
+
+    def __init__(self, total_bytes: int, log_interval: int):
+        self.total_bytes, self.log_interval = total_bytes, log_interval
+        self.documents = self.bytes = 0
+        self._start = self._last_time = time.monotonic()
+        self._last_documents = 0
+
+    def update(self, documents: int, num_bytes: int) -> None:
+        self.documents += documents
+        self.bytes += num_bytes
+        now = time.monotonic()
+        if self.documents - self._last_documents < self.log_interval and now - self._last_time < PROGRESS_SECONDS:
+            return
+        self._last_time, self._last_documents = now, self.documents
+        seconds = max(now - self._start, 1e-6)
+        left = timedelta(seconds=round((self.total_bytes - self.bytes) * seconds / self.bytes))
+        print(f"{self.documents} documents, {self.documents / seconds:.0f} documents/s, "
+              f"{self.bytes / seconds / 1e6:.2f} MB/s, {100 * self.bytes / self.total_bytes:.1f} %, {left} left",
+              flush=True)
+
+
+def read_batches(paths: list[str]) -> Iterator[Batch]:
+    """The lines of the files, in order."""
+    for path in paths:
+        batch = Batch(path, 1, [])
+        with open(path, "rb") as file:
+            for line in file:
+                batch.lines.append(line)
+                batch.num_bytes += len(line)
+                if batch.num_bytes >= BATCH_BYTES:
+                    yield batch
+                    batch = Batch(path, batch.first_line + len(batch.lines), [])
+        if batch.lines:
+            yield batch
+
+
+_encoder: Encoder  # of a worker process
+
+
+def _start_worker(encoder: Encoder) -> None:
+    global _encoder
+    _encoder = encoder
+
+
+def _encode(batch: Batch) -> list[list[Document | None]]:
+    return _encoder.encode(batch)
+
+
+def encode_all(encoder: Encoder, paths: list[str], workers: int) -> Iterator[tuple[Batch, list[list[Document | None]]]]:
+    """Each batch with its documents, in order; several processes where `workers` is above 1.
+
+    Few batches are under way at a time (multiprocessing's imap would read all the input into memory), and a worker
+    that dies raises an error (imap would wait for it).
+    """
+    if workers == 1:
+        for batch in read_batches(paths):
+            yield batch, encoder.encode(batch)
+        return
+    with ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(encoder,)) as pool:
+        waiting = deque()
+        try:
+            for batch in read_batches(paths):
+                waiting.append((batch, pool.submit(_encode, batch)))
+                if len(waiting) >= 4 * workers:
+                    batch, result = waiting.popleft()
+                    yield batch, result.result()
+            while waiting:
+                batch, result = waiting.popleft()
+                yield batch, result.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def preprocess(options: argparse.Namespace) -> None:
+    """Make the datasets that the options describe.
+
+    Raises:
+        ValueError: wrong options or input, naming the flag, or the file and line.
+        OSError: the output cannot be written.
+    """
+    if (options.question_key is None) != (options.answer_key is None):
+        raise ValueError("--question-key and --answer-key: give both or neither")
+    if options.question_key is not None and options.json_keys is not None:
+        raise ValueError("--json-keys: give either this or --question-key and --answer-key")
+    for flag, value in (("--workers", options.workers), ("--log-interval", options.log_interval)):
+        if value < 1:
+            raise ValueError(f"{flag} {value}: must be at least 1")
+    for path in options.input:
+        if not os.path.isfile(path):
+            raise ValueError(f"--input {path}: no such file")
+        if os.path.getsize(path) == 0:
+            raise ValueError(f"--input {path}: the file is empty")
+    tokenizer = build_tokenizer(options.tokenizer_type, options.tokenizer_model, options.vocab_size)
+    dtype = DType.optimal_dtype(tokenizer.vocab_size)
+    metadata = dict(tokenizer_type=tokenizer.name, tokenizer_fingerprint=tokenizer.fingerprint,
+                    vocab_size=tokenizer.vocab_size, eod=tokenizer.eod, append_eod=options.append_eod)
+
+    with_answers = options.question_key is not None
+    keys = options.json_keys or ["text"]
+    names = ["text"] if with_answers else keys
+    parts = [[options.question_key, options.answer_key]] if with_answers else [[key] for key in keys]
+    encoder = Encoder(tokenizer, dtype, parts, options.append_eod)
+    progress = Progress(sum(map(os.path.getsize, options.input)), options.log_interval)
+    empty = 0
+
+    os.makedirs(os.path.dirname(options.output_prefix) or ".", exist_ok=True)
+    with ExitStack() as stack:
+        writers = []
+        for name in names:
+            writers.append(DatasetWriter(f"{options.output_prefix}_{name}_document", dtype, with_answers))
+            stack.callback(writers[-1].discard)
+        for batch, lines in encode_all(encoder, options.input, options.workers):
+            for documents in lines:
+                for writer, document in zip(writers, documents, strict=True):
+                    if document is None:
+                        empty += 1
+                    else:
+                        writer.add(document)
+            progress.update(len(lines), batch.num_bytes)
+        for writer in writers:
+            if writer.documents == 0:
+                raise ValueError(f"--input: no documents for {writer.prefix} ({empty} empty texts)")
+        for writer in writers:
+            writer.finish(metadata)
+            print(f"{writer.prefix}: {writer.documents} documents, {writer.tokens} tokens")
+    if empty:
+        print(f"{empty} empty {'answers' if with_answers else 'texts'} left out")
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Tokenise JSON Lines into Megatron's indexed datasets.")
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="JSON Lines files, read in order")
+    parser.add_argument("--json-keys", nargs="+", metavar="KEY",
+                        help="keys of the texts; each makes a dataset of its own (default: text)")
+    parser.add_argument("--question-key", metavar="KEY",
+                        help="key of the question; with --answer-key, documents are question + answer")
+    parser.add_argument("--answer-key", metavar="KEY", help="key of the answer, whose tokens the answer mask marks")
+    parser.add_argument("--output-prefix", required=True, metavar="PATH",
+                        help="start of the output's names, <prefix>_<key>_document.bin, .idx and .json")
+    parser.add_argument("--tokenizer-type", required=True, choices=TOKENIZER_TYPES)
+    parser.add_argument("--tokenizer-model", metavar="PATH",
+                        help="the sentencepiece .model file, or the Hugging Face tokenizer's local folder")
+    parser.add_argument("--vocab-size", type=int, metavar="N",
+                        help="the model's, where it is larger than the tokenizer's; NullTokenizer's size")
+    parser.add_argument("--append-eod", action=argparse.BooleanOptionalAction, default=True,
+                        help="end every document with the tokenizer's end-of-document id. Rows hold several documents, "
+                             "and only this id tells training where one ends")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that tokenise (default: 1)")
+    parser.add_argument("--log-interval", type=int, default=100_000, metavar="N",
+                        help=f"documents between progress lines (default: 100000); there is one every "
+                             f"{PROGRESS_SECONDS} s in any case")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code: 0, or 2 after an error message."""
+    try:
+        preprocess(parse_args(argv))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
