@@ -9,15 +9,19 @@ import argparse
 import dataclasses
 import os
 
+import megatron.core
+import torch
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_ebft import __version__
 from megatron_ebft.arguments import ddp_config, ebft_config, model_args, optimizer_config, transformer_overrides
 from megatron_ebft.checkpoint import TrainState, load_checkpoint, load_weights
 from megatron_ebft.checkpoint_files import latest_iteration, read_metadata
 from megatron_ebft.dataset import build_datasets
+from megatron_ebft.device import have_gpu
 from megatron_ebft.fingerprint import weights_fingerprint
-from megatron_ebft.model import ModelArgs, build_encoder, build_frozen, build_policy, copy_weights
+from megatron_ebft.model import ModelArgs, build_encoder, build_frozen, build_policy, copy_weights, unwrap
 from megatron_ebft.parallel import dp_size
 from megatron_ebft.tokenizer import build_tokenizer
 from megatron_ebft.training import Run
@@ -74,6 +78,22 @@ def build_run(args: argparse.Namespace) -> Run:
                tokenizer, args, metadata, state)
 
 
+def describe(run: Run) -> str:
+    """What is about to run, in two or three lines."""
+    parameters = sum(p.numel() for p in unwrap(run.policy[0]).parameters())
+    where = torch.cuda.get_device_name() if have_gpu() else "CPU"
+    lines = [f"megatron_ebft {__version__} | {run.mode} | {dp_size()} data-parallel ranks on {where} | torch "
+             f"{torch.__version__}, megatron-core {megatron.core.__version__} | {parameters / 1e6:.1f} M parameters"]
+    if run.mode == "ebft":
+        layout, encoder = run.config.layout, run.metadata["encoder"]
+        lines.append(f"rows of {layout.seq_length} tokens: {layout.num_blocks} blocks × {layout.num_samples} rollouts × "
+                     f"{layout.rollout_length} tokens | features of layers {run.config.feature_map.layers} of "
+                     f"{encoder['origin']} ({encoder['fingerprint']})")
+    if run.state.iteration:
+        lines.append(f"continues {run.args.load} after step {run.state.iteration}")
+    return "\n".join(lines)
+
+
 def _find_resume(args) -> bool:
     """Whether --load holds a checkpoint. None is fine where the run itself will save there."""
     if not args.load:
@@ -99,7 +119,8 @@ def _build_data(args, tokenizer):
         seq_length=args.seq_length, seed=args.seed, sizes=[args.train_iters * args.global_batch_size, eval_rows, 0],
         tokenizer=tokenizer, data_path=args.data_path, split=args.split, train_data_path=args.train_data_path,
         valid_data_path=args.valid_data_path if eval_rows else None, test_data_path=None,
-        data_cache_path=args.data_cache_path)
+        data_cache_path=args.data_cache_path, need_answers=args.ebft_answer_only,
+        need_documents=args.ebft_document_mask)
     return train_data, valid_data
 
 

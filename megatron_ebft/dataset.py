@@ -139,7 +139,7 @@ def build_datasets(*, seq_length: int, seed: int, sizes: Sequence[int | None], t
                    data_path: Sequence[str] | None = None, split: str | None = None,
                    train_data_path: Sequence[str] | None = None, valid_data_path: Sequence[str] | None = None,
                    test_data_path: Sequence[str] | None = None, data_cache_path: str | None = None,
-                   ) -> list[RowDataset | BlendedDataset | None]:
+                   need_answers: bool = False, need_documents: bool = False) -> list[RowDataset | BlendedDataset | None]:
     """The training, validation and test datasets, the same on every rank.
 
     To be called on all ranks where torch.distributed is initialised: rank 0 builds the indices and the others wait to
@@ -155,6 +155,8 @@ def build_datasets(*, seq_length: int, seed: int, sizes: Sequence[int | None], t
         split: --split, weights of the three splits by documents; None: "969,30,1".
         train_data_path, valid_data_path, test_data_path: instead of data_path, a blend for each split.
         data_cache_path: folder for the indices; None: a folder `<prefix>/cache` beside each dataset.
+        need_answers: refuse datasets without an answer mask.
+        need_documents: refuse datasets without an eod after each document.
 
     Returns:
         For each split a dataset of at least the wanted number of rows (see RowDataset), or None where 0 are wanted.
@@ -184,6 +186,7 @@ def build_datasets(*, seq_length: int, seed: int, sizes: Sequence[int | None], t
         for prefix in blend.prefixes:
             if prefix not in lengths:
                 lengths[prefix] = check_dataset(prefix, blend.flag)
+                _check_masks(prefix, blend.flag, need_answers, need_documents)
     check_tokenizer(list(lengths), tokenizer)
 
     config = GPTDatasetConfig(
@@ -277,6 +280,29 @@ def _checked_lengths(prefix: str, flag: str) -> numpy.ndarray:
     return lengths
 
 
+def _sidecar(prefix: str) -> dict:
+    """What `<prefix>.json` says of the dataset; empty where there is no such file (data made by Megatron's own tool)."""
+    path = Path(prefix + ".json")
+    if not path.is_file():
+        return {}
+    try:
+        said = json.loads(path.read_bytes())
+        said["tokenizer_fingerprint"], said["tokenizer_type"], said["append_eod"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not what tools/preprocess_data.py writes ({error!r}); make the dataset anew, or "
+                         "remove the file if --tokenizer-model is known to be right") from error
+    return said
+
+
+def _check_masks(prefix: str, flag: str, need_answers: bool, need_documents: bool) -> None:
+    if need_answers and not IndexedDataset.exists(prefix + ANSWER_MASK_SUFFIX):
+        raise ValueError(f"--ebft-answer-only: {flag} {prefix} has no answer mask; make it with tools/preprocess_data.py "
+                         "--question-key and --answer-key, or leave the flag out")
+    if need_documents and not _sidecar(prefix).get("append_eod", True):
+        raise ValueError(f"--ebft-document-mask: {flag} {prefix} was made with --no-append-eod, so documents cannot be "
+                         "told apart; make it anew without that flag")
+
+
 def check_tokenizer(prefixes: Sequence[str], tokenizer: Tokenizer) -> None:
     """Compare the tokenizer with the one each dataset was made with, as its `<prefix>.json` says.
 
@@ -286,19 +312,14 @@ def check_tokenizer(prefixes: Sequence[str], tokenizer: Tokenizer) -> None:
         ValueError: naming --tokenizer-model, where the fingerprints differ or the file cannot be read.
     """
     for prefix in prefixes:
-        path = Path(prefix + ".json")
-        if not path.is_file():
-            log_single_rank(logger, logging.WARNING, f"{path} does not exist: cannot tell whether the data were made "
-                                                     f"with this {tokenizer.name}")
+        made_with = _sidecar(prefix)
+        if not made_with:
+            log_single_rank(logger, logging.WARNING, f"{prefix}.json does not exist: cannot tell whether the data were "
+                                                     f"made with this {tokenizer.name}")
             continue
-        try:
-            made_with = json.loads(path.read_bytes())
-            fingerprint = made_with["tokenizer_fingerprint"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: not what tools/preprocess_data.py writes ({error!r}); make the dataset anew, or "
-                             "remove the file if --tokenizer-model is known to be right") from error
+        fingerprint = made_with["tokenizer_fingerprint"]
         if fingerprint != tokenizer.fingerprint:
-            raise ValueError(f"--tokenizer-model: {prefix} was made with another tokenizer ({path} says "
+            raise ValueError(f"--tokenizer-model: {prefix} was made with another tokenizer ({prefix}.json says "
                              f"{made_with['tokenizer_type']} {fingerprint[:12]}, this is {tokenizer.name} "
                              f"{tokenizer.fingerprint[:12]}); give that one, or make the dataset anew with this one")
 

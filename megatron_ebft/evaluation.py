@@ -4,6 +4,7 @@ Always the same rows and the same random numbers, at temperature 1 and without w
 differ by the policy alone.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,7 +47,7 @@ def evaluation_config(config: EBFTConfig, longest: int) -> tuple[EBFTConfig, lis
     return replace(config, layout=layout, sampling=sampling), lengths
 
 
-def evaluate(policy: list, encoder, reference, batches: list[GoldBatch], config: EBFTConfig | None,
+def evaluate(policy: list, encoder, reference, batches: Iterable[GoldBatch], config: EBFTConfig | None,
              longest: int, micro_batch_size: int) -> tuple[dict[str, float], EvaluationRollouts | None]:
     """All evaluation metrics over `batches`, the same on every rank.
 
@@ -72,7 +73,7 @@ def evaluate(policy: list, encoder, reference, batches: list[GoldBatch], config:
 
 def _measure_rollouts(policy, encoder, reference, gold, config, longest, means) -> tuple[Rollouts, StridedLayout]:
     config, lengths = evaluation_config(config, longest)
-    layout, training_length = config.layout, lengths
+    layout = config.layout
     rollouts = sample_rollouts(policy, gold, layout, config.sampling, EVALUATION_ITERATION, config.rollout_rows)
     rows = MicroBatches(gold, rollouts.tokens_BKNG, layout, layout.rollout_length, config.micro_batch_size,
                         config.blocks_per_microbatch)

@@ -1,6 +1,7 @@
 """Seeing a run: one console line a step, TensorBoard, and rollouts beside gold text. Rank 0 writes, others do nothing."""
 
 import time
+from collections.abc import Iterator
 
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
@@ -43,6 +44,16 @@ class Logger:
         """A line on rank 0's console."""
         if self.is_main:
             print(line, flush=True)
+
+    def progress(self, what: str, items: list) -> Iterator:
+        """The items, with a line and the time left every 10 seconds."""
+        start = last = time.perf_counter()
+        for done, item in enumerate(items):
+            now = time.perf_counter()
+            if done and now - last > 10:
+                last = now
+                self.print(f"{what} {done}/{len(items)} | left {clock((now - start) / done * (len(items) - done))}")
+            yield item
 
     def step(self, iteration: int, metrics: dict[str, float], seconds: dict[str, float], duration: float) -> None:
         """Log one training step. seconds: by phase; duration: of the whole step."""

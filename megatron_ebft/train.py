@@ -14,7 +14,7 @@ def main(argv: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", module="megatron|torch")
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     from megatron_ebft.arguments import parse_args
-    from megatron_ebft.build import build_run
+    from megatron_ebft.build import build_run, describe
     from megatron_ebft.logger import Logger
     from megatron_ebft.parallel import init_parallel, shut_down
     from megatron_ebft.training import train
@@ -26,6 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     run = build_run(args)
     log = Logger(args.tensorboard_dir, run.state.iteration, args.train_iters, args.global_batch_size * args.seq_length,
                  args.ebft_rollout_length, run.tokenizer)
+    log.print(describe(run))
     train(run, log)
     log.close(start)
     shut_down()

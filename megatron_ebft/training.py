@@ -63,7 +63,7 @@ def train(run: Run, log) -> None:
     batches = [gold_batch(run, run.valid_data, i * args.global_batch_size)
                for i in range(args.eval_iters)] if run.valid_data is not None else []
     if batches and state.iteration == 0:
-        log.evaluation(0, *run_evaluation(run, batches))
+        log.evaluation(0, *run_evaluation(run, batches, log))
     first = True
     while state.iteration < args.train_iters:
         start, timer = time.perf_counter(), PhaseTimer()
@@ -77,16 +77,16 @@ def train(run: Run, log) -> None:
         if state.iteration % args.log_interval == 0 or is_last:
             log.step(state.iteration, metrics, timer.seconds, time.perf_counter() - start)
         if batches and (state.iteration % args.eval_interval == 0 or is_last):
-            log.evaluation(state.iteration, *run_evaluation(run, batches))
+            log.evaluation(state.iteration, *run_evaluation(run, batches, log))
         if args.save and (state.iteration % args.save_interval == 0 or is_last):
             log.saved(save_checkpoint(args.save, state, run.policy, run.optimizer, run.scheduler, run.metadata))
 
 
-def run_evaluation(run: Run, batches: list[GoldBatch]):
+def run_evaluation(run: Run, batches: list[GoldBatch], log):
     """Metrics, rollouts to show, and seconds."""
     start = time.perf_counter()
-    metrics, shown = evaluate(run.policy, run.encoder, run.reference, batches, run.config, run.args.ebft_eval_length,
-                              run.args.micro_batch_size)
+    metrics, shown = evaluate(run.policy, run.encoder, run.reference, log.progress("evaluation", batches), run.config,
+                              run.args.ebft_eval_length, run.args.micro_batch_size)
     return metrics, shown, time.perf_counter() - start
 
 

@@ -201,6 +201,7 @@ def test_the_first_step_notices_a_sampler_that_is_not_the_trainer(arguments, tmp
     (["--use-checkpoint-args"], "--use-checkpoint-args: needs --load or --pretrained-checkpoint"),
     (["--data-path", "/nowhere/set"], "--data-path /nowhere/set"),
     (["--vocab-size", "63"], "--tokenizer-model: .* was made with another tokenizer"),
+    (["--ebft-answer-only"], "--ebft-answer-only: --data-path .* has no answer mask"),
     (["--max-position-embeddings", "16"], "--seq-length 24: longer than --max-position-embeddings 16"),
 ])
 def test_bad_flags_are_named(arguments, tmp_path, one_rank, flags, message):
