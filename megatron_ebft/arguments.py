@@ -79,8 +79,8 @@ def _add_model(group):
 
 def _add_data(group):
     add = group.add_argument
-    add("--data-path", nargs="+", metavar="PREFIX", help="dataset prefixes from tools/preprocess_data.py: one, several, "
-        "or a weight before each")
+    add("--data-path", nargs="+", metavar="PREFIX", help="datasets made by tools/preprocess_data.py: one, several, or "
+        "a weight before each")
     add("--split", help="weights of training, validation and test documents of --data-path; default 969,30,1")
     for kind in ("train", "valid"):
         add(f"--{kind}-data-path", nargs="+", metavar="PREFIX", help=f"instead of --data-path, for the {kind} split")
@@ -135,7 +135,8 @@ def _add_checkpoint(group):
     add("--override-opt-param-scheduler", action="store_true", help="on resume, the flags' learning-rate schedule "
         "replaces the checkpoint's; without it a different one is refused")
     add("--use-checkpoint-opt-param-scheduler", action="store_true", help="on resume, keep the checkpoint's schedule")
-    add("--use-checkpoint-args", action="store_true", help="take the architecture from --load or --pretrained-checkpoint")
+    add("--use-checkpoint-args", action="store_true",
+        help="take the architecture from --load or --pretrained-checkpoint")
 
 
 def _add_logging(group):
@@ -145,8 +146,8 @@ def _add_logging(group):
     add("--log-interval", type=int, default=1, help="steps between console and TensorBoard lines")
     add("--tensorboard-dir", help="default: `tensorboard` in --save, or in the working folder")
     add("--ebft-eval-length", type=int, default=64, help="CFM is evaluated for completions of 1, 2, 4, … up to this")
-    add("--ebft-track-kl", action=argparse.BooleanOptionalAction, default=True, help="measure KL to the starting policy "
-        "at evaluation; keeps a frozen copy of it, as a KL coefficient does")
+    add("--ebft-track-kl", action=argparse.BooleanOptionalAction, default=True, help="measure KL to the starting "
+        "policy at evaluation; keeps a frozen copy of it, as a KL coefficient does")
 
 
 def _add_ebft(group):

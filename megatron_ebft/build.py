@@ -86,8 +86,8 @@ def describe(run: Run) -> str:
              f"{torch.__version__}, megatron-core {megatron.core.__version__} | {parameters / 1e6:.1f} M parameters"]
     if run.mode == "ebft":
         layout, encoder = run.config.layout, run.metadata["encoder"]
-        lines.append(f"rows of {layout.seq_length} tokens: {layout.num_blocks} blocks × {layout.num_samples} rollouts × "
-                     f"{layout.rollout_length} tokens | features of layers {run.config.feature_map.layers} of "
+        lines.append(f"rows of {layout.seq_length} tokens: {layout.num_blocks} blocks × {layout.num_samples} rollouts "
+                     f"× {layout.rollout_length} tokens | features of layers {run.config.feature_map.layers} of "
                      f"{encoder['origin']} ({encoder['fingerprint']})")
     if run.state.iteration:
         lines.append(f"continues {run.args.load} after step {run.state.iteration}")
@@ -102,8 +102,8 @@ def _find_resume(args) -> bool:
         return True
     if args.save and os.path.abspath(args.load) == os.path.abspath(args.save):
         return False
-    raise ValueError(f"--load {args.load}: no checkpoint there; name a folder that --save wrote, or the same folder as "
-                     "--save to start afresh and continue from it later")
+    raise ValueError(f"--load {args.load}: no checkpoint there; name a folder that --save wrote, or that of --save "
+                     "to start afresh and continue from it later")
 
 
 def _restore_architecture(args, flag: str) -> None:

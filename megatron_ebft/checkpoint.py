@@ -23,8 +23,19 @@ from megatron.core.optimizer import ChainedOptimizer
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_ebft.checkpoint_files import (MANIFEST, RECORD, clear_leftovers, commit, damaged, folder_name, read_json,
-                                            reading, resolve, write_json, writing)
+from megatron_ebft.checkpoint_files import (
+    MANIFEST,
+    RECORD,
+    clear_leftovers,
+    commit,
+    damaged,
+    folder_name,
+    read_json,
+    reading,
+    resolve,
+    write_json,
+    writing,
+)
 from megatron_ebft.device import have_gpu
 from megatron_ebft.fingerprint import SHARDING, sharded_tensors
 from megatron_ebft.model import unwrap

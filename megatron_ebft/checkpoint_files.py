@@ -13,8 +13,8 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
 POINTER, RECORD, MANIFEST = "latest_checkpointed_iteration.txt", "ebft.json", "manifest.json"
-UNREADABLE = (CheckpointingException, CheckpointException, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError,
-              RuntimeError, KeyError, ValueError, AttributeError, IndexError, ImportError, TypeError)
+UNREADABLE = (CheckpointingException, CheckpointException, pickle.UnpicklingError, zipfile.BadZipFile, EOFError,
+              OSError, RuntimeError, KeyError, ValueError, AttributeError, IndexError, ImportError, TypeError)
 """What damaged files make torch and Megatron-Core raise."""
 
 

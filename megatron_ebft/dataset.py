@@ -139,7 +139,8 @@ def build_datasets(*, seq_length: int, seed: int, sizes: Sequence[int | None], t
                    data_path: Sequence[str] | None = None, split: str | None = None,
                    train_data_path: Sequence[str] | None = None, valid_data_path: Sequence[str] | None = None,
                    test_data_path: Sequence[str] | None = None, data_cache_path: str | None = None,
-                   need_answers: bool = False, need_documents: bool = False) -> list[RowDataset | BlendedDataset | None]:
+                   need_answers: bool = False, need_documents: bool = False
+                   ) -> list[RowDataset | BlendedDataset | None]:
     """The training, validation and test datasets, the same on every rank.
 
     To be called on all ranks where torch.distributed is initialised: rank 0 builds the indices and the others wait to
@@ -233,9 +234,9 @@ def _check_split(kind: Split, blend: Blend, size: int | None, bounds: tuple[floa
         tokens = int(lengths[prefix][begin:end].sum(dtype=numpy.int64))
         if tokens < needed:
             raise ValueError(
-                f"{blend.flag} {prefix}: its {kind.name} split has {end - begin} of {len(lengths[prefix])} documents and "
-                f"{tokens} tokens, where at least {needed} are needed: add documents, give the split a larger share "
-                "(--split), or ask for none of its rows")
+                f"{blend.flag} {prefix}: its {kind.name} split has {end - begin} of {len(lengths[prefix])} documents "
+                f"and {tokens} tokens, where at least {needed} are needed: add documents, give the split a larger "
+                "share (--split), or ask for none of its rows")
 
 
 def check_dataset(prefix: str, flag: str = "--data-path") -> numpy.ndarray:
@@ -281,7 +282,7 @@ def _checked_lengths(prefix: str, flag: str) -> numpy.ndarray:
 
 
 def _sidecar(prefix: str) -> dict:
-    """What `<prefix>.json` says of the dataset; empty where there is no such file (data made by Megatron's own tool)."""
+    """What `<prefix>.json` says of the dataset; empty where it is missing (data made by Megatron's own tool)."""
     path = Path(prefix + ".json")
     if not path.is_file():
         return {}
@@ -296,8 +297,8 @@ def _sidecar(prefix: str) -> dict:
 
 def _check_masks(prefix: str, flag: str, need_answers: bool, need_documents: bool) -> None:
     if need_answers and not IndexedDataset.exists(prefix + ANSWER_MASK_SUFFIX):
-        raise ValueError(f"--ebft-answer-only: {flag} {prefix} has no answer mask; make it with tools/preprocess_data.py "
-                         "--question-key and --answer-key, or leave the flag out")
+        raise ValueError(f"--ebft-answer-only: {flag} {prefix} has no answer mask; make it with "
+                         "tools/preprocess_data.py --question-key and --answer-key, or leave the flag out")
     if need_documents and not _sidecar(prefix).get("append_eod", True):
         raise ValueError(f"--ebft-document-mask: {flag} {prefix} was made with --no-append-eod, so documents cannot be "
                          "told apart; make it anew without that flag")

@@ -100,7 +100,7 @@ def document_starts(document_BT: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RowLayout:
-    """One packed row: T gold tokens, then `steps` tokens of each rollout of blocks [first_block, first_block + size)."""
+    """One packed row: T gold tokens, then `steps` tokens of each rollout of `size` blocks from `first_block` on."""
 
     layout: StridedLayout
     first_block: int
@@ -176,7 +176,7 @@ class RowLayout:
         return index[:, :, steps.start:steps.stop]
 
     def completion_index(self, steps: range) -> Tensor:
-        """Gold positions a_k + t of the given steps of each block slot's reference completion, int64 [size, len(steps)]."""
+        """Gold positions a_k + t of the given steps of each slot's reference completion, int64 [size, len(steps)]."""
         return self.layout.completion_index()[self.blocks][:, steps.start : steps.stop]
 
     def visible_gold(self, starts_BT: Tensor | None) -> tuple[Tensor | None, Tensor]:

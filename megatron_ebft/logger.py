@@ -1,4 +1,4 @@
-"""Seeing a run: one console line a step, TensorBoard, and rollouts beside gold text. Rank 0 writes, others do nothing."""
+"""Seeing a run: a console line a step, TensorBoard, rollouts beside gold text. Rank 0 writes, others do nothing."""
 
 import time
 from collections.abc import Iterator
@@ -38,7 +38,8 @@ class Logger:
         self.train_iters, self.tokens_per_step = train_iters, tokens_per_step
         self.rollout_length, self.tokenizer = rollout_length, tokenizer
         self.durations: list[float] = []
-        self.writer = SummaryWriter(directory, purge_step=iteration + 1 if iteration else None) if self.is_main else None
+        purge_step = iteration + 1 if iteration else None
+        self.writer = SummaryWriter(directory, purge_step=purge_step) if self.is_main else None
 
     def print(self, line: str) -> None:
         """A line on rank 0's console."""

@@ -23,7 +23,7 @@ def init_parallel(tensor_model_parallel_size: int, pipeline_model_parallel_size:
     if world % model_parallel:
         raise ValueError(
             f"world size {world} is not a multiple of --tensor-model-parallel-size {tensor_model_parallel_size} × "
-            f"--pipeline-model-parallel-size {pipeline_model_parallel_size}; start a multiple of {model_parallel} ranks")
+            f"--pipeline-model-parallel-size {pipeline_model_parallel_size}; start a multiple of {model_parallel}")
     init_device()
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group(backend(), **alone, timeout=datetime.timedelta(minutes=timeout_minutes))

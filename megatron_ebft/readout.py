@@ -84,7 +84,7 @@ def local_targets(targets: Tensor, vocab_shard: int, group: dist.ProcessGroup) -
 
 
 def log_sum_exp(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """log Σ exp over the last dimension and the vocabulary shards of `group`; x float, result without that dimension."""
+    """log Σ exp over the last dimension and the vocabulary shards of `group`; the result lacks that dimension."""
     local = x.logsumexp(-1)
     if dist.get_world_size(group) == 1:
         return local
@@ -116,13 +116,15 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         logits_SBV, *normalisers = ctx.saved_tensors
         grad_SBV = torch.empty_like(logits_SBV)
         covered = torch.zeros(len(logits_SBV), dtype=torch.bool)
-        by_slices_first = sorted(zip(ctx.sections, normalisers, grads), key=lambda x: not isinstance(x[0].rows, slice))
-        for section, lse, grad in by_slices_first:
+        sections = zip(ctx.sections, normalisers, grads, strict=True)
+        slices_first = sorted(sections, key=lambda x: not isinstance(x[0].rows, slice))
+        for section, lse, grad in slices_first:
             done = 0
             for rows, targets in _chunks(section, logits_SBV):
                 here = slice(done, done + len(targets))
                 done = here.stop
-                part = _log_probs_backward(logits_SBV[rows], targets, lse[here], grad[here], section.temperature, ctx.group)
+                part = _log_probs_backward(logits_SBV[rows], targets, lse[here], grad[here], section.temperature,
+                                           ctx.group)
                 if isinstance(rows, slice):
                     grad_SBV[rows] = part
                     covered[rows] = True

@@ -82,10 +82,11 @@ def _sample_group(policy, gold: GoldBatch, rows: slice, layout: StridedLayout, c
     cache = RolloutCache(row, document_BT)
     block_K1 = row.blocks.to(device)[:, None]
     sample_N = torch.arange(layout.num_samples, device=device)
+    tp_group = parallel_state.get_tensor_model_parallel_group()
 
     def draw(logits, step, shape):
         numbers = uniform(config.seed, iteration, index_B[:, None, None], block_K1, sample_N, step)
-        drawn = sample(logits, numbers.view(shape), config.temperature, config.top_p, config.top_k, parallel_state.get_tensor_model_parallel_group())
+        drawn = sample(logits, numbers.view(shape), config.temperature, config.top_p, config.top_k, tp_group)
         return [x.view(batch, row.size, -1) for x in drawn]
 
     logits_KBV = policy(tokens_BT, positions[:, : layout.seq_length], as_mask(PrefillPattern(cache)),

@@ -15,6 +15,7 @@ from megatron_ebft.device import temporary_elements
 from megatron_ebft.hashing import GOLDEN, mix64
 from megatron_ebft.readout import log_sum_exp
 
+
 def uniform(seed: int, iteration: int, document: Tensor, block: Tensor, sample: Tensor, step: int) -> Tensor:
     """Uniform numbers in [0, 1), float64, of the broadcast shape of document, block and sample (int64)."""
     state = torch.zeros((), dtype=torch.int64, device=document.device)
@@ -33,8 +34,8 @@ def _sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 def filter_probabilities(p: Tensor, top_p: float, top_k: int, group: dist.ProcessGroup) -> Tensor:
     """Probabilities with all but the most likely tokens set to 0, not renormalised.
 
-    Kept: the smallest set of most likely tokens whose mass reaches `top_p` (1: all), of at most `top_k` tokens (0: all),
-    ties included. p: float32 [..., V], this rank's shard of a distribution.
+    Kept: the `top_k` most likely tokens (0: all), and of these the fewest whose share of their mass reaches `top_p`
+    (1: all); ties are kept. p: float32 [..., V], this rank's shard of a distribution.
     """
     if top_k > 0:
         p = _keep_most_likely(p, lambda kept: _sum((kept > 0).to(p.dtype), group) >= top_k)

@@ -177,8 +177,8 @@ def self_check(run: Run, means: Means) -> None:
     found = means.reduce()
     problems = []
     if not math.isfinite(found["reward"]):
-        problems.append(f"the mean reward is {found['reward']}, not finite: check the weights of --ebft-encoder-load or "
-                        "--pretrained-checkpoint")
+        problems.append(f"the mean reward is {found['reward']}, not finite: check the weights of --ebft-encoder-load "
+                        "or --pretrained-checkpoint")
     if not math.isfinite(found["mismatch"]):
         problems.append("the policy's log-probabilities are not finite: check the weights of --pretrained-checkpoint "
                         "or --load")

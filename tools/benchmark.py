@@ -15,7 +15,7 @@ import time
 import warnings
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils import flop_counter
 
 PHASES = ("rollout", "features", "train", "optimizer")
 SHAPE = dict(num_layers=8, hidden_size=256, ffn_hidden_size=768, num_attention_heads=8, num_query_groups=4,
@@ -24,14 +24,14 @@ SHAPE = dict(num_layers=8, hidden_size=256, ffn_hidden_size=768, num_attention_h
 """The default: small enough for two CPU cores, with every ingredient of a Llama."""
 
 
-@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
+@flop_counter.register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
 def _flash_cpu(query, key, value, *args, out_shape=None, **kwargs):
-    return sdpa_flop_count(query, key, value)
+    return flop_counter.sdpa_flop_count(query, key, value)
 
 
-@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward)
+@flop_counter.register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward)
 def _flash_cpu_backward(grad, query, key, value, *args, out_shape=None, **kwargs):
-    return sdpa_backward_flop_count(grad, query, key, value)
+    return flop_counter.sdpa_backward_flop_count(grad, query, key, value)
 
 
 def build(args):
@@ -53,8 +53,8 @@ def build(args):
     encoder = build_encoder(architecture, max(config.feature_map.layers), **overrides)
     copy_weights(policy[0], encoder)
     optimizer = get_megatron_optimizer(optimizer_config(args), policy)
-    run = Run("ebft", policy, encoder, None, optimizer, build_scheduler(args, optimizer), config, None, None, None, args,
-              {}, TrainState())
+    run = Run("ebft", policy, encoder, None, optimizer, build_scheduler(args, optimizer), config, None, None, None,
+              args, {}, TrainState())
     rows = args.global_batch_size // dp_size()
     generator = torch.Generator().manual_seed(args.seed)
     tokens = torch.randint(0, args.vocab_size, (args.global_batch_size, args.seq_length), generator=generator)
@@ -80,7 +80,7 @@ def count_flops(run, gold) -> dict[str, float]:
 
     class Counter:
         def __call__(self, phase):
-            counts[phase] = FlopCounterMode(display=False)
+            counts[phase] = flop_counter.FlopCounterMode(display=False)
             return counts[phase]
 
     train_step(run, gold, Counter(), check=False)
@@ -114,7 +114,7 @@ def benchmark(args) -> dict:
     for repeat in range(args.repeats):
         sft.append(measure_step(sft_run, gold))
         ebft.append(measure_step(run, gold))
-        print(f"repeat {repeat + 1}/{args.repeats}: SFT {sft[-1]['step']:.3f} s, EBFT {ebft[-1]['step']:.3f} s", flush=True)
+        print(f"repeat {repeat + 1}/{args.repeats}: SFT {sft[-1]['step']:.3f} s, EBFT {ebft[-1]['step']:.3f} s")
     seconds = {name: {phase: statistics.median(step[phase] for step in steps) for phase in steps[0]}
                for name, steps in (("ebft", ebft), ("sft", sft))}
     layout = run.config.layout
@@ -131,17 +131,20 @@ def benchmark(args) -> dict:
 
 def table(result: dict) -> str:
     """The figures as Markdown."""
-    lines = [f"{result['device']}, torch {result['torch']}; {result['gold_tokens']} gold and {result['rollout_tokens']} "
-             f"rollout tokens a step; matrix product {result['matmul_gflops_per_second']:.0f} GFLOP/s", "",
-             "| step | phase | seconds | share | GFLOP | GFLOP/s | of the matrix product |", "|---|---|--:|--:|--:|--:|--:|"]
+    peak = result["matmul_gflops_per_second"]
+    lines = [f"{result['device']}, torch {result['torch']}; {result['gold_tokens']} gold and "
+             f"{result['rollout_tokens']} rollout tokens a step; matrix product {peak:.0f} GFLOP/s", "",
+             "| step | phase | seconds | share | GFLOP | GFLOP/s | of the matrix product |",
+             "|---|---|--:|--:|--:|--:|--:|"]
     for name in ("sft", "ebft"):
         seconds, gflops = result["seconds"][name], result["gflops"][name]
         total = sum(gflops.values())
         for phase in [p for p in PHASES if p in seconds] + ["step"]:
             work = total if phase == "step" else gflops.get(phase, 0.0)
             rate = work / seconds[phase]
-            lines.append(f"| {name} | {phase} | {seconds[phase]:.3f} | {seconds[phase] / seconds['step']:.0%} | {work:.1f} | "
-                         f"{rate:.0f} | {rate / result['matmul_gflops_per_second']:.0%} |")
+            share = seconds[phase] / seconds["step"]
+            lines.append(f"| {name} | {phase} | {seconds[phase]:.3f} | {share:.0%} | {work:.1f} | {rate:.0f} | "
+                         f"{rate / peak:.0%} |")
     each = result["ratio_of_each_repeat"]
     lines += ["", f"EBFT / SFT: {result['ratio']:.2f} × in time (single repeats {min(each):.2f} to {max(each):.2f}), "
                   f"{result['flops_ratio']:.2f} × in operations"]
