@@ -1,13 +1,14 @@
 """Fixtures shared by all tests: process groups of one rank, and the `gpu` marker."""
 
+import brute_force
 import pytest
+import torch
 
 from megatron_ebft.device import have_gpu, init_device
 
-init_device()  # before Megatron-Core is imported
+init_device()
 
 from megatron_ebft import parallel  # noqa: E402
-from ranks import free_port  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -16,11 +17,20 @@ def one_rank():
 
     One start per test module (a few milliseconds), so that modules that start groups of their own can run in between.
     """
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("MASTER_PORT", str(free_port()))
-        parallel.init_parallel(1, 1, seed=1)
+    parallel.init_parallel(1, 1, seed=1)
+    yield
+    parallel.shut_down()
+
+
+@pytest.fixture(scope="module")
+def float64():
+    """Models of models.py, and brute force, in float64 throughout, rotary angles included."""
+    frequencies = brute_force.rope_frequencies
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(brute_force, "rope_frequencies", lambda config: frequencies(config).double())
+        torch.set_default_dtype(torch.float64)
         yield
-        parallel.shut_down()
+        torch.set_default_dtype(torch.float32)
 
 
 def pytest_collection_modifyitems(items):

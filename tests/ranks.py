@@ -39,7 +39,8 @@ def run_ranks(world_size: int, function: str, *args, timeout: float = 120.0) -> 
         for rank in range(world_size):
             environment = os.environ | {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_PORT": str(port),
-                "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+                "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1",
+                "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
             command = [sys.executable, __file__, function, str(results[rank]), str(timeout), *map(json.dumps, args)]
             processes.append(subprocess.Popen(command, env=environment, cwd=TESTS.parent, stdout=logs[rank],
                                               stderr=subprocess.STDOUT))

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.distributed import DistributedDataParallelConfig
@@ -23,6 +22,8 @@ from megatron_ebft.checkpoint import TrainState, load_checkpoint, load_weights, 
 from megatron_ebft.checkpoint_files import MANIFEST, POINTER, latest_iteration, read_metadata
 from megatron_ebft.fingerprint import weights_fingerprint
 from megatron_ebft.model import ModelArgs, build_encoder, build_frozen, build_policy, unwrap
+
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 ARGS = ModelArgs(num_layers=4, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2,
                  kv_channels=8, padded_vocab_size=64, max_position_embeddings=64)
@@ -80,15 +81,8 @@ def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_rank():
-    parallel.init_parallel(1, 1, seed=1)
-    yield
-    parallel.shut_down()
-
-
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
+def saved(tmp_path_factory, one_rank):
     """A directory with iterations 2 and 3, and the run that wrote them."""
     directory = tmp_path_factory.mktemp("saved")
     run = Run().train(2)
