@@ -1,7 +1,8 @@
 """The command line, and from it the typed configurations the rest of the code takes.
 
 Megatron's flag names where Megatron has the thing; `--ebft-…` for what only EBFT has. Defaults are the paper's coding
-settings. Whatever can be refused from the flags alone is refused here, before any file is read or GPU taken.
+settings, with the released code's choices where they differ (joint feature norm, no whitening). Whatever can be refused
+from the flags alone is refused here, before any file is read or GPU taken.
 """
 
 import argparse
@@ -17,8 +18,7 @@ from megatron_ebft.features import FEATURE_NORMS, POOLINGS, FeatureMap
 from megatron_ebft.layout import StridedLayout
 from megatron_ebft.model import ModelArgs, feature_layers
 from megatron_ebft.rollout import SamplingConfig
-
-TOKENIZERS = ("SentencePieceTokenizer", "HuggingFaceTokenizer", "NullTokenizer")
+from megatron_ebft.tokenizer import TOKENIZER_TYPES
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -86,7 +86,7 @@ def _add_data(group):
         add(f"--{kind}-data-path", nargs="+", metavar="PREFIX", help=f"instead of --data-path, for the {kind} split")
     add("--data-cache-path", help="folder for dataset indices; default: beside each dataset")
     add("--seq-length", type=int, default=1024, help="T, gold tokens of a row")
-    add("--tokenizer-type", choices=TOKENIZERS, default="HuggingFaceTokenizer", help="kind of tokenizer")
+    add("--tokenizer-type", choices=TOKENIZER_TYPES, default="HuggingFaceTokenizer", help="kind of tokenizer")
     add("--tokenizer-model", help="SentencePiece model file, or Hugging Face tokenizer folder")
     add("--vocab-size", type=int, help="ids of the NullTokenizer, or more ids than the tokenizer has")
     add("--ebft-document-mask", action=argparse.BooleanOptionalAction, default=False,
@@ -121,7 +121,7 @@ def _add_machine(group):
         "together, 0: all; bounds memory of long rows without changing the result")
     add("--ebft-rollout-rows", type=int, default=0, help="rows of a rank that decode together, 0: all; bounds memory "
         "of the key-value cache without changing the result")
-    add("--distributed-timeout-minutes", type=float, default=10.0, help="a rank that waits longer than this gives up")
+    add("--distributed-timeout-minutes", type=int, default=10, help="a rank that waits longer than this gives up")
 
 
 def _add_checkpoint(group):
@@ -189,11 +189,19 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
         ValueError: naming the flag that cannot be right.
     """
     for flag in ("train_iters", "micro_batch_size", "global_batch_size", "seq_length", "save_interval", "log_interval",
-                 "eval_iters", "ebft_eval_length"):
+                 "eval_iters", "ebft_eval_length", "distributed_timeout_minutes"):
         _require(args, flag, lambda x: x >= 1, "must be at least 1")
     for flag in ("eval_interval", "ebft_blocks_per_microbatch", "ebft_rollout_rows", "ebft_ce_coef", "ebft_kl_coef",
-                 "ebft_rl_coef", "clip_grad", "weight_decay", "lr", "min_lr"):
+                 "ebft_rl_coef", "clip_grad", "weight_decay", "lr", "min_lr", "ebft_top_k"):
         _require(args, flag, lambda x: x >= 0, "must be 0 or more")
+    for flag in ("ebft_temperature", "ebft_top_p", "rotary_base", "init_method_std", "norm_epsilon"):
+        _require(args, flag, lambda x: x > 0, "must be above 0")
+    for flag in ("ebft_alignment_coef", "ebft_diversity_coef"):
+        _require(args, flag, lambda x: True, "must be a finite number")
+    for flag in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
+                 "kv_channels", "max_position_embeddings", "vocab_size"):
+        if vars(args)[flag] is not None:
+            _require(args, flag, lambda x: x >= 1, "must be at least 1")
     _require(args, "lr_warmup_fraction", lambda x: 0 <= x < 1, "must be in [0, 1)")
     for flag in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
         _require(args, flag, lambda x: x == 1, "only 1 is supported so far")

@@ -71,7 +71,13 @@ def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _causal(q_BHTD, k_BJTD, v_BJTD, mask, scale) -> Tensor:
-    return scaled_dot_product_attention(q_BHTD, k_BJTD, v_BJTD, attn_mask=mask, is_causal=mask is None, scale=scale,
+    if mask is not None:  # as rows of their key head: masks and expanded key heads do not go together in fused kernels
+        heads_per_group = q_BHTD.shape[1] // k_BJTD.shape[1]
+        q = q_BHTD.unflatten(1, (-1, heads_per_group)).flatten(2, 3)
+        mask = mask.repeat(1, 1, heads_per_group, 1)
+        out = scaled_dot_product_attention(q, k_BJTD, v_BJTD, attn_mask=mask, scale=scale)
+        return out.unflatten(2, (heads_per_group, -1)).flatten(1, 2)
+    return scaled_dot_product_attention(q_BHTD, k_BJTD, v_BJTD, is_causal=True, scale=scale,
                                         enable_gqa=q_BHTD.shape[1] != k_BJTD.shape[1])
 
 
@@ -102,39 +108,20 @@ class _Chunk:
     queries: slice
     keys: slice
     gold: int
-    mask_BQC: Tensor
+    mask_B1QC: Tensor
 
 
-def _chunks(row: RowLayout, query_steps: range, starts_BT: Tensor | None, heads_per_group: int, like: Tensor,
-            chunk_rows: int) -> list[_Chunk]:
+def _chunks(row: RowLayout, query_steps: range, starts_BT: Tensor | None, heads_per_group: int,
+            like: Tensor) -> list[_Chunk]:
     """Chunks for rollout queries of `query_steps` against cached or in-row keys of all `row.steps` steps."""
     if row.steps == 0:  # rollouts of one token: a training row is gold alone
         return []
-    lo_BK, hi_K = row.visible_gold(starts_BT)
-    samples, per_block = row.layout.num_samples, row.layout.num_samples * row.steps
-    queries_per_block = samples * len(query_steps)
-    size = max(1, chunk_rows // per_block)
+    blocks_per_chunk = max(1, CHUNK_ROWS // (row.layout.num_samples * row.steps))
     chunks = []
-    for first in range(0, row.size, size):
-        last = min(first + size, row.size)
-        blocks = last - first
-        gold = int(hi_K[last - 1])
-        q_slot = torch.arange(first, last).repeat_interleave(queries_per_block)
-        q_rollout = torch.arange(blocks * samples).repeat_interleave(len(query_steps))
-        q_step = torch.tensor(query_steps).repeat(blocks * samples)
-        k_rollout = torch.arange(blocks * samples).repeat_interleave(row.steps)
-        k_step = torch.arange(row.steps).repeat(blocks * samples)
-        gold_index = torch.arange(gold)
-        sees_gold = gold_index < hi_K[q_slot][:, None]
-        sees_own = (k_rollout == q_rollout[:, None]) & (k_step <= q_step[:, None])
-        if lo_BK is None:
-            sees = torch.cat([sees_gold, sees_own], 1)[None]
-        else:
-            starts_here = lo_BK.cpu()[:, q_slot, None] <= gold_index
-            sees = torch.cat([sees_gold & starts_here, sees_own.expand(len(lo_BK), -1, -1)], 2)
-        mask = _additive(sees.to(like.device), like.dtype).repeat(1, heads_per_group, 1)
-        chunks.append(_Chunk(slice(first * queries_per_block, last * queries_per_block),
-                             slice(first * per_block, last * per_block), gold, mask[:, None]))
+    for chunk in row.chunks(blocks_per_chunk):
+        mask = _additive(chunk.visible(query_steps, starts_BT, like.device), like.dtype)
+        chunks.append(_Chunk(chunk.tokens(len(query_steps)), chunk.tokens(row.steps), chunk.gold,
+                             mask.repeat(1, heads_per_group, 1)[:, None]))
     return chunks
 
 
@@ -146,7 +133,7 @@ def _attend_chunks(chunks, q_BHRD, gold_k, gold_v, own_k, own_v, scale) -> list[
         q_BJQD = q_BHRD[:, :, chunk.queries].reshape(batch, gold_k.shape[1], -1, dim)
         k_BJCD = torch.cat([gold_k[:, :, : chunk.gold], own_k[:, :, chunk.keys]], 2)
         v_BJCD = torch.cat([gold_v[:, :, : chunk.gold], own_v[:, :, chunk.keys]], 2)
-        out = scaled_dot_product_attention(q_BJQD, k_BJCD, v_BJCD, attn_mask=chunk.mask_BQC, scale=scale)
+        out = scaled_dot_product_attention(q_BJQD, k_BJCD, v_BJCD, attn_mask=chunk.mask_B1QC, scale=scale)
         outputs.append(out.reshape(batch, heads, -1, dim))
     return outputs
 
@@ -168,7 +155,7 @@ class StridedPattern:
         if self._chunk_cache is None:
             starts = None if self.document_BT is None else document_starts(self.document_BT)
             self._chunk_cache = _chunks(self.row, range(self.row.steps), starts, q_BHSD.shape[1] // k_BJSD.shape[1],
-                                        q_BHSD, CHUNK_ROWS)
+                                        q_BHSD)
         gold_q, rollout_q = q_BHSD[:, :, :gold], q_BHSD[:, :, gold:]
         gold_k, own_k = k_BJSD[:, :, :gold], k_BJSD[:, :, gold:]
         gold_v, own_v = v_BJSD[:, :, :gold], v_BJSD[:, :, gold:]
@@ -224,7 +211,7 @@ class DecodePattern:
         if self._chunk_cache is None:
             starts = None if cache.document_BT is None else document_starts(cache.document_BT)
             self._chunk_cache = _chunks(cache.row, range(self.step, self.step + 1), starts,
-                                        q_BHSD.shape[1] // k_BJSD.shape[1], q_BHSD, CHUNK_ROWS)
+                                        q_BHSD.shape[1] // k_BJSD.shape[1], q_BHSD)
         own_k, own_v = cache.own[layer_number]
         own_k[:, :, :, self.step] = k_BJSD
         own_v[:, :, :, self.step] = v_BJSD

@@ -11,7 +11,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_ebft.layout import RowLayout, StridedLayout, document_starts
+from megatron_ebft.layout import RowLayout, StridedLayout, document_starts, gold_positions
 
 
 @dataclass
@@ -130,10 +130,8 @@ class GoldMicroBatches:
     def __iter__(self) -> Iterator[MicroBatch]:
         for rows in _row_slices(self.gold, self.micro_batch_size):
             tokens, documents = self.gold.tokens_BT[rows], _rows_of(self.gold.document_BT, rows)
-            positions = torch.arange(self.row_length, device=tokens.device).expand_as(tokens)
-            if documents is not None:
-                positions = positions - document_starts(documents)
-            yield MicroBatch(rows, None, tokens, positions, documents, is_first_part=True)
+            starts = None if documents is None else document_starts(documents)
+            yield MicroBatch(rows, None, tokens, gold_positions(tokens, starts), documents, is_first_part=True)
 
 
 def _check_micro_batch_size(size: int, rows: int) -> None:

@@ -17,11 +17,11 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_ebft import __version__
 from megatron_ebft.arguments import ddp_config, ebft_config, model_args, optimizer_config, transformer_overrides
 from megatron_ebft.checkpoint import TrainState, load_checkpoint, load_weights
-from megatron_ebft.checkpoint_files import latest_iteration, read_metadata
+from megatron_ebft.checkpoint_files import RECORD, latest_iteration, read_metadata
 from megatron_ebft.dataset import build_datasets
 from megatron_ebft.device import have_gpu
 from megatron_ebft.fingerprint import weights_fingerprint
-from megatron_ebft.model import ModelArgs, build_encoder, build_frozen, build_policy, copy_weights, unwrap
+from megatron_ebft.model import build_encoder, build_frozen, build_policy, copy_weights, unwrap
 from megatron_ebft.parallel import dp_size
 from megatron_ebft.tokenizer import build_tokenizer
 from megatron_ebft.training import Run
@@ -37,10 +37,10 @@ def build_run(args: argparse.Namespace) -> Run:
         raise ValueError(f"--global-batch-size {args.global_batch_size}: must be a multiple of --micro-batch-size "
                          f"{args.micro_batch_size} × {dp_size()} data-parallel ranks")
     args.tensorboard_dir = args.tensorboard_dir or os.path.join(args.save or ".", "tensorboard")
-    tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, args.vocab_size)
     resume = _find_resume(args)
     if args.use_checkpoint_args:
         _restore_architecture(args, "--load" if resume else "--pretrained-checkpoint")
+    tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, args.vocab_size)
     architecture = model_args(args, tokenizer.vocab_size)
     if args.seq_length > architecture.max_position_embeddings:
         raise ValueError(f"--seq-length {args.seq_length}: longer than --max-position-embeddings "
@@ -50,11 +50,19 @@ def build_run(args: argparse.Namespace) -> Run:
     train_data, valid_data = _build_data(args, tokenizer)
 
     overrides, fields = transformer_overrides(args), dataclasses.asdict(architecture)
+    fixed = {name: value for name, value in fields.items() if name not in _free_fields(fields)}
     policy = build_policy(architecture, ddp_config(args), **overrides)
     if args.pretrained_checkpoint:
-        start = load_weights(args.pretrained_checkpoint, policy[0], architecture=fields)
+        start = load_weights(args.pretrained_checkpoint, policy[0], architecture=fixed)
         _check_tokenizer(start, tokenizer, "--pretrained-checkpoint")
-    encoder = _build_encoder(args, architecture, policy, config, overrides, tokenizer) if wants_encoder else None
+    encoder = None
+    if wants_encoder:
+        encoder = build_encoder(architecture, max(config.feature_map.layers), **overrides)
+        if args.ebft_encoder_load:
+            metadata = load_weights(args.ebft_encoder_load, encoder, architecture=fixed, flag="--ebft-encoder-load")
+            _check_tokenizer(metadata, tokenizer, "--ebft-encoder-load")
+        else:
+            copy_weights(policy[0], encoder)
     reference = None
     if args.training_mode == "ebft" and (args.ebft_kl_coef or args.ebft_track_kl):
         reference = build_frozen(architecture, **overrides)
@@ -73,7 +81,8 @@ def build_run(args: argparse.Namespace) -> Run:
         saved = read_metadata(args.load)
         _check_tokenizer(saved, tokenizer, "--load")
         _check_origins(saved, metadata, args)
-        state, _ = load_checkpoint(args.load, policy, optimizer, scheduler, architecture=fields)
+        state, _ = load_checkpoint(args.load, policy, optimizer, scheduler, architecture=fixed)
+        metadata["changed"] = _changed(saved["arguments"], vars(args))
     return Run(args.training_mode, policy, encoder, reference, optimizer, scheduler, config, train_data, valid_data,
                tokenizer, args, metadata, state)
 
@@ -90,7 +99,8 @@ def describe(run: Run) -> str:
                      f"× {layout.rollout_length} tokens | features of layers {run.config.feature_map.layers} of "
                      f"{encoder['origin']} ({encoder['fingerprint']})")
     if run.state.iteration:
-        lines.append(f"continues {run.args.load} after step {run.state.iteration}")
+        changed = f", with other flags: {', '.join(run.metadata['changed'])}" if run.metadata["changed"] else ""
+        lines.append(f"continues {run.args.load} after step {run.state.iteration}{changed}")
     return "\n".join(lines)
 
 
@@ -98,7 +108,7 @@ def _find_resume(args) -> bool:
     """Whether --load holds a checkpoint. None is fine where the run itself will save there."""
     if not args.load:
         return False
-    if latest_iteration(args.load) is not None:
+    if os.path.exists(os.path.join(args.load, RECORD)) or latest_iteration(args.load) is not None:
         return True
     if args.save and os.path.abspath(args.load) == os.path.abspath(args.save):
         return False
@@ -108,9 +118,23 @@ def _find_resume(args) -> bool:
 
 def _restore_architecture(args, flag: str) -> None:
     metadata = read_metadata(args.load if flag == "--load" else args.pretrained_checkpoint, flag=flag)
-    for name, value in metadata["architecture"].items():
-        if name in vars(args):
+    fields = metadata["architecture"]
+    for name, value in fields.items():
+        if name in vars(args) and name not in _free_fields(fields):
             setattr(args, name, value)
+    args.vocab_size = fields["padded_vocab_size"]
+
+
+def _free_fields(architecture: dict) -> set[str]:
+    """Fields in which a model may differ from the checkpoint whose weights it takes."""
+    rope = architecture["position_embedding_type"] == "rope"
+    return {"init_method_std", "max_position_embeddings"} if rope else {"init_method_std"}
+
+
+def _changed(saved: dict, now: dict) -> list[str]:
+    """Flags that are not what they were when a checkpoint was saved, as `--flag old → new`."""
+    return [f"--{name.replace('_', '-')} {saved[name]} → {value}" for name, value in now.items()
+            if name in saved and saved[name] != value]
 
 
 def _build_data(args, tokenizer):
@@ -122,17 +146,6 @@ def _build_data(args, tokenizer):
         data_cache_path=args.data_cache_path, need_answers=args.ebft_answer_only,
         need_documents=args.ebft_document_mask)
     return train_data, valid_data
-
-
-def _build_encoder(args, architecture: ModelArgs, policy, config, overrides, tokenizer):
-    encoder = build_encoder(architecture, max(config.feature_map.layers), **overrides)
-    if args.ebft_encoder_load:
-        metadata = load_weights(args.ebft_encoder_load, encoder, architecture=dataclasses.asdict(architecture),
-                                flag="--ebft-encoder-load")
-        _check_tokenizer(metadata, tokenizer, "--ebft-encoder-load")
-    else:
-        copy_weights(policy[0], encoder)
-    return encoder
 
 
 def build_scheduler(args, optimizer) -> OptimizerParamScheduler:
@@ -164,4 +177,5 @@ def _check_origins(saved: dict, now: dict, args) -> None:
         if saved[part]["fingerprint"] != now[part]["fingerprint"]:
             raise ValueError(f"{flag}: the {part}'s weights are not those {args.load} was trained with "
                              f"(hash {now[part]['fingerprint']} from {now[part]['origin']}, recorded "
-                             f"{saved[part]['fingerprint']} from {saved[part]['origin']}); give the recorded one")
+                             f"{saved[part]['fingerprint']} from {saved[part]['origin']}); give the recorded one, in "
+                             "the recorded precision (--bf16)")

@@ -3,7 +3,8 @@
 1. A row is exactly T consecutive tokens of the shuffled documents laid end to end, so a long document may continue in
    another row. There is no extra token, as nothing is shifted. The tokens after the last whole row are left out:
    no row is ever padded.
-2. Which rows a step gets is a function of the consumed samples alone, whatever the number of ranks.
+2. Which rows a step gets is a function of the consumed samples alone, whatever the number of ranks or of steps to come:
+   documents are packed once, in Megatron's order, and every further epoch shuffles the rows anew by (seed, epoch).
 3. An answer mask is a second indexed dataset, `<prefix>_answer_mask`, of the same shape as the first. Both are read by
    the same document numbers and offsets.
 4. What is wrong with the files is found on every rank before anything is built, since a rank that raised by itself
@@ -53,9 +54,15 @@ class RowDataset(GPTDataset):
         super().__init__(*args, **kwargs)
         mask_path = self.dataset_path + ANSWER_MASK_SUFFIX
         self.answer_mask = IndexedDataset(mask_path) if IndexedDataset.exists(mask_path) else None
+        self._epoch, self._order = 0, None
+
+    def __len__(self) -> int:
+        """Rows of one epoch, or as many as were asked for, if these are more."""
+        return max(super().__len__(), self.num_samples or 0)
 
     def __getitem__(self, idx: int) -> dict[str, Tensor | int]:
-        spans = list(self._spans(idx))
+        epoch, position = divmod(int(idx), super().__len__())
+        spans = list(self._spans(position if epoch == 0 else int(self._shuffled(epoch)[position])))
         tokens_T = numpy.concatenate([self.dataset.get(*span) for span in spans], dtype=numpy.int64)
         assert len(tokens_T) == self.config.sequence_length
         if self.answer_mask is None:
@@ -63,6 +70,18 @@ class RowDataset(GPTDataset):
         else:
             answer_T = numpy.concatenate([self.answer_mask.get(*span) for span in spans]) != 0
         return dict(tokens=torch.from_numpy(tokens_T), answer_mask=torch.from_numpy(answer_T), index=int(idx))
+
+    def _shuffled(self, epoch: int) -> numpy.ndarray:
+        """Order of an epoch's rows; kept until another epoch is asked for."""
+        if epoch != self._epoch:
+            generator = numpy.random.default_rng((self.config.random_seed, epoch))
+            self._epoch, self._order = epoch, generator.permutation(super().__len__())
+        return self._order
+
+    def _get_num_epochs(self, num_tokens_per_epoch: int) -> int:
+        # Megatron-Core packs and shuffles all epochs together, so that their number, which follows --train-iters,
+        # decides what the first step gets.
+        return 1
 
     def _spans(self, idx: int) -> Iterator[tuple[int, int, int]]:
         """(document, offset, length) of the pieces of a row, in order."""
@@ -148,7 +167,7 @@ def build_datasets(*, seq_length: int, seed: int, sizes: Sequence[int | None], t
 
     Args:
         seq_length: T.
-        seed: of the shuffles. The order also depends on the number of epochs `sizes` asks for, as in Megatron.
+        seed: of the shuffles.
         sizes: rows wanted of each split, its documents repeated as often as that takes; 0: do not build the split;
             None: one epoch.
         tokenizer: the one the data must have been made with.
@@ -169,7 +188,7 @@ def build_datasets(*, seq_length: int, seed: int, sizes: Sequence[int | None], t
     split_paths = (train_data_path, valid_data_path, test_data_path)
     if data_path is not None:
         if any(paths is not None for paths in split_paths):
-            raise ValueError("--data-path: give either this or --train-data-path, --valid-data-path, --test-data-path")
+            raise ValueError("--data-path: give either this or --train-data-path and --valid-data-path")
         blend = Blend.parse("--data-path", data_path)
         blends = [blend] * len(Split)
         source = dict(blend=(blend.prefixes, blend.weights), split=_checked_split(split or DEFAULT_SPLIT))
@@ -227,15 +246,13 @@ def _check_split(kind: Split, blend: Blend, size: int | None, bounds: tuple[floa
     if bounds is None:
         raise ValueError(f"--split gives the {kind.name} split no share of the data, and {size or 'all'} rows of it "
                          "are wanted: give it one")
-    # Without a number of rows to reach, documents are not repeated, so one pass must fill a row.
-    needed = seq_length if size is None or (len(blend.prefixes) > 1 and blend.weights is None) else 1
     for prefix in blend.prefixes:
         begin, end = (round(bound * len(lengths[prefix])) for bound in bounds)  # as Megatron-Core rounds
         tokens = int(lengths[prefix][begin:end].sum(dtype=numpy.int64))
-        if tokens < needed:
+        if tokens < seq_length:
             raise ValueError(
                 f"{blend.flag} {prefix}: its {kind.name} split has {end - begin} of {len(lengths[prefix])} documents "
-                f"and {tokens} tokens, where at least {needed} are needed: add documents, give the split a larger "
+                f"and {tokens} tokens, where at least {seq_length} are needed: add documents, give the split a larger "
                 "share (--split), or ask for none of its rows")
 
 

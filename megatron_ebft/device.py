@@ -87,7 +87,11 @@ def init_device() -> None:
     """Select this rank's device (LOCAL_RANK on GPUs); without a GPU, install the stand-in. Idempotent."""
     global _installed
     if have_gpu():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(f"--nproc-per-node: rank {local_rank} of this machine has no GPU of its own, there are "
+                             f"{torch.cuda.device_count()}; start as many ranks as GPUs")
+        torch.cuda.set_device(local_rank)
         return
     if _installed:
         return

@@ -20,13 +20,13 @@ from megatron_ebft.features import FeatureMap, block_grams
 from megatron_ebft.layout import StridedLayout
 from megatron_ebft.metrics import Means
 from megatron_ebft.parallel import dp_sum
-from megatron_ebft.readout import rollout_log_probs, training_readout
+from megatron_ebft.readout import training_readout
 from megatron_ebft.rollout import Rollouts, SamplingConfig
 
 
 @dataclass
 class EBFTConfig:
-    """Everything about the method, and nothing about the machine."""
+    """Everything about the method, and the three sizes that bound its memory."""
 
     layout: StridedLayout
     sampling: SamplingConfig
@@ -107,7 +107,7 @@ def score(model, gold: GoldBatch, rollouts: Rollouts, config: EBFTConfig) -> Sco
         mb = next(iterator)
 
         def collect(sections):
-            found.append(rollout_log_probs(mb.row, *sections[1:]))
+            found.append(mb.row.join_targets(*sections[1:]))
             if mb.is_first_part:
                 found_gold.append(sections[0].squeeze(-1).t())
             return sections[0].sum(), {}
@@ -126,7 +126,7 @@ def policy_gradient(policy: list, gold: GoldBatch, rollouts: Rollouts, advantage
     its share, and gradients are summed (not averaged) over micro-batches and data-parallel ranks.
 
     Args:
-        means: receives loss parts and the mismatch between sampler and trainer.
+        means: receives the parts of the loss.
         reference_BKNG: `score` of the frozen starting policy, needed for β ≠ 0.
 
     Returns:
@@ -141,7 +141,7 @@ def policy_gradient(policy: list, gold: GoldBatch, rollouts: Rollouts, advantage
         blocks = mb.row.blocks.to(valid_BK.device)
 
         def loss_func(sections):
-            log_probs = rollout_log_probs(mb.row, *sections[1:])
+            log_probs = mb.row.join_targets(*sections[1:])
             valid = (valid_BK[mb.rows][:, blocks] & mb.row.is_real.to(blocks.device))[:, :, None]
             rl = losses.reinforce_loss(log_probs, advantage_BKN[mb.rows][:, blocks], valid)
             loss = config.rl_coef * rl / rollout_count

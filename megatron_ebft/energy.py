@@ -64,13 +64,17 @@ def whiten(M: Tensor, whitening: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def rewards(M: Tensor, whitening: str) -> tuple[Tensor, Tensor]:
-    """alignment_j = 2 cos(x̃_j, ỹ_j) and diversity_j = 2/(n−1) Σ_{j'≠j} x̃_jᵀx̃_{j'}, each [..., n]."""
-    inner, cross, reference, own = whiten(M, whitening)
+    """alignment_j = 2 cos(x̃_j, ỹ_j) and diversity_j = 2/(n−1) Σ_{j'≠j} x̃_jᵀx̃_{j'}, each [..., n].
+
+    NaN for blocks whose features are not finite (LAPACK would raise, on one rank alone).
+    """
+    finite = M.isfinite().flatten(-2).all(-1)[..., None]
+    inner, cross, reference, own = whiten(M.where(finite[..., None], 1.0), whitening)
     n = cross.shape[-1]
     norms = reference.clamp(min=0).sqrt().clamp(min=COSINE_EPS) * own.clamp(min=0).sqrt().clamp(min=COSINE_EPS)
     alignment = 2 * cross / norms
     diversity = 2 / max(n - 1, 1) * (inner.sum(-1) - own)
-    return alignment, diversity
+    return alignment.where(finite, torch.nan), diversity.where(finite, torch.nan)
 
 
 def advantages(alignment: Tensor, diversity: Tensor, kind: str, alignment_coef: float, diversity_coef: float) -> Tensor:

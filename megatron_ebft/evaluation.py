@@ -4,6 +4,7 @@ Always the same rows and the same random numbers, at temperature 1 and without w
 differ by the policy alone.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -49,7 +50,8 @@ def evaluation_config(config: EBFTConfig, longest: int) -> tuple[EBFTConfig, lis
 
 def evaluate(policy: list, encoder, reference, batches: Iterable[GoldBatch], config: EBFTConfig | None,
              longest: int, micro_batch_size: int) -> tuple[dict[str, float], EvaluationRollouts | None]:
-    """All evaluation metrics over `batches`, the same on every rank.
+    """All evaluation metrics over `batches`, the same on every rank; those of which nothing could be measured (no
+    completion of that length is valid) are left out.
 
     Args:
         encoder: None in plain next-token training without one: cross entropy only.
@@ -68,6 +70,8 @@ def evaluate(policy: list, encoder, reference, batches: Iterable[GoldBatch], con
                 shown = shown or EvaluationRollouts(gold, layout, rollouts)
     policy[0].train(was_training)
     metrics = means.reduce()
+    if "ce_loss" in metrics:
+        metrics["perplexity"] = math.exp(min(metrics["ce_loss"], 700))
     return metrics, shown
 
 
@@ -78,21 +82,25 @@ def _measure_rollouts(policy, encoder, reference, gold, config, longest, means) 
     rows = MicroBatches(gold, rollouts.tokens_BKNG, layout, layout.rollout_length, config.micro_batch_size,
                         config.blocks_per_microbatch)
     gram_BKLMM = block_grams(encoder, config.feature_map, rows, lengths)
-    valid_BK = gold.valid_blocks(layout)
     biased, unbiased = energy.cfm(gram_BKLMM)
     alignment, _ = energy.rewards(gram_BKLMM, "none")
     for i, length in enumerate(lengths):
-        means.add_masked(f"cfm_length/{length:02d}", unbiased[:, :, i], valid_BK)
+        valid_BK = gold.valid_blocks(replace(layout, rollout_length=length))[:, : layout.num_blocks]
+        if layout.num_samples > 1:
+            means.add_masked(f"cfm_length/{length:02d}", unbiased[:, :, i], valid_BK)
         means.add_masked(f"cfm_biased_length/{length:02d}", biased[:, :, i], valid_BK)
         means.add_masked(f"alignment_length/{length:02d}", alignment[:, :, i].mean(-1), valid_BK)
-    means.add_masked("entropy", rollouts.entropy_BKNG, valid_BK[:, :, None, None])
+    valid_BKNG = _valid_tokens(gold, layout)
+    means.add_masked("entropy", rollouts.entropy_BKNG, valid_BKNG)
     if reference is not None:
-        _measure_kl(policy, reference, gold, rollouts, config, valid_BK, means)
+        start = score(reference, gold, rollouts, config).rollout_BKNG
+        now = score(policy, gold, rollouts, config).rollout_BKNG
+        means.add_masked("kl_to_start", kl_estimate(now, start, "k3"), valid_BKNG)  # of the lowest variance
     return rollouts, layout
 
 
-def _measure_kl(policy, reference, gold, rollouts, config, valid_BK: Tensor, means: Means) -> None:
-    """KL(policy ‖ start) per rollout token, by the estimator k3, which has the lowest variance."""
-    start = score(reference, gold, rollouts, config).rollout_BKNG
-    now = score(policy, gold, rollouts, config).rollout_BKNG
-    means.add_masked("kl_to_start", kl_estimate(now, start, "k3"), valid_BK[:, :, None, None])
+def _valid_tokens(gold: GoldBatch, layout: StridedLayout) -> Tensor:
+    """Rollout tokens up to which the gold completion is valid, bool [B, K, 1, G]."""
+    upto = [gold.valid_blocks(replace(layout, rollout_length=length))[:, : layout.num_blocks]
+            for length in range(1, layout.rollout_length + 1)]
+    return torch.stack(upto, dim=-1)[:, :, None]

@@ -98,6 +98,12 @@ def document_starts(document_BT: Tensor) -> Tensor:
     return (index * is_first).cummax(1).values
 
 
+def gold_positions(gold_BT: Tensor, starts_BT: Tensor | None) -> Tensor:
+    """Position ids [B, T] of gold tokens; with a document mask they restart at each document."""
+    positions = torch.arange(gold_BT.shape[1], device=gold_BT.device).expand_as(gold_BT)
+    return positions if starts_BT is None else positions - starts_BT
+
+
 @dataclass(frozen=True)
 class RowLayout:
     """One packed row: T gold tokens, then `steps` tokens of each rollout of `size` blocks from `first_block` on."""
@@ -133,6 +139,11 @@ class RowLayout:
     def anchors(self) -> Tensor:
         """Anchor of each block slot, int64 [size]."""
         return self.layout.anchors()[self.blocks]
+
+    @cached_property
+    def rollout_number(self) -> Tensor:
+        """Which rollout of the row, slot · n + sample, each rollout token belongs to, int64 [R]."""
+        return torch.arange(self.size * self.layout.num_samples).repeat_interleave(self.steps)
 
     @cached_property
     def rollout_slot(self) -> Tensor:
@@ -179,7 +190,50 @@ class RowLayout:
         """Gold positions a_k + t of the given steps of each slot's reference completion, int64 [size, len(steps)]."""
         return self.layout.completion_index()[self.blocks][:, steps.start : steps.stop]
 
-    def visible_gold(self, starts_BT: Tensor | None) -> tuple[Tensor | None, Tensor]:
-        """Gold interval [lo, hi) that each block slot's rollout tokens see: lo [B, size] (None: 0), hi [size]."""
-        lo = None if starts_BT is None else starts_BT[:, (self.anchors - 1).to(starts_BT.device)]
-        return lo, self.anchors
+    def split_targets(self, rollout_BKNG: Tensor) -> tuple[Tensor, Tensor]:
+        """Rollout tokens by predictor: step 0, read at `anchor_predictors` [size, B, N], and the steps after each
+        rollout token of the row, read there [R, B, 1]. Takes the rollouts of ALL blocks."""
+        here = rollout_BKNG[:, self.blocks.to(rollout_BKNG.device)]
+        return here[..., 0].transpose(0, 1), here[..., 1:].flatten(1).t()[:, :, None]
+
+    def join_targets(self, first_KBN: Tensor, later_RB1: Tensor) -> Tensor:
+        """The inverse of `split_targets` on what was read: [B, size, N, G]."""
+        later = later_RB1.squeeze(-1).t().reshape(later_RB1.shape[1], self.size, self.layout.num_samples, self.steps)
+        return torch.cat([first_KBN.transpose(0, 1)[..., None], later], dim=-1)
+
+    def chunks(self, blocks_per_chunk: int) -> list["Chunk"]:
+        """Block slots a few at a time, for attention."""
+        return [Chunk(self, first, min(first + blocks_per_chunk, self.size))
+                for first in range(0, self.size, blocks_per_chunk)]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Block slots [first, last) of a row, whose rollouts attend together."""
+
+    row: RowLayout
+    first: int
+    last: int
+
+    @property
+    def gold(self) -> int:
+        """Gold tokens that any of its rollouts sees: [0, gold)."""
+        return int(self.row.anchors[self.last - 1])
+
+    def tokens(self, steps: int) -> slice:
+        """Its rollout tokens among those of a row (or step) that keeps `steps` of each rollout."""
+        per_block = self.row.layout.num_samples * steps
+        return slice(self.first * per_block, self.last * per_block)
+
+    def visible(self, query_steps: range, starts_BT: Tensor | None, device) -> Tensor:
+        """What queries of `query_steps` see of [gold tokens [0, gold) | own rollout tokens], bool [B or 1, Q, C]."""
+        row, mine = self.row, self.tokens(self.row.steps)
+        slot, number, step = (x[mine].to(device) for x in (row.rollout_slot, row.rollout_number, row.rollout_step))
+        asked = (step >= query_steps.start) & (step < query_steps.stop)
+        gold = torch.arange(self.gold, device=device)
+        anchor = row.anchors.to(device)[slot[asked]]
+        sees_gold = (gold < anchor[:, None])[None]
+        sees_own = ((number == number[asked][:, None]) & (step <= step[asked][:, None]))[None]
+        if starts_BT is not None:
+            sees_gold = sees_gold & (starts_BT[:, anchor - 1][..., None] <= gold)
+        return torch.cat([sees_gold, sees_own.expand(len(sees_gold), -1, -1)], dim=2)

@@ -27,7 +27,7 @@ class Logger:
     """Console and TensorBoard of one run.
 
     Args:
-        directory: TensorBoard's; steps after `iteration` that an interrupted run left there are dropped.
+        directory: TensorBoard's; what an interrupted run left there beyond `iteration` is dropped.
         tokens_per_step: gold tokens of a global batch.
         rollout_length: G, the completion length whose CFM is "the" CFM of an evaluation.
     """
@@ -38,8 +38,11 @@ class Logger:
         self.train_iters, self.tokens_per_step = train_iters, tokens_per_step
         self.rollout_length, self.tokenizer = rollout_length, tokenizer
         self.durations: list[float] = []
-        purge_step = iteration + 1 if iteration else None
-        self.writer = SummaryWriter(directory, purge_step=purge_step) if self.is_main else None
+        purge_step = iteration + 1 if iteration else 0
+        try:
+            self.writer = SummaryWriter(directory, purge_step=purge_step) if self.is_main else None
+        except OSError as error:
+            raise ValueError(f"--tensorboard-dir {directory}: cannot be written ({error})") from error
 
     def print(self, line: str) -> None:
         """A line on rank 0's console."""

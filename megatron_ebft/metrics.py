@@ -28,11 +28,12 @@ class Means:
         self.add(name, values.detach().double().where(valid, 0.0).sum(), valid.sum())
 
     def reduce(self) -> dict[str, float]:
-        """The means over all ranks; 0 where nothing counted."""
+        """The means over all ranks, without those in which nothing counted."""
         if not self._sums:
             return {}
         totals, counts = dp_sum(torch.stack(list(self._sums.values()))).unbind(1)
-        return dict(zip(self._sums, (totals / counts.clamp(min=1)).tolist()))
+        values = zip(self._sums, totals.tolist(), counts.tolist(), strict=True)
+        return {name: total / count for name, total, count in values if count}
 
 
 class PhaseTimer:

@@ -8,11 +8,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 
-from megatron_ebft.device import backend, device, init_device
+from megatron_ebft.device import backend, init_device
 
 
 def init_parallel(tensor_model_parallel_size: int, pipeline_model_parallel_size: int, seed: int,
-                  timeout_minutes: float = 10.0) -> None:
+                  timeout_minutes: int = 10) -> None:
     """Start torch.distributed from torchrun's environment (or alone) and Megatron's process groups.
 
     Raises:
@@ -27,7 +27,8 @@ def init_parallel(tensor_model_parallel_size: int, pipeline_model_parallel_size:
     init_device()
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group(backend(), **alone, timeout=datetime.timedelta(minutes=timeout_minutes))
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size, pipeline_model_parallel_size)
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size, pipeline_model_parallel_size,
+                                             distributed_timeout_minutes=timeout_minutes)
     set_seed(seed)
 
 
@@ -51,20 +52,6 @@ def dp_sum(values: Tensor) -> Tensor:
     """Sum over the data-parallel ranks, in place."""
     dist.all_reduce(values, group=parallel_state.get_data_parallel_group())
     return values
-
-
-def dp_gather(value) -> list:
-    """Any picklable object from every data-parallel rank, in rank order; for small things."""
-    gathered = [None] * dp_size()
-    dist.all_gather_object(gathered, value, group=parallel_state.get_data_parallel_group())
-    return gathered
-
-
-def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on any rank of the world."""
-    value = torch.tensor(float(flag), device=device())
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value)
 
 
 def shut_down() -> None:

@@ -1,7 +1,7 @@
 """What is read out of the final hidden states: log-probabilities of given tokens, or logits of chosen rows.
 
-1. The output head runs only on the rows that are read, and full-vocabulary logits are never gathered over tensor
-   ranks: maxima, sums and target logits are reduced instead.
+1. In sampling the output head runs only on the rows that are read (in training every row predicts something), and
+   full-vocabulary logits are never gathered over tensor ranks: maxima, sums and target logits are reduced instead.
 2. Several targets, at different temperatures, can be read from one row (a gold token before an anchor predicts its
    successor at τ = 1 and the first token of n rollouts at the sampling temperature); the backward pass fills one
    gradient buffer for all of them. It recomputes the softmax from the logits, so nothing else of their size is kept.
@@ -61,19 +61,10 @@ def training_readout(row: RowLayout, gold_BT: Tensor, rollout_BKNG: Tensor, temp
     Args:
         rollout_BKNG: rollouts of ALL blocks.
     """
-    blocks = row.blocks.to(rollout_BKNG.device)
-    here = rollout_BKNG[:, blocks]
-    first_KBN = here[..., 0].transpose(0, 1)
-    later_RB1 = here[..., 1:].flatten(1).t()[:, :, None]
+    first_KBN, later_RB1 = row.split_targets(rollout_BKNG)
     return LogProbs([gold_section(gold_BT),
                      Section(row.anchor_predictors().to(gold_BT.device), first_KBN, temperature),
                      Section(slice(row.layout.seq_length, row.length), later_RB1, temperature)])
-
-
-def rollout_log_probs(row: RowLayout, first_KBN: Tensor, later_RB1: Tensor) -> Tensor:
-    """The two rollout sections of `training_readout` as [B, K, N, G]."""
-    later = later_RB1.squeeze(-1).t().reshape(later_RB1.shape[1], row.size, row.layout.num_samples, row.steps)
-    return torch.cat([first_KBN.transpose(0, 1)[..., None], later], dim=-1)
 
 
 def local_targets(targets: Tensor, vocab_shard: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:

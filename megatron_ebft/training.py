@@ -176,6 +176,7 @@ def self_check(run: Run, means: Means) -> None:
     limit = SELF_CHECK_BF16 if run.args.bf16 else SELF_CHECK_FLOAT32
     found = means.reduce()
     problems = []
+    found = {"reward": 0.0, "mismatch": 0.0, **found}  # a batch without a valid block has neither
     if not math.isfinite(found["reward"]):
         problems.append(f"the mean reward is {found['reward']}, not finite: check the weights of --ebft-encoder-load "
                         "or --pretrained-checkpoint")

@@ -20,6 +20,7 @@ from megatron_ebft import checkpoint, fingerprint, parallel
 from megatron_ebft.attention import CausalPattern, as_mask
 from megatron_ebft.checkpoint import TrainState, load_checkpoint, load_weights, save_checkpoint
 from megatron_ebft.checkpoint_files import MANIFEST, POINTER, latest_iteration, read_metadata
+from megatron_ebft.device import device
 from megatron_ebft.fingerprint import weights_fingerprint
 from megatron_ebft.model import ModelArgs, build_encoder, build_frozen, build_policy, unwrap
 
@@ -58,10 +59,10 @@ class Run:
         ddp = self.model[0]
         for _ in range(steps):
             shift = random.randrange(8) + int(numpy.random.randint(8))
-            token_BT = (torch.randint(0, 64, (2, 16)) + shift) % 64
+            token_BT = ((torch.randint(0, 64, (2, 16)) + shift) % 64).to(device())
             ddp.zero_grad_buffer()
             self.optimizer.zero_grad()
-            logits_TBV = unwrap(ddp)(token_BT, torch.arange(16).expand(2, 16), as_mask(CausalPattern()),
+            logits_TBV = unwrap(ddp)(token_BT, torch.arange(16, device=device()).expand(2, 16), as_mask(CausalPattern()),
                                      labels=lambda hidden, head, group: head(hidden))
             loss = torch.nn.functional.cross_entropy(logits_TBV.float().flatten(0, 1), token_BT.t().flatten())
             (loss / parallel.dp_size()).backward()

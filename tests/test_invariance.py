@@ -77,6 +77,13 @@ def build_run(flags: list[str]) -> training.Run:
                         Schedule(), method, None, None, None, args, {}, TrainState())
 
 
+def gather(value) -> list:
+    """The value of every rank, in rank order."""
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
 def train(folder: str) -> dict:
     """Metrics of each step by split; rollouts of the first step and final weights go to the folder."""
     parallel.init_parallel(1, 1, seed=1)
@@ -91,7 +98,7 @@ def train(folder: str) -> dict:
             run.state.iteration += 1
         after = rollout.sample_rollouts(run.policy[0], gold, run.config.layout, run.config.sampling, STEPS,
                                         run.config.rollout_rows).tokens_BKNG
-        tokens = [torch.cat(parallel.dp_gather(x.cpu())) for x in (before, after)]
+        tokens = [torch.cat(gather(x.cpu())) for x in (before, after)]
         weights = {key: x.cpu() for key, x in run.policy[0].module.state_dict().items() if isinstance(x, torch.Tensor)}
         if parallel.dp_rank() == 0:
             torch.save({"rollouts": tokens, "weights": weights}, f"{folder}/{name}.pt")

@@ -55,8 +55,8 @@ def start_ranks(flags: list[str], ranks: int = 2) -> list[subprocess.Popen]:
     return [subprocess.Popen(
         [sys.executable, "-m", "megatron_ebft.train", *flags], text=True, stderr=subprocess.STDOUT,
         stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL, start_new_session=True,
-        env=os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_PORT": str(port),
-                          "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+        env=os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+                          "MASTER_PORT": str(port), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
         for rank in range(ranks)]
 
 

@@ -3,7 +3,8 @@
     python tools/benchmark.py                                        # the shape of the README's table
     torchrun --nproc-per-node N tools/benchmark.py --bf16 --num-layers 16 --hidden-size 2048 …
 
-Takes the training flags (see `python -m megatron_ebft.train --help`); random tokens and weights. Prints a table and,
+Takes the training flags of model, optimizer, memory and method (see `python -m megatron_ebft.train --help`); random tokens
+and weights, no masks, no reference. Tokens and operations are those of one rank. Prints a table and,
 with --json, writes the same as JSON. Every repeat runs an SFT step, then an EBFT step; medians are reported.
 """
 
@@ -114,7 +115,8 @@ def benchmark(args) -> dict:
     for repeat in range(args.repeats):
         sft.append(measure_step(sft_run, gold))
         ebft.append(measure_step(run, gold))
-        print(f"repeat {repeat + 1}/{args.repeats}: SFT {sft[-1]['step']:.3f} s, EBFT {ebft[-1]['step']:.3f} s")
+        if torch.distributed.get_rank() == 0:
+            print(f"repeat {repeat + 1}/{args.repeats}: SFT {sft[-1]['step']:.3f} s, EBFT {ebft[-1]['step']:.3f} s")
     seconds = {name: {phase: statistics.median(step[phase] for step in steps) for phase in steps[0]}
                for name, steps in (("ebft", ebft), ("sft", sft))}
     layout = run.config.layout
@@ -162,6 +164,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--repeats", type=int, default=5, help="steps of each kind that are timed")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     args = check_args(parser.parse_args(["--train-iters", "1000", *argv]))
+    for flag in ("ebft_document_mask", "ebft_answer_only", "ebft_kl_coef", "load", "pretrained_checkpoint", "data_path"):
+        if vars(args)[flag]:
+            raise ValueError(f"--{flag.replace('_', '-')}: not part of the benchmark, leave it out")
     init_parallel(args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.seed)
     result = benchmark(args)
     if torch.distributed.get_rank() == 0:

@@ -1,0 +1,141 @@
+#!/usr/bin/env bash
+# Energy-Based Fine-Tuning from nothing, on two CPU cores, in under 12 minutes:
+#
+#   bash examples/quickstart.sh [--seeds "1 2 3"] [--smoke] [--output DIR]
+#
+# Makes the virtual environment, takes the Python standard library's source code as text, trains a tokenizer and a
+# small model on it, fine-tunes that model with EBFT on files it has not seen, stripped of comments and docstrings, and
+# compares before and after on held-out files of that kind.
+#
+#   --seeds   EBFT is run once for each (default: "1"); all start from the same pretrained model
+#   --smoke   a few steps of everything, in a minute or so: shows that it works, not that it helps
+#   --output  default: outputs/quickstart at the repository's root (with --smoke: outputs/quickstart-smoke). Holds the
+#             data, checkpoints, TensorBoard files (tensorboard --logdir DIR), report.txt and curves.png
+#
+# Run again, it continues where it stopped: stages that are complete are skipped, a training that was cut off resumes.
+# To start afresh, or after changing settings below, remove the output folder.
+# PYTHON, MCORE and TORCH choose versions, as tools/venv.sh describes.
+set -Eeuo pipefail
+
+source "$(dirname "${BASH_SOURCE[0]}")/../tools/venv.sh"
+
+usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; }
+
+seeds=1 smoke=false output=""
+while (($#)); do
+  case "$1" in
+    --smoke) smoke=true ;;
+    --seeds | --output)
+      if [[ -z "${2:-}" ]]; then
+        echo "error: $1: needs a value" >&2
+        exit 2
+      fi
+      declare "${1#--}=$2"
+      shift
+      ;;
+    -h | --help)
+      usage
+      exit 0
+      ;;
+    *)
+      echo "error: $1: unknown option; see --help" >&2
+      exit 2
+      ;;
+  esac
+  shift
+done
+if [[ ! "$seeds" =~ ^[0-9]+(\ +[0-9]+)*$ ]]; then
+  echo "error: --seeds '$seeds': must be numbers separated by spaces" >&2
+  exit 2
+fi
+
+if $smoke; then
+  : "${output:=$REPO/outputs/quickstart-smoke}"
+  layers=4 hidden=64 heads=2 pretrain_steps=6 ebft_steps=4 eval_iters=1
+else
+  : "${output:=$REPO/outputs/quickstart}"
+  layers=4 hidden=192 heads=6 pretrain_steps=1200 ebft_steps=60 eval_iters=16
+fi
+mkdir -p "$output"
+output="$(cd "$output" && pwd -P)"
+
+stage=""
+begin() {
+  stage="$1"
+  printf '\n=== %s (%d s so far)\n' "$stage" "$SECONDS"
+}
+trap 'echo "error: failed while doing: $stage (the reason is above)" >&2' ERR
+
+# steps_done FOLDER: steps of the latest checkpoint in it.
+steps_done() { cat "$1/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0; }
+
+# train FOLDER STEPS FLAGS...: trains to STEPS over two data-parallel ranks, or goes on from the checkpoint in FOLDER.
+train() {
+  local folder="$1" steps="$2"
+  shift 2
+  if (($(steps_done "$folder") >= steps)); then
+    echo "complete: $folder"
+    return
+  fi
+  "$python" -m torch.distributed.run --standalone --nproc-per-node 2 -m megatron_ebft.train \
+    --save "$folder" --load "$folder" --train-iters "$steps" \
+    --tokenizer-type SentencePieceTokenizer --tokenizer-model "$data/tokenizer.model" \
+    --valid-data-path "$data/valid_text_document" --data-cache-path "$data/cache" --seq-length 256 "$@"
+}
+
+begin "1/6 Installing"
+venv="$(default_venv)"
+ensure_venv "$venv" dev
+python="$venv/bin/python" data="$output/data"
+export PATH="$venv/bin:$PATH"
+export OMP_NUM_THREADS=1       # a core for each rank
+export CUDA_VISIBLE_DEVICES="" # CPU only: the model is small, and two ranks would need two GPUs
+export PYTHONWARNINGS=ignore   # Megatron-Core's, about accelerators that are optional
+
+begin "2/6 Text and tokenizer"
+if [[ -f "$data/tokenizer.model" ]]; then
+  echo "complete: $data"
+else
+  "$python" "$REPO/examples/quickstart_data.py" "$data"
+fi
+
+begin "3/6 Preprocessing"
+for split in pretrain ebft valid; do
+  if [[ -f "$data/${split}_text_document.idx" ]]; then # written last
+    echo "complete: $data/${split}_text_document"
+  else
+    "$python" "$REPO/tools/preprocess_data.py" --input "$data/$split.jsonl" --output-prefix "$data/$split" \
+      --tokenizer-type SentencePieceTokenizer --tokenizer-model "$data/tokenizer.model" --workers 2
+  fi
+done
+
+begin "4/6 Pretraining by next-token prediction"
+# Small batches and a high learning rate learn the most in few minutes. Initial weights of 0.05 suit this width (CE
+# after 300 steps of 8 rows: 4.29 with it, 4.69 with the usual 0.02).
+train "$output/pretrain" "$pretrain_steps" --training-mode sft --train-data-path "$data/pretrain_text_document" \
+  --num-layers "$layers" --hidden-size "$hidden" --num-attention-heads "$heads" --init-method-std 0.05 \
+  --global-batch-size 4 --micro-batch-size 2 --lr 4e-3 --lr-decay-style cosine \
+  --eval-iters "$eval_iters" --eval-interval 400 --log-interval 20 --save-interval 200
+
+begin "5/6 EBFT"
+# Temperature 1, not the paper's 0.6: CFM is measured at temperature 1, and for a small, under-trained model 0.6 is
+# quite another distribution than the one that is to be improved. The rest is chosen for 60 steps on a CPU: rollouts
+# of 4 tokens, a learning rate for a small model, and the largest CE coefficient of the paper.
+folders=()
+for seed in $seeds; do
+  folders+=("$output/ebft-seed$seed")
+  echo "seed $seed"
+  train "$output/ebft-seed$seed" "$ebft_steps" --training-mode ebft --train-data-path "$data/ebft_text_document" \
+    --pretrained-checkpoint "$output/pretrain" --use-checkpoint-args --seed "$seed" \
+    --ebft-rollout-length 4 --ebft-stride 4 --ebft-context-length 8 --ebft-num-samples 4 --ebft-temperature 1.0 \
+    --ebft-whitening none --ebft-diversity-coef 1.0 --ebft-ce-coef 0.1 \
+    --global-batch-size 8 --micro-batch-size 4 --lr 3e-4 --lr-warmup-fraction 0.1 \
+    --eval-iters "$eval_iters" --eval-interval 30 --ebft-eval-length 8 --save-interval 20
+done
+
+begin "6/6 Report"
+"$python" "$REPO/examples/quickstart_report.py" "${folders[@]}" --output "$output"
+for file in "$output/report.txt" "$output/curves.png"; do
+  [[ -s "$file" ]]
+done
+echo "Done in $SECONDS s: $output/report.txt, $output/curves.png; curves in full: tensorboard --logdir $output"
