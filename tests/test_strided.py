@@ -164,7 +164,7 @@ def test_a_step_is_brute_force(case):
     assert_close(scored.gold_BT, scores.gold_BT)
     losses = means.reduce()
     for key in ("rl_loss", "ce_loss"):
-        assert losses[key] == pytest.approx(expected[key].item(), abs=TOLERANCE)
+        assert losses.get(key, 0.0) == pytest.approx(expected[key].item(), abs=TOLERANCE)  # left out if nothing counts
     check_gradient(step, expected["grads"])
 
 

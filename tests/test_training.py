@@ -1,6 +1,7 @@
 """The training command: resumes bit for bit after SIGKILL, logs what it should, refuses what cannot work."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,11 +14,12 @@ from preprocess_data import main as preprocess
 from ranks import free_port
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_ebft import rollout, training
+from megatron_ebft import rollout
 from megatron_ebft.arguments import parse_args
 from megatron_ebft.build import build_run
-from megatron_ebft.checkpoint import load_weights
+from megatron_ebft.checkpoint import load_weights, save_checkpoint
 from megatron_ebft.checkpoint_files import read_metadata
+from megatron_ebft.evaluation import evaluate
 from megatron_ebft.logger import Logger
 from megatron_ebft.metrics import PhaseTimer
 from megatron_ebft.model import ModelArgs, build_frozen, unwrap
@@ -56,7 +58,8 @@ def start_ranks(flags: list[str], ranks: int = 2) -> list[subprocess.Popen]:
         [sys.executable, "-m", "megatron_ebft.train", *flags], text=True, stderr=subprocess.STDOUT,
         stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL, start_new_session=True,
         env=os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
-                          "MASTER_PORT": str(port), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+                          "MASTER_PORT": str(port), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1",
+                          "CUDA_VISIBLE_DEVICES": ""})
         for rank in range(ranks)]
 
 
@@ -122,6 +125,11 @@ def start(args) -> tuple:
                        run.tokenizer)
 
 
+def save(run, folder) -> None:
+    """A checkpoint of the run as it is."""
+    save_checkpoint(str(folder), run.state, run.policy, run.optimizer, run.scheduler, run.metadata)
+
+
 def test_every_metric_is_logged(arguments, tmp_path, one_rank, capsys):
     run, log = start(arguments("--tensorboard-dir", str(tmp_path), "--ebft-kl-coef", "0.1", "--ebft-document-mask"))
     train(run, log)
@@ -153,17 +161,71 @@ def test_sft_then_ebft_from_its_checkpoint(arguments, tmp_path, one_rank):
     run, _ = start(args)
     trained = weights(tmp_path / "sft")
     assert all(torch.equal(p, trained[name]) for name, p in unwrap(run.encoder).named_parameters())
-    training.save_checkpoint(args.save, run.state, run.policy, run.optimizer, run.scheduler, run.metadata)
+    save(run, args.save)
     with pytest.raises(ValueError, match="--ebft-encoder-load: the encoder's weights are not those"):
         build_run(arguments("--load", str(tmp_path / "ebft"), "--seed", "7"))
     with pytest.raises(ValueError, match="was saved by --training-mode sft"):
         build_run(arguments("--load", str(tmp_path / "sft")))
 
 
+def test_an_encoder_of_its_own(arguments, tmp_path, one_rank):
+    """An SFT start with the base model as encoder: recorded, found again on resume, refused when it is another."""
+    for name, seed in (("base", "1"), ("start", "2")):
+        run = build_run(arguments("--training-mode", "sft", "--seed", seed, "--save", str(tmp_path / name)))
+        save(run, tmp_path / name)
+    flags = ["--pretrained-checkpoint", str(tmp_path / "start"), "--save", str(tmp_path), "--load", str(tmp_path)]
+    run = build_run(arguments(*flags, "--ebft-encoder-load", str(tmp_path / "base")))
+    base, begun = weights(tmp_path / "base"), weights(tmp_path / "start")
+    assert all(torch.equal(p, base[name]) for name, p in unwrap(run.encoder).named_parameters())
+    assert all(torch.equal(p, begun[name]) for name, p in unwrap(run.policy[0]).named_parameters())
+    save(run, tmp_path)
+    build_run(arguments(*flags, "--ebft-encoder-load", str(tmp_path / "base")))
+    with pytest.raises(ValueError, match="--ebft-encoder-load: the encoder's weights are not those"):
+        build_run(arguments(*flags))
+
+
+def test_longer_rows_than_the_checkpoint_was_trained_on(arguments, tmp_path, one_rank):
+    run = build_run(arguments("--training-mode", "sft", "--save", str(tmp_path)))
+    save(run, tmp_path)
+    args = arguments("--pretrained-checkpoint", str(tmp_path), "--use-checkpoint-args", "--seq-length", "48")
+    args.vocab_size = args.num_layers = None
+    assert build_run(args).metadata["architecture"]["max_position_embeddings"] == 48
+
+
+@pytest.mark.parametrize("flags", [
+    ["--bf16"], ["--bf16", "--recompute-granularity", "full", "--ebft-document-mask"], ["--ebft-whitening", "released"],
+    ["--normalization", "LayerNorm", "--no-swiglu", "--add-bias-linear"], ["--position-embedding-type", "learned_absolute"],
+    ["--qk-layernorm", "--add-qkv-bias", "--rotary-percent", "0.5", "--untie-embeddings-and-output-weights"],
+    ["--ebft-num-samples", "1", "--ebft-advantage", "reinforce", "--ebft-feature-norm", "layer"],
+    ["--ebft-top-p", "0.9", "--ebft-top-k", "5", "--ebft-feature-pooling", "mean", "--ebft-whitening", "paper"]])
+def test_every_kind_of_model_and_method_trains(arguments, tmp_path, one_rank, flags):
+    """The first step checks itself: sampler = trainer = start, rewards finite."""
+    run, log = start(arguments("--tensorboard-dir", str(tmp_path), "--train-iters", "2", *flags))
+    train(run, log)
+    found = scalars(tmp_path)
+    assert len(found["train/loss"]) == 2 and all(math.isfinite(v) for points in found.values() for _, v in points)
+
+
+def test_short_answers_are_evaluated_at_the_lengths_they_have(arguments, one_rank):
+    """Nothing measured is left out, not reported as 0; each length counts the blocks whose completion it can hold."""
+    run = build_run(arguments("--eval-interval", "0"))
+    gold = gold_batch(run, run.train_data, 0)
+    answers = torch.zeros_like(gold.tokens_BT, dtype=torch.bool)
+    answers[:, 4:6] = answers[:, 12:15] = True  # the anchors of evaluation are 4 and 12, its completions up to 8 long
+    gold.answer_BT = answers
+    metrics, _ = evaluate(run.policy, run.encoder, run.reference, [gold], run.config, 8, 1)
+    assert {name for name in metrics if name.startswith("cfm_length")} == {"cfm_length/01", "cfm_length/02"}
+    assert metrics["kl_to_start"] == 0.0 and metrics["entropy"] > 1
+
+    gold.answer_BT = answers & False
+    metrics, _ = evaluate(run.policy, run.encoder, run.reference, [gold], run.config, 8, 1)
+    assert metrics == {}
+
+
 def test_a_checkpoint_of_another_tokenizer_is_refused(arguments, tmp_path, one_rank):
     run, _ = start(arguments("--save", str(tmp_path)))
     run.metadata["tokenizer"]["fingerprint"] = "another"
-    training.save_checkpoint(str(tmp_path), run.state, run.policy, run.optimizer, run.scheduler, run.metadata)
+    save(run, tmp_path)
     with pytest.raises(ValueError, match="--tokenizer-model: --pretrained-checkpoint was trained with another"):
         build_run(arguments("--pretrained-checkpoint", str(tmp_path)))
 
@@ -171,8 +233,9 @@ def test_a_checkpoint_of_another_tokenizer_is_refused(arguments, tmp_path, one_r
 @pytest.mark.parametrize("where", ["policy", "encoder"])
 @pytest.mark.parametrize("check, message", [(True, "self-check failed.*not finite"),
                                             (False, "not finite, stopped before")])
-def test_a_number_that_is_not_finite_stops_before_the_step(arguments, one_rank, where, check, message):
-    run = build_run(arguments("--eval-interval", "0"))
+@pytest.mark.parametrize("whitening", ["none", "paper"])
+def test_a_number_that_is_not_finite_stops_before_the_step(arguments, one_rank, where, check, message, whitening):
+    run = build_run(arguments("--eval-interval", "0", "--ebft-whitening", whitening))
     broken = unwrap(run.policy[0] if where == "policy" else run.encoder)
     with torch.no_grad():
         broken.decoder.layers[0].mlp.linear_fc1.weight[0, 0] = torch.nan
@@ -199,6 +262,8 @@ def test_the_first_step_notices_a_sampler_that_is_not_the_trainer(arguments, tmp
     (["--ebft-feature-layers", "0.1", "0.5"], "--ebft-feature-layers 0.1 0.5: with --num-layers 4 these are layers"),
     (["--global-batch-size", "3", "--micro-batch-size", "2"], "--global-batch-size 3: must be a multiple"),
     (["--lr", "nan"], "--lr nan"),
+    (["--ebft-diversity-coef", "nan"], "--ebft-diversity-coef nan"),
+    (["--num-attention-heads", "0"], "--num-attention-heads 0: must be at least 1"),
     (["--num-query-groups", "3"], "must be a multiple of --num-query-groups 3"),
     (["--tensor-model-parallel-size", "2"], "--tensor-model-parallel-size 2: only 1"),
     (["--load", "/nowhere"], "--load /nowhere"),

@@ -3,7 +3,7 @@
     python tools/benchmark.py                                        # the shape of the README's table
     torchrun --nproc-per-node N tools/benchmark.py --bf16 --num-layers 16 --hidden-size 2048 …
 
-Takes the training flags of model, optimizer, memory and method (see `python -m megatron_ebft.train --help`); random tokens
+Takes the training flags of model, optimizer, memory and method (see `python -m megatron_ebft.train --help`); random
 and weights, no masks, no reference. Tokens and operations are those of one rank. Prints a table and,
 with --json, writes the same as JSON. Every repeat runs an SFT step, then an EBFT step; medians are reported.
 """
@@ -164,7 +164,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--repeats", type=int, default=5, help="steps of each kind that are timed")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     args = check_args(parser.parse_args(["--train-iters", "1000", *argv]))
-    for flag in ("ebft_document_mask", "ebft_answer_only", "ebft_kl_coef", "load", "pretrained_checkpoint", "data_path"):
+    for flag in ("ebft_document_mask", "ebft_answer_only", "ebft_kl_coef", "load", "pretrained_checkpoint",
+                 "data_path"):
         if vars(args)[flag]:
             raise ValueError(f"--{flag.replace('_', '-')}: not part of the benchmark, leave it out")
     init_parallel(args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.seed)
