@@ -194,7 +194,8 @@ def test_longer_rows_than_the_checkpoint_was_trained_on(arguments, tmp_path, one
 
 @pytest.mark.parametrize("flags", [
     ["--bf16"], ["--bf16", "--recompute-granularity", "full", "--ebft-document-mask"], ["--ebft-whitening", "released"],
-    ["--normalization", "LayerNorm", "--no-swiglu", "--add-bias-linear"], ["--position-embedding-type", "learned_absolute"],
+    ["--normalization", "LayerNorm", "--no-swiglu", "--add-bias-linear"],
+    ["--position-embedding-type", "learned_absolute"],
     ["--qk-layernorm", "--add-qkv-bias", "--rotary-percent", "0.5", "--untie-embeddings-and-output-weights"],
     ["--ebft-num-samples", "1", "--ebft-advantage", "reinforce", "--ebft-feature-norm", "layer"],
     ["--ebft-top-p", "0.9", "--ebft-top-k", "5", "--ebft-feature-pooling", "mean", "--ebft-whitening", "paper"]])
