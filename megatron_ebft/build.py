@@ -41,6 +41,10 @@ def build_run(args: argparse.Namespace) -> Run:
     if args.use_checkpoint_args:
         _restore_architecture(args, "--load" if resume else "--pretrained-checkpoint")
     tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, args.vocab_size)
+    for flag, folder in (("--load", args.load if resume else None), ("--ebft-encoder-load", args.ebft_encoder_load),
+                         ("--pretrained-checkpoint", args.pretrained_checkpoint)):
+        if folder:
+            _check_tokenizer(read_metadata(folder, flag=flag), tokenizer, flag)
     architecture = model_args(args, tokenizer.vocab_size)
     if args.seq_length > architecture.max_position_embeddings:
         raise ValueError(f"--seq-length {args.seq_length}: longer than --max-position-embeddings "
@@ -53,14 +57,12 @@ def build_run(args: argparse.Namespace) -> Run:
     fixed = {name: value for name, value in fields.items() if name not in _free_fields(fields)}
     policy = build_policy(architecture, ddp_config(args), **overrides)
     if args.pretrained_checkpoint:
-        start = load_weights(args.pretrained_checkpoint, policy[0], architecture=fixed)
-        _check_tokenizer(start, tokenizer, "--pretrained-checkpoint")
+        load_weights(args.pretrained_checkpoint, policy[0], architecture=fixed)
     encoder = None
     if wants_encoder:
         encoder = build_encoder(architecture, max(config.feature_map.layers), **overrides)
         if args.ebft_encoder_load:
-            metadata = load_weights(args.ebft_encoder_load, encoder, architecture=fixed, flag="--ebft-encoder-load")
-            _check_tokenizer(metadata, tokenizer, "--ebft-encoder-load")
+            load_weights(args.ebft_encoder_load, encoder, architecture=fixed, flag="--ebft-encoder-load")
         else:
             copy_weights(policy[0], encoder)
     reference = None
@@ -79,7 +81,6 @@ def build_run(args: argparse.Namespace) -> Run:
     state = TrainState()
     if resume:
         saved = read_metadata(args.load)
-        _check_tokenizer(saved, tokenizer, "--load")
         _check_origins(saved, metadata, args)
         state, _ = load_checkpoint(args.load, policy, optimizer, scheduler, architecture=fixed)
         metadata["changed"] = _changed(saved["arguments"], vars(args))

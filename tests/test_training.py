@@ -227,8 +227,9 @@ def test_a_checkpoint_of_another_tokenizer_is_refused(arguments, tmp_path, one_r
     run, _ = start(arguments("--save", str(tmp_path)))
     run.metadata["tokenizer"]["fingerprint"] = "another"
     save(run, tmp_path)
-    with pytest.raises(ValueError, match="--tokenizer-model: --pretrained-checkpoint was trained with another"):
-        build_run(arguments("--pretrained-checkpoint", str(tmp_path)))
+    for flag in ("--load", "--ebft-encoder-load", "--pretrained-checkpoint"):
+        with pytest.raises(ValueError, match=f"--tokenizer-model: {flag} was trained with another"):
+            build_run(arguments(flag, str(tmp_path)))
 
 
 @pytest.mark.parametrize("where", ["policy", "encoder"])
