@@ -94,8 +94,8 @@ def _measure_rollouts(policy, encoder, reference, gold, config, longest, means) 
     means.add_masked("entropy", rollouts.entropy_BKNG, valid_BKNG)
     if reference is not None:
         start = score(reference, gold, rollouts, config).rollout_BKNG
-        now = score(policy, gold, rollouts, config).rollout_BKNG
-        means.add_masked("kl_to_start", kl_estimate(now, start, "k3"), valid_BKNG)  # of the lowest variance
+        # The sampler's log-probabilities are the policy's own; k3 has the lowest variance.
+        means.add_masked("kl_to_start", kl_estimate(rollouts.log_probs_BKNG, start, "k3"), valid_BKNG)
     return rollouts, layout
 
 
