@@ -16,9 +16,27 @@ from megatron_ebft import energy, losses
 from megatron_ebft.ebft import EBFTConfig
 from megatron_ebft.features import FEATURE_NORMS, POOLINGS, FeatureMap
 from megatron_ebft.layout import StridedLayout
-from megatron_ebft.model import ModelArgs, feature_layers
+from megatron_ebft.model import ModelArgs, feature_layers, split_layers
 from megatron_ebft.rollout import SamplingConfig
 from megatron_ebft.tokenizer import TOKENIZER_TYPES
+
+UNSUPPORTED = {
+    "--context-parallel-size": "the strided attention needs whole rows; share long rows out with --sequence-parallel, "
+                               "--ebft-blocks-per-microbatch or --ebft-sample-parallel-size",
+    "--expert-model-parallel-size": "mixture-of-experts models are not supported",
+    "--expert-tensor-parallel-size": "mixture-of-experts models are not supported",
+    "--num-experts": "mixture-of-experts models are not supported",
+    "--multi-latent-attention": "the strided attention has no latent form",
+    "--mtp-num-layers": "multi-token prediction is not part of the method",
+    "--use-megatron-fsdp": "use the distributed optimizer with tensor and pipeline parallelism",
+    "--use-torch-fsdp2": "use the distributed optimizer with tensor and pipeline parallelism",
+    "--pipeline-model-parallel-layout": "use --decoder-first-pipeline-num-layers and "
+                                        "--decoder-last-pipeline-num-layers",
+    "--num-layers-per-virtual-pipeline-stage": "use --num-virtual-stages-per-pipeline-rank",
+    "--fp16": "use --bf16",
+    "--fp8-format": "FP8 is not supported yet",
+}
+"""Megatron's flags that are refused by name, and what to do instead."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -74,6 +92,8 @@ def _add_model(group):
     add("--qk-layernorm", action=argparse.BooleanOptionalAction, default=False, help="norms of Q and K (Qwen3)")
     add("--untie-embeddings-and-output-weights", action=argparse.BooleanOptionalAction, default=False,
         help="an output head of its own")
+    add("--make-vocab-size-divisible-by", type=int, default=128, help="the embedding is padded to a multiple of this "
+        "× tensor-parallel size; ids that do not exist are never predicted")
     add("--init-method-std", type=float, default=0.02, help="standard deviation of initial weights")
 
 
@@ -110,8 +130,18 @@ def _add_optimizer(group):
 
 def _add_machine(group):
     add = group.add_argument
-    add("--tensor-model-parallel-size", type=int, default=1, help="ranks that share each layer (1 for now)")
-    add("--pipeline-model-parallel-size", type=int, default=1, help="ranks that share the layers (1 for now)")
+    add("--tensor-model-parallel-size", type=int, default=1, help="ranks that share each layer")
+    add("--sequence-parallel", action="store_true", help="tensor ranks also share the tokens between layers: less "
+        "memory, the same communication; needs a tensor-parallel size above 1")
+    add("--pipeline-model-parallel-size", type=int, default=1, help="ranks that share the layers, a stage each")
+    add("--num-virtual-stages-per-pipeline-rank", type=int, default=1, help="times a micro-batch goes round the "
+        "pipeline in training (interleaved schedule): more than 1 shortens its bubble")
+    add("--decoder-first-pipeline-num-layers", type=int, help="layers of the first stage, where not an equal share")
+    add("--decoder-last-pipeline-num-layers", type=int, help="layers of the last stage, where not an equal share")
+    add("--ebft-sample-parallel-size", type=int, default=1, help="data-parallel ranks that take the same documents and "
+        "share out their rollouts; for numbers of samples that one rank cannot hold")
+    for flag in UNSUPPORTED:
+        add(flag, nargs="?", const="on", help=argparse.SUPPRESS)
     add("--bf16", action="store_true", help="weights and activations in bfloat16; optimizer and sampling in float32")
     add("--recompute-granularity", choices=("full", "selective"), help="recompute activations in the backward pass: "
         "whole layers, or only attention")
@@ -119,7 +149,8 @@ def _add_machine(group):
         help="reduce gradients while the backward pass still runs")
     add("--ebft-blocks-per-microbatch", type=int, default=0, help="blocks of a row that train (and are embedded) "
         "together, 0: all; bounds memory of long rows without changing the result")
-    add("--ebft-rollout-rows", type=int, default=0, help="rows of a rank that decode together, 0: all; bounds memory "
+    add("--ebft-rollout-rows", type=int, default=0, help="rows of a rank that decode together, 0: all "
+        "(with pipeline stages: a group of rows for each); bounds memory "
         "of the key-value cache without changing the result")
     add("--distributed-timeout-minutes", type=int, default=10, help="a rank that waits longer than this gives up")
 
@@ -188,8 +219,14 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
     Raises:
         ValueError: naming the flag that cannot be right.
     """
+    for flag, why in UNSUPPORTED.items():
+        value = vars(args)[flag[2:].replace("-", "_")]
+        if value not in (None, "1", "0"):
+            raise ValueError(f"{flag} {value}: {why}")
     for flag in ("train_iters", "micro_batch_size", "global_batch_size", "seq_length", "save_interval", "log_interval",
-                 "eval_iters", "ebft_eval_length", "distributed_timeout_minutes"):
+                 "eval_iters", "ebft_eval_length", "distributed_timeout_minutes", "tensor_model_parallel_size",
+                 "pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank", "ebft_sample_parallel_size",
+                 "make_vocab_size_divisible_by"):
         _require(args, flag, lambda x: x >= 1, "must be at least 1")
     for flag in ("eval_interval", "ebft_blocks_per_microbatch", "ebft_rollout_rows", "ebft_ce_coef", "ebft_kl_coef",
                  "ebft_rl_coef", "clip_grad", "weight_decay", "lr", "min_lr", "ebft_top_k"):
@@ -199,12 +236,12 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
     for flag in ("ebft_alignment_coef", "ebft_diversity_coef"):
         _require(args, flag, lambda x: True, "must be a finite number")
     for flag in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
-                 "kv_channels", "max_position_embeddings", "vocab_size"):
+                 "kv_channels", "max_position_embeddings", "vocab_size", "decoder_first_pipeline_num_layers",
+                 "decoder_last_pipeline_num_layers"):
         if vars(args)[flag] is not None:
             _require(args, flag, lambda x: x >= 1, "must be at least 1")
     _require(args, "lr_warmup_fraction", lambda x: 0 <= x < 1, "must be in [0, 1)")
-    for flag in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
-        _require(args, flag, lambda x: x == 1, "only 1 is supported so far")
+    _check_parallelism(args)
     if args.global_batch_size % args.micro_batch_size:
         raise ValueError(f"--global-batch-size {args.global_batch_size}: must be a multiple of --micro-batch-size "
                          f"{args.micro_batch_size}")
@@ -217,6 +254,25 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
     if args.use_checkpoint_args and not (args.load or args.pretrained_checkpoint):
         raise ValueError("--use-checkpoint-args: needs --load or --pretrained-checkpoint to take them from")
     return args
+
+
+def _check_parallelism(args) -> None:
+    if args.sequence_parallel:
+        if args.tensor_model_parallel_size == 1:
+            raise ValueError("--sequence-parallel: needs --tensor-model-parallel-size above 1")
+        if args.seq_length % args.tensor_model_parallel_size:
+            raise ValueError(f"--seq-length {args.seq_length}: with --sequence-parallel it must be a multiple of "
+                             f"--tensor-model-parallel-size {args.tensor_model_parallel_size}")
+    if args.pipeline_model_parallel_size == 1:
+        for flag, default in (("num_virtual_stages_per_pipeline_rank", 1), ("decoder_first_pipeline_num_layers", None),
+                              ("decoder_last_pipeline_num_layers", None)):
+            if vars(args)[flag] != default:
+                raise ValueError(f"--{flag.replace('_', '-')}: needs --pipeline-model-parallel-size above 1")
+    samples, share = args.ebft_num_samples, args.ebft_sample_parallel_size
+    if samples % share:
+        raise ValueError(f"--ebft-sample-parallel-size {share}: must divide --ebft-num-samples {samples}")
+    if share > 1 and args.training_mode == "sft":
+        raise ValueError(f"--ebft-sample-parallel-size {share}: next-token training has no samples to share out")
 
 
 def _require(args, name: str, test, message: str) -> None:
@@ -240,10 +296,23 @@ def model_args(args: argparse.Namespace, vocab_size: int) -> ModelArgs:
         raise ValueError(f"--hidden-size {hidden}: must be a multiple of --num-attention-heads {heads}")
     if heads % groups:
         raise ValueError(f"--num-attention-heads {heads}: must be a multiple of --num-query-groups {groups}")
+    multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
     derived = dict(
         ffn_hidden_size=args.ffn_hidden_size or (math.ceil(hidden * 8 / 3 / 64) * 64 if args.swiglu else 4 * hidden),
-        num_query_groups=groups, kv_channels=args.kv_channels or hidden // heads, padded_vocab_size=vocab_size,
+        num_query_groups=groups, kv_channels=args.kv_channels or hidden // heads, vocab_size=vocab_size,
+        padded_vocab_size=math.ceil(vocab_size / multiple) * multiple,
         max_position_embeddings=args.max_position_embeddings or args.seq_length)
+    for flag, value in (("num-attention-heads", heads), ("num-query-groups", groups),
+                        ("ffn-hidden-size", derived["ffn_hidden_size"])):
+        if value % args.tensor_model_parallel_size:
+            raise ValueError(f"--{flag} {value}: must be a multiple of --tensor-model-parallel-size "
+                             f"{args.tensor_model_parallel_size}")
+    slices = args.tensor_model_parallel_size * args.ebft_sample_parallel_size
+    if hidden % slices:
+        raise ValueError(f"--hidden-size {hidden}: must be a multiple of --tensor-model-parallel-size × "
+                         f"--ebft-sample-parallel-size, {slices}")
+    split_layers(args.num_layers, args.pipeline_model_parallel_size, args.decoder_first_pipeline_num_layers,
+                 args.decoder_last_pipeline_num_layers, args.num_virtual_stages_per_pipeline_rank)
     flags = {f.name: vars(args)[f.name] for f in dataclasses.fields(ModelArgs) if f.name not in derived}
     return ModelArgs(**flags, **derived)
 
@@ -258,9 +327,19 @@ def transformer_overrides(args: argparse.Namespace) -> dict:
         recompute = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     elif args.recompute_granularity == "selective":
         recompute = dict(recompute_granularity="selective")
+    # Interleaved stages: unbatched, or two stages would mix up what goes forward and backward between the same ranks.
+    p2p = dict(overlap_p2p_comm=True, batch_p2p_comm=False) if virtual_stages(args) else {}
     return dict(bf16=args.bf16, params_dtype=dtype, pipeline_dtype=dtype,
                 tensor_model_parallel_size=args.tensor_model_parallel_size,
-                pipeline_model_parallel_size=args.pipeline_model_parallel_size, **recompute)
+                pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+                virtual_pipeline_model_parallel_size=virtual_stages(args), sequence_parallel=args.sequence_parallel,
+                **p2p, **recompute)
+
+
+def virtual_stages(args: argparse.Namespace) -> int | None:
+    """Virtual pipeline stages of a rank as Megatron-Core counts them: None for one."""
+    virtual = args.num_virtual_stages_per_pipeline_rank
+    return virtual if virtual > 1 else None
 
 
 def ddp_config(args: argparse.Namespace) -> DistributedDataParallelConfig:
@@ -285,7 +364,8 @@ def ebft_config(args: argparse.Namespace, num_layers: int) -> EBFTConfig:
         ValueError: naming the flag.
     """
     layout = StridedLayout(args.seq_length, args.ebft_context_length, args.ebft_stride, args.ebft_rollout_length,
-                           args.ebft_num_samples)
+                           args.ebft_num_samples // args.ebft_sample_parallel_size,
+                           pad_to=args.tensor_model_parallel_size if args.sequence_parallel else 1)
     return EBFTConfig(
         layout=layout,
         sampling=SamplingConfig(args.ebft_temperature, args.ebft_top_p, args.ebft_top_k, args.seed),

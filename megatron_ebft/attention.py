@@ -135,6 +135,9 @@ def _attend_chunks(chunks, q_BHRD, gold_k, gold_v, own_k, own_v, scale) -> list[
         v_BJCD = torch.cat([gold_v[:, :, : chunk.gold], own_v[:, :, chunk.keys]], 2)
         out = scaled_dot_product_attention(q_BJQD, k_BJCD, v_BJCD, attn_mask=chunk.mask_B1QC, scale=scale)
         outputs.append(out.reshape(batch, heads, -1, dim))
+    done = chunks[-1].queries.stop if chunks else 0
+    if done < q_BHRD.shape[2]:  # padding
+        outputs.append(torch.zeros_like(q_BHRD[:, :, done:]))
     return outputs
 
 
@@ -213,8 +216,8 @@ class DecodePattern:
             self._chunk_cache = _chunks(cache.row, range(self.step, self.step + 1), starts,
                                         q_BHSD.shape[1] // k_BJSD.shape[1], q_BHSD)
         own_k, own_v = cache.own[layer_number]
-        own_k[:, :, :, self.step] = k_BJSD
-        own_v[:, :, :, self.step] = v_BJSD
+        own_k[:, :, :, self.step] = k_BJSD[:, :, : own_k.shape[2]]  # without padding
+        own_v[:, :, :, self.step] = v_BJSD[:, :, : own_v.shape[2]]
         gold_k, gold_v = cache.gold[layer_number]
         return torch.cat(_attend_chunks(self._chunk_cache, q_BHSD, gold_k, gold_v, own_k.flatten(2, 3),
                                         own_v.flatten(2, 3), scale), dim=2)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -26,6 +27,11 @@ class GoldBatch:
     """Document number of each token, with a document mask."""
     answer_BT: Tensor | None = None
     """True on answer tokens, when only those are trained on."""
+
+    def rows(self, part: slice) -> "GoldBatch":
+        """Some of the rows."""
+        return GoldBatch(self.tokens_BT[part], self.index_B[part], _rows_of(self.document_BT, part),
+                         _rows_of(self.answer_BT, part))
 
     def gold_valid(self) -> Tensor:
         """Gold tokens 1..T−1 that count in the cross entropy, bool [B, T−1].
@@ -149,8 +155,15 @@ def _rows_of(tensor: Tensor | None, rows: slice) -> Tensor | None:
 
 
 def run_schedule(forward_step, micro_batches: MicroBatches | GoldMicroBatches, model, forward_only: bool) -> None:
-    """Run Megatron's pipeline schedule over the micro-batches."""
-    get_forward_backward_func()(
-        forward_step_func=forward_step, data_iterator=iter(micro_batches), model=model,
+    """Run Megatron's pipeline schedule over the micro-batches.
+
+    Args:
+        model: a model, or a policy's list of virtual stages, each of which sees all micro-batches.
+    """
+    chunks = model if isinstance(model, list) else [model]
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    schedule = get_forward_backward_func(stages, len(chunks) if len(chunks) > 1 else None)
+    schedule(
+        forward_step_func=forward_step, data_iterator=[iter(micro_batches) for _ in chunks], model=chunks,
         num_microbatches=len(micro_batches), seq_length=micro_batches.row_length,
         micro_batch_size=micro_batches.micro_batch_size, forward_only=forward_only)

@@ -15,14 +15,22 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_ebft import __version__
-from megatron_ebft.arguments import ddp_config, ebft_config, model_args, optimizer_config, transformer_overrides
+from megatron_ebft.arguments import (
+    ddp_config,
+    ebft_config,
+    model_args,
+    optimizer_config,
+    transformer_overrides,
+    virtual_stages,
+)
 from megatron_ebft.checkpoint import TrainState, load_checkpoint, load_weights
 from megatron_ebft.checkpoint_files import RECORD, latest_iteration, read_metadata
 from megatron_ebft.dataset import build_datasets
 from megatron_ebft.device import have_gpu
 from megatron_ebft.fingerprint import weights_fingerprint
-from megatron_ebft.model import build_encoder, build_frozen, build_policy, copy_weights, unwrap
-from megatron_ebft.parallel import dp_size
+from megatron_ebft.model import build_encoder, build_frozen, build_policy, copy_weights
+from megatron_ebft.parallel import document_size, dp_size
+from megatron_ebft.relay import idle_fraction, row_groups
 from megatron_ebft.tokenizer import build_tokenizer
 from megatron_ebft.training import Run
 
@@ -33,9 +41,7 @@ def build_run(args: argparse.Namespace) -> Run:
     Raises:
         ValueError: naming the flag that is wrong or the file that is missing or damaged.
     """
-    if args.global_batch_size % (args.micro_batch_size * dp_size()):
-        raise ValueError(f"--global-batch-size {args.global_batch_size}: must be a multiple of --micro-batch-size "
-                         f"{args.micro_batch_size} × {dp_size()} data-parallel ranks")
+    _check_batch(args)
     args.tensorboard_dir = args.tensorboard_dir or os.path.join(args.save or ".", "tensorboard")
     resume = _find_resume(args)
     if args.use_checkpoint_args:
@@ -55,27 +61,28 @@ def build_run(args: argparse.Namespace) -> Run:
 
     overrides, fields = transformer_overrides(args), dataclasses.asdict(architecture)
     fixed = {name: value for name, value in fields.items() if name not in _free_fields(fields)}
-    policy = build_policy(architecture, ddp_config(args), **overrides)
+    policy = build_policy(architecture, ddp_config(args), first_stage_layers=args.decoder_first_pipeline_num_layers,
+                          last_stage_layers=args.decoder_last_pipeline_num_layers, **overrides)
     if args.pretrained_checkpoint:
-        load_weights(args.pretrained_checkpoint, policy[0], architecture=fixed)
+        load_weights(args.pretrained_checkpoint, policy, architecture=fixed)
     encoder = None
     if wants_encoder:
         encoder = build_encoder(architecture, max(config.feature_map.layers), **overrides)
         if args.ebft_encoder_load:
             load_weights(args.ebft_encoder_load, encoder, architecture=fixed, flag="--ebft-encoder-load")
         else:
-            copy_weights(policy[0], encoder)
+            copy_weights(policy, encoder)
     reference = None
     if args.training_mode == "ebft" and (args.ebft_kl_coef or args.ebft_track_kl):
         reference = build_frozen(architecture, **overrides)
-        copy_weights(policy[0], reference)
+        copy_weights(policy, reference)
     optimizer = get_megatron_optimizer(optimizer_config(args), policy)
     scheduler = build_scheduler(args, optimizer)
     metadata = {
         "architecture": fields, "arguments": vars(args),
         "tokenizer": {"type": args.tokenizer_type, "fingerprint": tokenizer.fingerprint},
         "start": {"origin": args.pretrained_checkpoint or f"--seed {args.seed}",
-                  "fingerprint": weights_fingerprint(policy[0])},
+                  "fingerprint": weights_fingerprint(policy)},
         "encoder": {"origin": args.ebft_encoder_load or args.pretrained_checkpoint or f"--seed {args.seed}",
                     "fingerprint": weights_fingerprint(encoder)} if encoder is not None else None}
     state = TrainState()
@@ -88,17 +95,41 @@ def build_run(args: argparse.Namespace) -> Run:
                tokenizer, args, metadata, state)
 
 
+def _check_batch(args) -> None:
+    ranks = document_size()
+    if args.global_batch_size % (args.micro_batch_size * ranks):
+        raise ValueError(f"--global-batch-size {args.global_batch_size}: must be a multiple of --micro-batch-size "
+                         f"{args.micro_batch_size} × {ranks} ranks that take different rows (data-parallel size over "
+                         "--ebft-sample-parallel-size)")
+    micro_batches = args.global_batch_size // (args.micro_batch_size * ranks)
+    if virtual_stages(args) and micro_batches % args.pipeline_model_parallel_size:
+        raise ValueError(f"--num-virtual-stages-per-pipeline-rank {args.num_virtual_stages_per_pipeline_rank}: needs "
+                         f"a multiple of --pipeline-model-parallel-size {args.pipeline_model_parallel_size} "
+                         f"micro-batches of rows on a rank; --global-batch-size {args.global_batch_size} makes "
+                         f"{micro_batches}")
+
+
 def describe(run: Run) -> str:
     """What is about to run, in two or three lines."""
-    parameters = sum(p.numel() for p in unwrap(run.policy[0]).parameters())
+    parameters = sum(p.numel() for chunk in run.policy for p in chunk.parameters())
     where = torch.cuda.get_device_name() if have_gpu() else "CPU"
-    lines = [f"megatron_ebft {__version__} | {run.mode} | {dp_size()} data-parallel ranks on {where} | torch "
-             f"{torch.__version__}, megatron-core {megatron.core.__version__} | {parameters / 1e6:.1f} M parameters"]
+    args = run.args
+    stages, virtual = args.pipeline_model_parallel_size, args.num_virtual_stages_per_pipeline_rank
+    lines = [f"megatron_ebft {__version__} | {run.mode} | tensor {args.tensor_model_parallel_size}"
+             f"{' with sequence' if args.sequence_parallel else ''} × pipeline {stages}"
+             f"{f' × {virtual} virtual' if virtual > 1 else ''} × data {dp_size()} ranks on {where} | torch "
+             f"{torch.__version__}, megatron-core {megatron.core.__version__} | {parameters / 1e6:.1f} M parameters on "
+             "a rank"]
     if run.mode == "ebft":
         layout, encoder = run.config.layout, run.metadata["encoder"]
-        lines.append(f"rows of {layout.seq_length} tokens: {layout.num_blocks} blocks × {layout.num_samples} rollouts "
-                     f"× {layout.rollout_length} tokens | features of layers {run.config.feature_map.layers} of "
+        lines.append(f"rows of {layout.seq_length} tokens: {layout.num_blocks} blocks × {run.config.num_samples} "
+                     f"rollouts × {layout.rollout_length} tokens | features of layers {run.config.feature_map.layers} of "
                      f"{encoder['origin']} ({encoder['fingerprint']})")
+        if stages > 1:
+            groups = len(row_groups(args.global_batch_size // document_size(), stages, args.ebft_rollout_rows))
+            idle = idle_fraction(groups, stages, layout.rollout_length, virtual)
+            lines.append(f"rollouts: {groups} groups of rows over {stages} stages, which idle {idle:.1%} of the time "
+                         "if all steps take equally long")
     if run.state.iteration:
         changed = f", with other flags: {', '.join(run.metadata['changed'])}" if run.metadata["changed"] else ""
         lines.append(f"continues {run.args.load} after step {run.state.iteration}{changed}")
@@ -123,13 +154,13 @@ def _restore_architecture(args, flag: str) -> None:
     for name, value in fields.items():
         if name in vars(args) and name not in _free_fields(fields):
             setattr(args, name, value)
-    args.vocab_size = fields["padded_vocab_size"]
+    args.vocab_size = fields["vocab_size"]
 
 
 def _free_fields(architecture: dict) -> set[str]:
     """Fields in which a model may differ from the checkpoint whose weights it takes."""
-    rope = architecture["position_embedding_type"] == "rope"
-    return {"init_method_std", "max_position_embeddings"} if rope else {"init_method_std"}
+    free = {"init_method_std", "padded_vocab_size"}
+    return free | {"max_position_embeddings"} if architecture["position_embedding_type"] == "rope" else free
 
 
 def _changed(saved: dict, now: dict) -> list[str]:

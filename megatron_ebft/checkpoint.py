@@ -4,9 +4,12 @@
    metadata) and `manifest.json` (the size of every file). `<dir>/latest_checkpointed_iteration.txt` names the latest.
 2. A save writes `iter_0000100.tmp`, renames it when all ranks are done, then replaces the pointer: a killed save leaves
    the older checkpoint latest. A save over an iteration keeps the old folder as `.old` until the new one stands.
-3. Tensors are stored layer by layer, so a truncated encoder loads a subset. The distributed optimizer's state can be
-   loaded at another data-parallel size, not at another tensor- or pipeline-parallel one.
-4. A problem on one rank raises ValueError on every rank, so that none waits for the others.
+3. Tensors, the optimizer's too, are stored whole and layer by layer: another tensor-, pipeline- or data-parallel size,
+   other virtual stages and a truncated encoder take the parts they need. The rows that pad the vocabulary belong to a
+   layout: they load as zeros where there are more of them (weights and optimizer alike).
+4. Only random states belong to their ranks; they are restored where every size is the same, so that training continues
+   bit for bit there.
+5. A problem on one rank raises ValueError on every rank, so that none waits for the others.
 """
 
 import contextlib
@@ -20,10 +23,13 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from megatron_ebft import parallel
 from megatron_ebft.checkpoint_files import (
+    FORMAT,
     MANIFEST,
     RECORD,
     clear_leftovers,
@@ -31,13 +37,14 @@ from megatron_ebft.checkpoint_files import (
     damaged,
     folder_name,
     read_json,
+    read_record,
     reading,
     resolve,
     write_json,
     writing,
 )
 from megatron_ebft.device import have_gpu
-from megatron_ebft.fingerprint import SHARDING, sharded_tensors
+from megatron_ebft.fingerprint import SHARDING, real_vocab_size, sharded_tensors, sharded_weights
 from megatron_ebft.model import unwrap
 
 
@@ -63,7 +70,8 @@ def save_checkpoint(directory: str, state: TrainState, model: list, optimizer, s
     """
     folder = os.path.join(directory, folder_name(state.iteration))
     temporary = folder + ".tmp"
-    record = {"format": 1, "train_state": asdict(state), "layout": _layout(), "metadata": metadata}
+    record = {"format": FORMAT, "train_state": asdict(state), "layout": _layout(), "optimizer": _kind(optimizer),
+              "metadata": metadata}
     with _together(), writing(directory, flag):
         if dist.get_rank() == 0:
             clear_leftovers(directory)
@@ -90,6 +98,8 @@ def load_checkpoint(directory: str, model: list, optimizer, scheduler, *, archit
                     flag: str = "--load") -> tuple[TrainState, dict]:
     """Restore weights, optimizer, scheduler and, where the layout is unchanged, every rank's random states.
 
+    The layout (tensor-, pipeline- and data-parallel sizes, virtual stages, padding of the vocabulary) is free.
+
     Args:
         directory: one with a latest pointer, or an `iter_*` folder itself.
         architecture: fields that must equal those of the checkpoint's `metadata["architecture"]`.
@@ -98,17 +108,15 @@ def load_checkpoint(directory: str, model: list, optimizer, scheduler, *, archit
         The progress and the metadata that were saved.
 
     Raises:
-        ValueError: nothing to load, a damaged file, or a checkpoint of another architecture, layout or optimizer.
+        ValueError: nothing to load, a damaged file, or a checkpoint of another architecture, optimizer or format.
     """
     folder, record = _open(directory, architecture, flag)
+    if record["optimizer"] != _kind(optimizer):
+        raise ValueError(f"{flag} {folder}: the optimizer was another one ({record['optimizer']}, now "
+                         f"{_kind(optimizer)}); load the weights alone with --pretrained-checkpoint")
     saved, now = record["layout"], _layout()
-    for size in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
-        if saved[size] != now[size]:
-            raise ValueError(f"{flag} {folder}: saved with --{size.replace('_', '-')} {saved[size]}, now {now[size]}; "
-                             f"the optimizer's state needs the same size: set it, or load the weights alone with "
-                             f"--pretrained-checkpoint")
     template = _sharded_state(model, optimizer, scheduler, with_rng=saved == now, is_loading=True)
-    loaded = _read(folder, template, flag)
+    loaded = _read(folder, template, real_vocab_size(model), flag)
     for i, chunk in enumerate(model):
         unwrap(chunk).load_state_dict(loaded[f"model{i}"])
     with _together(), torch.no_grad():
@@ -124,15 +132,19 @@ def load_checkpoint(directory: str, model: list, optimizer, scheduler, *, archit
     if saved == now:
         _set_rng_state(loaded["rng_state"])
     elif dist.get_rank() == 0:
-        print(f"{flag} {folder}: saved on {saved['world_size']} ranks; random states start anew", flush=True)
+        changes = ", ".join(f"{name} {saved[name]}, now {now[name]}" for name in now if saved[name] != now[name])
+        print(f"{flag} {folder}: saved with {changes}; random states start anew", flush=True)
     return TrainState(**record["train_state"]), record["metadata"]
 
 
-def load_weights(directory: str, module, *, architecture: dict | None = None,
+def load_weights(directory: str, model, *, architecture: dict | None = None,
                  flag: str = "--pretrained-checkpoint") -> dict:
-    """Load the weights of a GPTModel, whole or truncated (wrapped or not); what it does not have is not read.
+    """Load the weights of a model, whole or truncated, in any layout; what it does not have is not read.
 
-    A mixed-precision optimizer built on the module has its own copy: call its `reload_model_params` afterwards.
+    A mixed-precision optimizer built on the model has its own copy: call its `reload_model_params` afterwards.
+
+    Args:
+        model: a LanguageModel, wrapped or not, or a list of them (virtual pipeline stages).
 
     Returns:
         The checkpoint's metadata.
@@ -141,24 +153,64 @@ def load_weights(directory: str, module, *, architecture: dict | None = None,
         ValueError: as load_checkpoint; tensors that the checkpoint lacks, or has in another shape, are named.
     """
     folder, record = _open(directory, architecture, flag)
-    module = unwrap(module)
-    template = {key: value for key, value in module.sharded_state_dict(metadata=dict(SHARDING)).items()
-                if not isinstance(value, ShardedObject)}  # _extra_state: no weights
-    missing, unexpected = module.load_state_dict(_read(folder, template, flag), strict=False)
-    assert not unexpected and all(key.endswith("_extra_state") for key in missing), (missing, unexpected)
+    template = {name: {key: value for key, value in weights.items() if not isinstance(value, ShardedObject)}
+                for name, weights in sharded_weights(model).items()}  # without _extra_state: no weights
+    loaded = _read(folder, template, real_vocab_size(model), flag)
+    for chunk, weights in zip(model if isinstance(model, list) else [model], loaded.values()):
+        missing, unexpected = unwrap(chunk).load_state_dict(weights, strict=False)
+        assert not unexpected and all(key.endswith("_extra_state") for key in missing), (missing, unexpected)
     return record["metadata"]
 
 
 def _sharded_state(model: list, optimizer, scheduler, with_rng: bool, is_loading: bool = False) -> dict:
     """What a checkpoint holds, as Megatron-Core's sharded state dict: the data to save or the template to load."""
-    state = {f"model{i}": unwrap(chunk).sharded_state_dict(metadata=dict(SHARDING)) for i, chunk in enumerate(model)}
+    state = sharded_weights(model)
     _begin_adam_state(optimizer)
-    with torch.no_grad():
+    with torch.no_grad(), _aligned_buckets(_inner(optimizer)[0]):
         state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=dict(SHARDING))
+    if state["optimizer"].get("param_state", state) is None:  # gathered by the first data-parallel rank
+        del state["optimizer"]["param_state"]  # else a warning about ranks that differ
     state["opt_param_scheduler"] = scheduler.state_dict()
     if with_rng:
         state["rng_state"] = ShardedObject("rng_state", _rng_state(), (dist.get_world_size(),), (dist.get_rank(),))
     return state
+
+
+@contextlib.contextmanager
+def _aligned_buckets(inner):
+    """Mends the distributed optimizer's sharded_state_dict (Megatron-Core 0.16.1 … 0.19.2) for several buckets.
+
+    It gathers them without the padding at their ends, then looks for parameters where they are with it: what follows
+    a padded bucket (overlapped gradient reduction, tied embeddings over a pipeline) would be saved displaced.
+    """
+    if not isinstance(inner, DistributedOptimizer):
+        yield
+        return
+    gather_buffers = inner.get_parameter_state_dp_zero
+
+    def gather(**kwargs):
+        gathered = gather_buffers(**kwargs)  # None but on the first data-parallel rank
+        for number, buffer in enumerate(inner.buffers if gathered else ()):
+            for tensors in gathered[number].values():
+                tensors.update({key: _align(tensor, buffer) for key, tensor in tensors.items()
+                                if key != "numel_unpadded"})
+        return gathered
+
+    inner.get_parameter_state_dp_zero = gather
+    try:
+        yield
+    finally:
+        del inner.get_parameter_state_dp_zero
+
+
+def _align(gathered: torch.Tensor, buffer) -> torch.Tensor:
+    """A gathered buffer, float32, with the padding of its buckets put back."""
+    if len(buffer.buckets) == 1:
+        return gathered
+    aligned = torch.zeros(buffer.numel)
+    for bucket, part in zip(buffer.buckets, gathered.split([bucket.numel_unpadded for bucket in buffer.buckets])):
+        aligned[bucket.offset:bucket.offset + len(part)] = part
+    return aligned
 
 
 def _inner(optimizer):
@@ -178,11 +230,17 @@ def _begin_adam_state(optimizer) -> None:
                 state["step"] = torch.tensor(0.0)
 
 
+def _kind(optimizer) -> dict:
+    """What the optimizer's part of a checkpoint depends on."""
+    return {"class": type(_inner(optimizer)[0]).__name__, "sharding": SHARDING["distrib_optim_sharding_type"]}
+
+
 def _load_optimizer(optimizer, loaded: dict, keep_lr: bool) -> None:
     """optimizer.load_state_dict, with two things mended.
 
-    The step count of torch's Adam: Megatron-Core leaves out a count of 0 (plain optimizers), or loads one tensor for
-    all parameters and copies the template's count over it (distributed one); torch adds to it per parameter.
+    The step count of torch's Adam: Megatron-Core leaves out a count of 0 (plain optimizers), or takes it from the
+    groups, one tensor for all parameters, and then misses it among the parameters' tensors (distributed one); torch
+    adds to it per parameter.
     The groups' learning-rate bounds: 0.16 lets the saved ones win whatever the scheduler was told, 0.19 fails.
     """
     inner, is_torch = _inner(optimizer)
@@ -195,11 +253,15 @@ def _load_optimizer(optimizer, loaded: dict, keep_lr: bool) -> None:
         mine = now[tuple(map(group.get, kind))]
         winner, loser = (mine, group) if keep_lr else (group, mine)
         loser.update({bound: winner[bound] for bound in ("max_lr", "min_lr")})
+    parameter_state = loaded.pop("param_state", None)
     optimizer.load_state_dict(loaded)
-    for group in inner.optimizer.param_groups if is_torch else []:
-        for parameter in group["params"]:
-            state = inner.optimizer.state[parameter]
-            state["step"] = torch.tensor(float(group.get("step", state["step"])))
+    states = [(inner.optimizer.state[parameter], group)
+              for group in inner.optimizer.param_groups for parameter in group["params"]] if is_torch else []
+    steps = [float(group.get("step", state.pop("step"))) for state, group in states]
+    if parameter_state is not None:
+        inner.load_parameter_state_from_fully_reshardable(parameter_state)
+    for (state, _), step in zip(states, steps):
+        state["step"] = torch.tensor(step)
 
 
 def _rng_state() -> dict:
@@ -222,14 +284,17 @@ def _layout() -> dict:
     return {"world_size": dist.get_world_size(),
             "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
             "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
-            "data_parallel_size": parallel_state.get_data_parallel_world_size()}
+            "virtual_pipeline_model_parallel_size":
+                parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+            "data_parallel_size": parallel_state.get_data_parallel_world_size(),
+            "sample_parallel_size": parallel.sample_size()}
 
 
 def _open(directory: str, architecture: dict | None, flag: str) -> tuple[str, dict]:
     """Find the folder, check its files and its architecture; returns the folder and its ebft.json."""
     with _together():
         folder = resolve(directory, flag)
-        record = read_json(folder, RECORD, flag)
+        record = read_record(folder, flag)
         if dist.get_rank() == 0:
             for name, size in read_json(folder, MANIFEST, flag).items():
                 path = os.path.join(folder, name)
@@ -246,8 +311,11 @@ def _open(directory: str, architecture: dict | None, flag: str) -> tuple[str, di
     return folder, record
 
 
-def _read(folder: str, template: dict, flag: str) -> dict:
-    """Check every tensor of the template against the checkpoint, then load it."""
+def _read(folder: str, template: dict, vocab_size: int, flag: str) -> dict:
+    """Check every tensor of the template against the checkpoint, then load it.
+
+    An embedding or output layer (and the optimizer's state of one) may have any number of rows from `vocab_size` on.
+    """
     with _together():
         with reading(folder, flag):
             # Not dist_checkpointing.load_tensors_metadata: 0.19.2's fails on what torch 2.15 stores.
@@ -257,16 +325,17 @@ def _read(folder: str, template: dict, flag: str) -> dict:
         wrong = {}
         for tensor in sharded_tensors(template):
             needed, found = tuple(tensor.global_shape), stored.get(tensor.key)
+            if tensor.allow_shape_mismatch and found and found[0] >= vocab_size:
+                found = (needed[0], *found[1:])  # Megatron-Core fills rows that are not there with zeros
             if found != needed:
                 wrong[tensor.key] = f"{tensor.key}: {'missing' if found is None else f'shape {found}'}, needs {needed}"
         if wrong:
-            hint = "; the optimizer was another one, or sharded otherwise" if "optimizer" in " ".join(wrong) else ""
-            raise ValueError(f"{flag} {folder}: {len(wrong)} tensors do not fit the model{hint}: "
+            raise ValueError(f"{flag} {folder}: {len(wrong)} tensors do not fit the model: "
                              f"{'; '.join(list(wrong.values())[:8])}; name a checkpoint of this model")
     with _together(), reading(folder, flag), torch.no_grad():
         # Sharding was validated when it was saved; doing so again would fail on rank 0 alone while others wait.
         loaded = dist_checkpointing.load(template, folder, validate_access_integrity=False)
-        return {key: loaded[key] for key in template}  # without what else the checkpoint holds
+        return {key: loaded.get(key, {}) for key in template}  # without what else it holds; {}: a stage without weights
 
 
 @contextlib.contextmanager

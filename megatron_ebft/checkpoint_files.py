@@ -13,6 +13,8 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
 POINTER, RECORD, MANIFEST = "latest_checkpointed_iteration.txt", "ebft.json", "manifest.json"
+FORMAT = 2
+"""Of a checkpoint, as its record says; 1 kept the optimizer's state as it lay on the ranks."""
 UNREADABLE = (CheckpointingException, CheckpointException, pickle.UnpicklingError, zipfile.BadZipFile, EOFError,
               OSError, RuntimeError, KeyError, ValueError, AttributeError, IndexError, ImportError, TypeError)
 """What damaged files make torch and Megatron-Core raise."""
@@ -20,8 +22,20 @@ UNREADABLE = (CheckpointingException, CheckpointException, pickle.UnpicklingErro
 
 def read_metadata(directory: str, *, flag: str = "--load") -> dict:
     """The metadata dict that was saved; needs no process groups. Raises ValueError as load_checkpoint does."""
-    folder = resolve(directory, flag)
-    return read_json(folder, RECORD, flag)["metadata"]
+    return read_record(resolve(directory, flag), flag)["metadata"]
+
+
+def read_record(folder: str, flag: str) -> dict:
+    """The ebft.json of a checkpoint folder.
+
+    Raises:
+        ValueError: it is damaged, or another version of this package wrote it.
+    """
+    record = read_json(folder, RECORD, flag)
+    if record["format"] != FORMAT:
+        raise ValueError(f"{flag} {folder}: a checkpoint of format {record['format']}, and this version reads format "
+                         f"{FORMAT}; load it with the version of megatron_ebft that wrote it, or name another one")
+    return record
 
 
 def latest_iteration(directory: str, *, flag: str = "--load") -> int | None:

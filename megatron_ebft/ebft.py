@@ -19,7 +19,7 @@ from megatron_ebft.batch import GoldBatch, MicroBatch, MicroBatches, run_schedul
 from megatron_ebft.features import FeatureMap, block_grams
 from megatron_ebft.layout import StridedLayout
 from megatron_ebft.metrics import Means
-from megatron_ebft.parallel import dp_sum
+from megatron_ebft.parallel import dp_sum, from_last_stage, sample_rank, sample_size
 from megatron_ebft.readout import training_readout
 from megatron_ebft.rollout import Rollouts, SamplingConfig
 
@@ -46,18 +46,24 @@ class EBFTConfig:
     blocks_per_microbatch: int
     """0: all."""
     rollout_rows: int
-    """Rows that decode together; 0: all."""
+    """Rows that decode together; 0: all, or as many as keep the pipeline busy."""
+
+    @property
+    def num_samples(self) -> int:
+        """n, rollouts of a block over all ranks; `layout` has this rank's n/S."""
+        return self.layout.num_samples * sample_size()
 
 
 @dataclass
 class Rewards:
-    """What the encoder says of each rollout: float32 [B, K, N] each."""
+    """What the encoder says of each rollout: float32 [B, K, n] each, all n samples of a block."""
 
     gram: Tensor
     """[B, K, n+1, n+1], float64."""
     alignment: Tensor
     diversity: Tensor
     advantage: Tensor
+    """[B, K, N], of this rank's samples."""
 
 
 @dataclass
@@ -77,11 +83,15 @@ def compute_rewards(encoder, gold: GoldBatch, rollouts: Rollouts, config: EBFTCo
     gram = block_grams(encoder, config.feature_map, rows, [length])[:, :, 0]
     alignment, diversity = energy.rewards(gram, config.whitening)
     advantage = energy.advantages(alignment, diversity, config.advantage, config.alignment_coef, config.diversity_coef)
-    return Rewards(gram, alignment.float(), diversity.float(), advantage.float())
+    mine = slice(sample_rank() * config.layout.num_samples, (sample_rank() + 1) * config.layout.num_samples)
+    return Rewards(gram, alignment.float(), diversity.float(), advantage[..., mine].float())
 
 
 def token_counts(gold: GoldBatch, layout: StridedLayout) -> Tensor:
-    """Valid rollout tokens and valid gold tokens of the GLOBAL batch, [2]: the denominators of the two means."""
+    """Valid rollout tokens and valid gold tokens of the GLOBAL batch, [2]: the denominators of the two means.
+
+    Ranks of a sample group all count their gold tokens, and all add their share of the cross entropy of these.
+    """
     rollout_tokens = gold.valid_blocks(layout).sum() * layout.num_samples * layout.rollout_length
     return dp_sum(torch.stack([rollout_tokens, gold.gold_valid().sum()]).float())
 
@@ -115,7 +125,7 @@ def score(model, gold: GoldBatch, rollouts: Rollouts, config: EBFTConfig) -> Sco
         return _forward(model, mb, gold, rollouts, config), collect
 
     run_schedule(forward_step, rows, model, forward_only=True)
-    return Scores(rows.join_blocks(found), torch.cat(found_gold))
+    return _scores(rows, found, found_gold)
 
 
 def policy_gradient(policy: list, gold: GoldBatch, rollouts: Rollouts, advantage_BKN: Tensor, config: EBFTConfig,
@@ -164,4 +174,15 @@ def policy_gradient(policy: list, gold: GoldBatch, rollouts: Rollouts, advantage
         return _forward(model, mb, gold, rollouts, config), loss_func
 
     run_schedule(forward_step, rows, policy, forward_only=False)
-    return Scores(rows.join_blocks(found), torch.cat(found_gold))
+    return _scores(rows, found, found_gold)
+
+
+def _scores(rows: MicroBatches, found: list[Tensor], found_gold: list[Tensor]) -> Scores:
+    """What the last stage found, on every stage."""
+    if found:
+        scores = Scores(rows.join_blocks(found), torch.cat(found_gold))
+    else:
+        gold = rows.gold.tokens_BT
+        scores = Scores(torch.empty(rows.rollout_BKNG.shape, device=gold.device),
+                        torch.empty(len(gold), gold.shape[1] - 1, device=gold.device))
+    return Scores(from_last_stage(scores.rollout_BKNG.contiguous()), from_last_stage(scores.gold_BT.contiguous()))

@@ -14,22 +14,32 @@ WHITENING = ("none", "paper", "released")
 ADVANTAGES = ("rloo", "reinforce", "group_norm")
 SINGULAR_VALUE_CUTOFF = 1e-5
 """Singular values of the inverted matrix (Σ̂, XXᵀ) below this share of the largest are dropped by whitening."""
+NORM_FLOOR = 1e-12
+"""A hidden state shorter than this is divided by this instead of by its norm."""
 GROUP_NORM_EPS = 1e-6
 COSINE_EPS = 1e-8
 
 
-def gram(rollouts: Tensor, reference: Tensor) -> Tensor:
-    """Gram matrix of [rollouts; reference], in float64 so that squaring costs whitening no precision.
+def gram(features: Tensor) -> Tensor:
+    """Inner products of features [..., m, D], or of a shard of them, in float64 so that squaring costs whitening no
+    precision: [..., m, m]."""
+    features = features.double()
+    return features @ features.mT
+
+
+def pool(gram: Tensor, tokens: int) -> Tensor:
+    """From inner products of hidden states to inner products of features: every token normalised, then the mean.
 
     Args:
-        rollouts: [..., n, D].
-        reference: [..., D].
+        gram: [..., m·P, m·P], of m completions' P pooled tokens.
 
     Returns:
-        [..., n+1, n+1] float64.
+        [..., m, m].
     """
-    features = torch.cat([rollouts, reference.unsqueeze(-2)], dim=-2).double()
-    return features @ features.mT
+    inverse = gram.diagonal(dim1=-2, dim2=-1).clamp(min=NORM_FLOOR**2).rsqrt()
+    normalised = gram * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
+    m = gram.shape[-1] // tokens
+    return normalised.unflatten(-1, (m, tokens)).unflatten(-3, (m, tokens)).mean((-1, -3))
 
 
 def whiten(M: Tensor, whitening: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -61,14 +61,16 @@ def evaluate(policy: list, encoder, reference, batches: Iterable[GoldBatch], con
     """
     means, shown = Means(), None
     was_training = policy[0].training
-    policy[0].eval()
+    for chunk in policy:
+        chunk.eval()
     with torch.no_grad():
         for gold in batches:
             cross_entropy_pass(policy, gold, micro_batch_size, means, forward_only=True)
             if encoder is not None:
-                rollouts, layout = _measure_rollouts(policy[0], encoder, reference, gold, config, longest, means)
+                rollouts, layout = _measure_rollouts(policy, encoder, reference, gold, config, longest, means)
                 shown = shown or EvaluationRollouts(gold, layout, rollouts)
-    policy[0].train(was_training)
+    for chunk in policy:
+        chunk.train(was_training)
     metrics = means.reduce()
     if "ce_loss" in metrics:
         metrics["perplexity"] = math.exp(min(metrics["ce_loss"], 700))
@@ -86,7 +88,7 @@ def _measure_rollouts(policy, encoder, reference, gold, config, longest, means) 
     alignment, _ = energy.rewards(gram_BKLMM, "none")
     for i, length in enumerate(lengths):
         valid_BK = gold.valid_blocks(replace(layout, rollout_length=length))[:, : layout.num_blocks]
-        if layout.num_samples > 1:
+        if config.num_samples > 1:
             means.add_masked(f"cfm_length/{length:02d}", unbiased[:, :, i], valid_BK)
         means.add_masked(f"cfm_biased_length/{length:02d}", biased[:, :, i], valid_BK)
         means.add_masked(f"alignment_length/{length:02d}", alignment[:, :, i].mean(-1), valid_BK)

@@ -10,7 +10,9 @@ a_k = c + k·s; its gold completion is gold[a_k : a_k+G]; its n rollouts continu
    a training row needs only G − 1 steps of each rollout, an encoder row all G.
 4. A row may hold a contiguous part of the blocks, so that long rows can be split over micro-batches.
    Parts have equal size; a part past the end repeats the last block, marked as not real.
-5. With a document mask, a gold token sees its own document only, positions restart there, and a block counts
+5. Sequence parallelism shares a row's tokens out over tensor ranks, so rows (and decoding steps) end in padding up to a
+   multiple of `pad_to`. Padding sees nothing, nothing sees it, and nothing is read there.
+6. With a document mask, a gold token sees its own document only, positions restart there, and a block counts
    only if the token before its anchor and its whole completion are in one document.
 
 Suffixes of tensor names: B rows, T gold tokens, R rollout tokens of a row, K blocks, N samples, G steps, S row length.
@@ -40,7 +42,9 @@ class StridedLayout:
     rollout_length: int
     """G, tokens of a rollout."""
     num_samples: int
-    """n, rollouts of a block."""
+    """n, rollouts of a block (with sample parallelism: those of this rank)."""
+    pad_to: int = 1
+    """Rows and decoding steps have a multiple of this many tokens."""
 
     def __post_init__(self):
         for flag, value in (("context-length", self.context_length), ("stride", self.stride),
@@ -51,6 +55,9 @@ class StridedLayout:
             raise ValueError(
                 f"--seq-length {self.seq_length} is too short for one block: it needs at least --ebft-context-length "
                 f"{self.context_length} + --ebft-rollout-length {self.rollout_length} tokens")
+        if self.seq_length % self.pad_to:
+            raise ValueError(f"--seq-length {self.seq_length}: with --sequence-parallel it must be a multiple of "
+                             f"--tensor-model-parallel-size {self.pad_to}")
 
     @property
     def num_blocks(self) -> int:
@@ -98,6 +105,11 @@ def document_starts(document_BT: Tensor) -> Tensor:
     return (index * is_first).cummax(1).values
 
 
+def pad(tokens_BS: Tensor, length: int) -> Tensor:
+    """Rows of tokens or positions, filled up with zeros."""
+    return torch.nn.functional.pad(tokens_BS, (0, length - tokens_BS.shape[1]))
+
+
 def gold_positions(gold_BT: Tensor, starts_BT: Tensor | None) -> Tensor:
     """Position ids [B, T] of gold tokens; with a document mask they restart at each document."""
     positions = torch.arange(gold_BT.shape[1], device=gold_BT.device).expand_as(gold_BT)
@@ -106,7 +118,7 @@ def gold_positions(gold_BT: Tensor, starts_BT: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class RowLayout:
-    """One packed row: T gold tokens, then `steps` tokens of each rollout of `size` blocks from `first_block` on."""
+    """One packed row: T gold tokens, `steps` tokens of each rollout of `size` blocks from `first_block` on, padding."""
 
     layout: StridedLayout
     first_block: int
@@ -121,9 +133,20 @@ class RowLayout:
         return self.size * self.layout.num_samples * self.steps
 
     @property
-    def length(self) -> int:
-        """S = T + R."""
+    def end(self) -> int:
+        """T + R, where padding begins."""
         return self.layout.seq_length + self.num_rollout_tokens
+
+    @property
+    def length(self) -> int:
+        """S, T + R and padding."""
+        return self.end + -self.end % self.layout.pad_to
+
+    @property
+    def decode_length(self) -> int:
+        """Tokens of one decoding step: one of each rollout, and padding."""
+        rollouts = self.size * self.layout.num_samples
+        return rollouts + -rollouts % self.layout.pad_to
 
     @cached_property
     def blocks(self) -> Tensor:
@@ -158,7 +181,7 @@ class RowLayout:
     def pack(self, gold_BT: Tensor, rollout_BKNG: Tensor) -> Tensor:
         """Tokens of the row [B, S], from the gold row and the rollouts of ALL blocks [B, NB, n, G]."""
         kept = rollout_BKNG[:, self.blocks.to(rollout_BKNG.device), :, : self.steps]
-        return torch.cat([gold_BT, kept.flatten(1)], dim=1)
+        return pad(torch.cat([gold_BT, kept.flatten(1)], dim=1), self.length)
 
     def positions(self, starts_BT: Tensor | None, batch: int) -> Tensor:
         """Position ids [B, S]; with a document mask they restart at each document.
@@ -168,9 +191,9 @@ class RowLayout:
         """
         row = torch.cat([torch.arange(self.layout.seq_length), self.anchors[self.rollout_slot] + self.rollout_step])
         if starts_BT is None:
-            return row.expand(batch, -1)
+            return pad(row.expand(batch, -1), self.length)
         before_anchor = (self.anchors - 1)[self.rollout_slot].to(starts_BT.device)
-        return row.to(starts_BT.device) - torch.cat([starts_BT, starts_BT[:, before_anchor]], dim=1)
+        return pad(row.to(starts_BT.device) - torch.cat([starts_BT, starts_BT[:, before_anchor]], dim=1), self.length)
 
     def anchor_predictors(self) -> Tensor:
         """Row index that predicts step 0 of every block slot (shared by its n samples), int64 [size]."""
@@ -182,7 +205,7 @@ class RowLayout:
         The tokens of steps 0..G−2 predict those of steps 1..G−1.
         """
         assert steps.start >= 0 and steps.stop <= self.steps
-        index = torch.arange(self.layout.seq_length, self.length).view(
+        index = torch.arange(self.layout.seq_length, self.end).view(
             self.size, self.layout.num_samples, self.steps)
         return index[:, :, steps.start:steps.stop]
 

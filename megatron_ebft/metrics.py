@@ -5,10 +5,11 @@ from collections import defaultdict
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ebft.device import device, synchronize
-from megatron_ebft.parallel import dp_sum
+from megatron_ebft.parallel import dp_sum, is_last_stage, pp_group
 
 
 class Means:
@@ -18,7 +19,8 @@ class Means:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, name: str, total: Tensor, count: Tensor | float) -> None:
-        """Add a sum and the number of things in it; every rank must add the same names in the same order."""
+        """Add a sum and the number of things in it; every data-parallel rank must add the same names in the same
+        order. What counts is what the last pipeline stage adds (only it sees the loss)."""
         pair = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device()) for x in (total, count)])
         self._sums[name] = self._sums.get(name, 0) + pair
 
@@ -28,12 +30,15 @@ class Means:
         self.add(name, values.detach().double().where(valid, 0.0).sum(), valid.sum())
 
     def reduce(self) -> dict[str, float]:
-        """The means over all ranks, without those in which nothing counted."""
-        if not self._sums:
-            return {}
-        totals, counts = dp_sum(torch.stack(list(self._sums.values()))).unbind(1)
-        values = zip(self._sums, totals.tolist(), counts.tolist(), strict=True)
-        return {name: total / count for name, total, count in values if count}
+        """The means over all ranks, without those in which nothing counted; the same on every rank."""
+        found = [None]
+        if self._sums and is_last_stage():
+            totals, counts = dp_sum(torch.stack(list(self._sums.values()))).unbind(1)
+            values = zip(self._sums, totals.tolist(), counts.tolist(), strict=True)
+            found = [{name: total / count for name, total, count in values if count}]
+        if dist.get_world_size(pp_group()) > 1:
+            dist.broadcast_object_list(found, group=pp_group(), group_src=dist.get_world_size(pp_group()) - 1)
+        return found[0] or {}
 
 
 class PhaseTimer:

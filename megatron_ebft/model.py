@@ -6,19 +6,25 @@
 3. What is read out of the final hidden states is the caller's choice: `labels` is a readout (readout.py), so that the
    output head runs only where it is needed and no full-vocabulary tensor leaves the model.
 4. The encoder is the same GPTModel without the layers above the deepest feature layer, final norm and output head.
+5. A pipeline's split is always spelled out (Megatron-Core's `pipeline_model_parallel_layout`), so that the encoder's
+   fewer layers can be balanced over the stages on their own.
 """
 
 import math
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.functional import linear
 
 from megatron_ebft.attention import StridedAttention
 from megatron_ebft.device import device, have_gpu
@@ -34,7 +40,11 @@ class ModelArgs:
     num_attention_heads: int
     num_query_groups: int
     kv_channels: int
+    vocab_size: int
+    """Ids that exist."""
     padded_vocab_size: int
+    """Rows of the embedding, a multiple of --make-vocab-size-divisible-by × the tensor-parallel size: not part of the
+    model, other layouts pad otherwise."""
     max_position_embeddings: int
     position_embedding_type: str = "rope"
     rotary_base: float = 10000.0
@@ -98,67 +108,204 @@ def transformer_config(args: ModelArgs, **overrides) -> TransformerConfig:
     return TransformerConfig(**{**values, **overrides})
 
 
+class Norm:
+    """Builds torch's RMSNorm or LayerNorm whose parameters Megatron-Core knows to be replicated over the tensor ranks
+    (its own wrapper of these norms refuses sequence parallelism)."""
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused):
+        kind = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
+        norm = kind(hidden_size, eps=eps)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm
+
+
 class LanguageModel(GPTModel):
-    """GPTModel whose `labels` argument is a readout: called with the final hidden states [S, B, H], the output head
-    (hidden states → logits of this rank's vocabulary shard) and the tensor-parallel group; its result is returned."""
+    """GPTModel whose `labels` argument is a readout: called with the final hidden states [S, B, H] (with sequence
+    parallelism this rank's part of S), `head` and the tensor-parallel group; its result is returned."""
+
+    real_vocab_size: int
+    """Ids that exist; the rest of the padded vocabulary has probability 0."""
 
     def _postprocess(self, hidden_states, labels, **unused):
-        if not self.post_process:
-            return hidden_states
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        return labels(hidden_states, lambda x: self.output_layer(x, weight=weight)[0], self.pg_collection.tp)
+        return labels(hidden_states, self.head, self.pg_collection.tp) if self.post_process else hidden_states
+
+    def head(self, hidden_SBH: Tensor, rows: Tensor | slice | None = None) -> Tensor:
+        """Logits [S, B, V] of this rank's vocabulary shard, −inf where an id is padding.
+
+        Args:
+            rows: only these rows of the whole sequence, without gradient.
+        """
+        tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        if rows is None:
+            logits = self.output_layer(hidden_SBH, weight=tied)[0]
+        else:
+            if self.config.sequence_parallel:
+                hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH, group=self.pg_collection.tp)
+            logits = linear(hidden_SBH[rows], self.output_layer.weight if tied is None else tied)
+        first = self.pg_collection.tp.rank() * logits.shape[-1]
+        if first + logits.shape[-1] > self.real_vocab_size:
+            logits[..., max(0, self.real_vocab_size - first):] = -torch.inf
+        return logits
 
 
-def _layer_spec(args: ModelArgs):
-    spec = get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm, normalization=args.normalization)
-    spec.submodules.self_attention.submodules.core_attention = StridedAttention
-    return spec
+def _block_spec(args: ModelArgs, num_layers: int) -> TransformerBlockSubmodules:
+    layer = get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm, normalization=args.normalization)
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = Norm
+    attention = parts.self_attention.submodules
+    attention.core_attention = StridedAttention
+    if args.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = Norm
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=Norm)
 
 
-def _build_gpt(args: ModelArgs, config: TransformerConfig, *, post_process: bool):
+def split_layers(num_layers: int, stages: int, first: int | None = None, last: int | None = None,
+                 virtual: int = 1) -> list[int]:
+    """Decoder layers of each stage, in the order they are passed through (`virtual` times round the pipeline).
+
+    Args:
+        first, last: layers of the first and the last stage, where they are not to have an equal share.
+
+    Raises:
+        ValueError: naming the flag, when the layers do not divide.
+    """
+    ends = [x for x in (first, last) if x is not None]
+    middle, rest = stages * virtual - len(ends), num_layers - sum(ends)
+    if virtual > 1 and ends:
+        raise ValueError("--num-virtual-stages-per-pipeline-rank: not with --decoder-first-pipeline-num-layers or "
+                         "--decoder-last-pipeline-num-layers")
+    if rest < 0 or (rest % middle if middle else rest):
+        raise ValueError(f"--num-layers {num_layers}: cannot be split evenly over --pipeline-model-parallel-size "
+                         f"{stages}" + (f" × --num-virtual-stages-per-pipeline-rank {virtual}" if virtual > 1 else "") +
+                         "; change one of them, or give the ends a share of their own with "
+                         "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers")
+    split = [rest // middle if middle else 0] * (stages * virtual)
+    if first is not None:
+        split[0] = first
+    if last is not None:
+        split[-1] = last
+    return split
+
+
+def _balanced_split(num_layers: int, stages: int) -> list[int]:
+    """Any number of layers, as evenly as it goes; the encoder's split, which has fewer layers than the policy."""
+    return [num_layers // stages + (stage < num_layers % stages) for stage in range(stages)]
+
+
+def _build_gpt(args: ModelArgs, config: TransformerConfig, split: list[int], vp_stage: int = 0, *, has_head=True):
+    """This rank's stage of a model split as `split_layers` says."""
+    stage, stages = parallel_state.get_pipeline_model_parallel_rank(), config.pipeline_model_parallel_size
+    place = vp_stage * stages + stage
     rope = args.position_embedding_type == "rope"
+    is_virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size() is not None
     model = LanguageModel(
-        config=config, transformer_layer_spec=_layer_spec(args), vocab_size=args.padded_vocab_size,
-        max_sequence_length=args.max_position_embeddings, pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=post_process and parallel_state.is_pipeline_last_stage(), parallel_output=True,
-        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        config=config, transformer_layer_spec=_block_spec(args, split[place]), vocab_size=args.padded_vocab_size,
+        max_sequence_length=args.max_position_embeddings, pre_process=place == 0,
+        post_process=has_head and place == len(split) - 1, parallel_output=True,
+        share_embeddings_and_output_weights=has_head and not args.untie_embeddings_and_output_weights,
         position_embedding_type="mrope" if rope else args.position_embedding_type,
-        rotary_percent=args.rotary_percent, rotary_base=args.rotary_base)
+        rotary_percent=args.rotary_percent, rotary_base=args.rotary_base, vp_stage=vp_stage if is_virtual else None)
     if rope:
         model.rotary_pos_emb = PositionRotary(args)
+    model.real_vocab_size = args.vocab_size
     model.to(device())
     return Float16Module(config, model) if config.bf16 else model
 
 
-def build_policy(args: ModelArgs, ddp: DistributedDataParallelConfig, **overrides) -> list:
-    """The trained model: one DDP-wrapped LanguageModel per virtual pipeline stage (one, for now).
+def _config(args: ModelArgs, split: list[int], overrides: dict) -> TransformerConfig:
+    """The configuration of a model whose stages have these many layers."""
+    stages = [["decoder"] * layers for layers in split]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    layout = stages if len(split) > 1 else None
+    return transformer_config(args, **{**overrides, "num_layers": sum(split), "pipeline_model_parallel_layout": layout})
+
+
+def build_policy(args: ModelArgs, ddp: DistributedDataParallelConfig, *, first_stage_layers: int | None = None,
+                 last_stage_layers: int | None = None, **overrides) -> list:
+    """The trained model's stages on this rank: one DDP-wrapped LanguageModel per virtual pipeline stage.
 
     Losses are divided by global token counts before the backward pass, so gradients are plain sums.
     """
-    config = transformer_config(args, **overrides)
-    policy = DistributedDataParallel(config, ddp, _build_gpt(args, config, post_process=True))
-    config.no_sync_func = policy.no_sync
+    virtual = overrides.get("virtual_pipeline_model_parallel_size") or 1
+    split = split_layers(args.num_layers, overrides.get("pipeline_model_parallel_size", 1), first_stage_layers,
+                         last_stage_layers, virtual)
+    config = _config(args, split, overrides)
+    policy = [DistributedDataParallel(config, ddp, _build_gpt(args, config, split, vp_stage),
+                                      disable_bucketing=vp_stage > 0)
+              for vp_stage in range(virtual)]
+    no_sync = [chunk.no_sync for chunk in policy]
+    config.no_sync_func = no_sync if virtual > 1 else no_sync[0]
     config.finalize_model_grads_func = lambda models, num_tokens, **kwargs: finalize_model_grads(models, None, **kwargs)
-    return [policy]
+    return policy
+
+
+def _frozen_overrides(overrides: dict) -> dict:
+    """A frozen model has one stage on each rank, whatever the policy has."""
+    interleaved = ("virtual_pipeline_model_parallel_size", "overlap_p2p_comm", "batch_p2p_comm")
+    return {name: value for name, value in overrides.items() if name not in interleaved}
 
 
 def build_frozen(args: ModelArgs, **overrides):
-    """A whole model without gradients: the starting policy."""
-    return _freeze(_build_gpt(args, transformer_config(args, **overrides), post_process=True))
+    """A whole model without gradients, split evenly over the pipeline: the starting policy."""
+    split = _balanced_split(args.num_layers, overrides.get("pipeline_model_parallel_size", 1))
+    config = _config(args, split, _frozen_overrides(overrides))
+    return _freeze(_build_gpt(args, config, split))
 
 
 def build_encoder(args: ModelArgs, deepest_layer: int, **overrides):
-    """The encoder: the lower layers up to the deepest feature layer, no final norm, no output head, no gradients."""
-    config = transformer_config(args, **{**overrides, "num_layers": deepest_layer})
-    return _freeze(_build_gpt(args, config, post_process=False))
+    """The encoder: the lower layers up to the deepest feature layer, no final norm, no output head, no gradients.
+
+    It is split evenly over the pipeline, so its stages hold other layers than the policy's.
+    """
+    split = _balanced_split(deepest_layer, overrides.get("pipeline_model_parallel_size", 1))
+    config = _config(args, split, _frozen_overrides(overrides))
+    return _freeze(_build_gpt(args, config, split, has_head=False))
 
 
-def copy_weights(source, target) -> None:
-    """Copy into `target` the weights it has in common with `source`: its own start, or an encoder of it."""
-    weights = dict(unwrap(source).named_parameters())
+def local_layers(model) -> dict[int, torch.nn.Module]:
+    """Decoder layers of this rank's stage by their number in the whole model, counted from 1."""
+    return {layer.layer_number: layer for layer in unwrap(model).decoder.layers}
+
+
+def _weights(chunks: list) -> dict[str, torch.nn.Parameter]:
+    """Parameters of this rank's stages under the names they have in an unsplit model."""
+    found = {}
+    for chunk in map(unwrap, chunks):
+        for name, parameter in chunk.named_parameters():
+            if name.startswith("decoder.layers."):
+                _, _, local, rest = name.split(".", 3)
+                name = f"decoder.layers.{chunk.decoder.layers[int(local)].layer_number - 1}.{rest}"
+            if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
+                continue  # the last stage's copy of the embedding; see below
+            found[name] = parameter
+    return found
+
+
+def copy_weights(source: list, target) -> None:
+    """Copy into `target` the weights it has in common with `source`, a policy: its own start, or an encoder of it.
+
+    Their layers may live on different stages: weights go round the pipeline one at a time.
+    """
+    group = parallel_state.get_pipeline_model_parallel_group()
+    mine, wanted = _weights(source), _weights([target])
+    shapes = {name: tuple(parameter.shape) for name, parameter in mine.items()}
+    everywhere = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everywhere, shapes, group=group)
+    dtype = next(iter(mine.values())).dtype
     with torch.no_grad():
-        for name, parameter in unwrap(target).named_parameters():
-            parameter.copy_(weights[name])
+        for stage, there in enumerate(everywhere):
+            for name, shape in there.items():
+                is_mine = stage == dist.get_rank(group)
+                weight = mine[name].detach() if is_mine else torch.empty(shape, dtype=dtype, device=device())
+                if len(everywhere) > 1:
+                    dist.broadcast(weight, dist.get_global_rank(group, stage), group=group)
+                if name in wanted:
+                    wanted[name].copy_(weight)
+                tied = unwrap(target).share_embeddings_and_output_weights and unwrap(target).post_process
+                if name == "embedding.word_embeddings.weight" and tied and not unwrap(target).pre_process:
+                    unwrap(target).output_layer.weight.copy_(weight)
 
 
 def _freeze(model):

@@ -42,12 +42,12 @@ class LogProbs:
 
 @dataclass
 class Logits:
-    """Readout: logits of the given rows (all: None), [P, B, V], of this rank's vocabulary shard."""
+    """Readout: logits of the given rows, [P, B, V], of this rank's vocabulary shard; no gradient."""
 
-    rows: Tensor | None
+    rows: Tensor | slice
 
     def __call__(self, hidden_SBH: Tensor, head, group: dist.ProcessGroup) -> Tensor:
-        return head(hidden_SBH if self.rows is None else hidden_SBH[self.rows])
+        return head(hidden_SBH, self.rows)
 
 
 def gold_section(gold_BT: Tensor) -> Section:
@@ -64,7 +64,7 @@ def training_readout(row: RowLayout, gold_BT: Tensor, rollout_BKNG: Tensor, temp
     first_KBN, later_RB1 = row.split_targets(rollout_BKNG)
     return LogProbs([gold_section(gold_BT),
                      Section(row.anchor_predictors().to(gold_BT.device), first_KBN, temperature),
-                     Section(slice(row.layout.seq_length, row.length), later_RB1, temperature)])
+                     Section(slice(row.layout.seq_length, row.end), later_RB1, temperature)])
 
 
 def local_targets(targets: Tensor, vocab_shard: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:

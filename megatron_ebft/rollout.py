@@ -1,19 +1,24 @@
 """Block-parallel sampling: every block, sample and row of a group decodes together, in G steps.
 
 The gold rows go through the policy once; their keys and values, and the logits before each anchor, serve all n samples.
-Then G − 1 cached steps follow, each with one token per rollout.
+Then G − 1 cached steps follow, each with one token per rollout. With pipeline stages, several groups of rows are under
+way at once (relay.py).
 """
 
+import time
 from dataclasses import dataclass
 
 import torch
-from megatron.core import parallel_state
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ebft.attention import DecodePattern, PrefillPattern, RolloutCache, as_mask
 from megatron_ebft.batch import GoldBatch
-from megatron_ebft.layout import StridedLayout, document_starts
+from megatron_ebft.layout import StridedLayout, document_starts, pad
+from megatron_ebft.model import unwrap
+from megatron_ebft.parallel import from_last_stage, is_first_stage, is_last_stage, pp_group, sample_rank, tp_group
 from megatron_ebft.readout import Logits
+from megatron_ebft.relay import Relay, row_groups, tasks
 from megatron_ebft.sampling import sample, uniform
 
 
@@ -53,49 +58,111 @@ class Rollouts:
 
 
 @torch.no_grad()
-def sample_rollouts(policy, gold: GoldBatch, layout: StridedLayout, config: SamplingConfig, iteration: int,
-                    rows_per_group: int = 0) -> Rollouts:
-    """Sample n rollouts for every block of every row.
+def sample_rollouts(policy: list, gold: GoldBatch, layout: StridedLayout, config: SamplingConfig, iteration: int,
+                    rows_per_group: int = 0, timeline: list | None = None) -> Rollouts:
+    """Sample n rollouts for every block of every row; the result is on every rank that shares the model.
 
     Args:
-        policy: a model as `build_policy` or `build_frozen` makes it; left in the mode (train or eval) it was in.
+        policy: stages as `build_policy` makes them; left in the mode (train or eval) they were in.
         iteration: names the step in the random numbers.
-        rows_per_group: rows that decode together; 0: all. Bounds the memory of the cache, does not change the result.
+        rows_per_group: rows that decode together; 0: all, or as many as keep the pipeline busy (relay.py). Bounds the
+            memory of the cache, does not change the result.
+        timeline: receives (step, virtual stage, group, CPU seconds of this thread) for every task of this stage.
     """
-    was_training = policy.training
-    policy.eval()
-    size = rows_per_group or len(gold.tokens_BT)
-    groups = [_sample_group(policy, gold, slice(i, i + size), layout, config, iteration)
-              for i in range(0, len(gold.tokens_BT), size)]
-    policy.train(was_training)
-    return Rollouts(*(torch.cat(parts) for parts in zip(*groups)))
+    was_training = policy[0].training
+    for chunk in policy:
+        chunk.eval()
+    stages = dist.get_world_size(pp_group())
+    relay = Relay() if stages > 1 else None
+    rows = row_groups(len(gold.tokens_BT), stages, rows_per_group)
+    groups = [_Group(policy, gold.rows(part), layout, config, iteration, relay) for part in rows]
+    for step, virtual, number in tasks(len(groups), stages, layout.rollout_length, len(policy)):
+        seconds = groups[number].run(step, virtual)
+        if timeline is not None:
+            timeline.append((step, virtual, number, seconds))
+    if relay is not None:
+        relay.finish()
+    for chunk in policy:
+        chunk.train(was_training)
+    drawn = (torch.cat(parts) for parts in zip(*(group.drawn() for group in groups)))
+    return Rollouts(*map(from_last_stage, drawn))
 
 
-def _sample_group(policy, gold: GoldBatch, rows: slice, layout: StridedLayout, config: SamplingConfig,
-                  iteration: int) -> tuple[Tensor, Tensor, Tensor]:
-    tokens_BT, index_B = gold.tokens_BT[rows], gold.index_B[rows]
-    document_BT = None if gold.document_BT is None else gold.document_BT[rows]
-    starts_BT = None if document_BT is None else document_starts(document_BT)
-    batch, device = len(tokens_BT), tokens_BT.device
-    row = layout.parts(0, layout.rollout_length - 1)[0]
-    positions = row.positions(starts_BT, batch).to(device)
-    cache = RolloutCache(row, document_BT)
-    block_K1 = row.blocks.to(device)[:, None]
-    sample_N = torch.arange(layout.num_samples, device=device)
-    tp_group = parallel_state.get_tensor_model_parallel_group()
+class _Group:
+    """Rows that decode together: their cache on this stage and, on the last one, what was drawn."""
 
-    def draw(logits, step, shape):
-        numbers = uniform(config.seed, iteration, index_B[:, None, None], block_K1, sample_N, step)
-        drawn = sample(logits, numbers.view(shape), config.temperature, config.top_p, config.top_k, tp_group)
-        return [x.view(batch, row.size, -1) for x in drawn]
+    def __init__(self, policy: list, gold: GoldBatch, layout: StridedLayout, config: SamplingConfig, iteration: int,
+                 relay: Relay | None):
+        self.policy, self.gold, self.layout, self.relay = policy, gold, layout, relay
+        self.config, self.iteration = config, iteration
+        self.row = layout.parts(0, layout.rollout_length - 1)[0]
+        self.cache: RolloutCache | None = None
+        self.steps: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    logits_KBV = policy(tokens_BT, positions[:, : layout.seq_length], as_mask(PrefillPattern(cache)),
-                        labels=Logits(row.anchor_predictors().to(device)))
-    tokens, log_probs, entropy = draw(logits_KBV.transpose(0, 1), 0, (batch, row.size, layout.num_samples))
-    steps = [(tokens, log_probs, entropy.expand_as(log_probs))]
-    for step in range(layout.rollout_length - 1):
-        index_R = row.rollout_index(range(step, step + 1)).flatten().to(device)
-        logits_RBV = policy(steps[-1][0].flatten(1), positions[:, index_R], as_mask(DecodePattern(cache, step)),
-                            labels=Logits(None))
-        steps.append(draw(logits_RBV.transpose(0, 1), step + 1, (batch, len(index_R), 1)))
-    return tuple(torch.stack(x, dim=-1) for x in zip(*steps))
+    def run(self, step: int, virtual: int) -> float:
+        """One step through one stage: 0 is the pass over the gold rows. Returns CPU seconds without waiting."""
+        is_entry = is_first_stage() and virtual == 0
+        is_exit = is_last_stage() and virtual == len(self.policy) - 1
+        tokens, positions, pattern, rows = self._inputs(step)
+        chunk, model = self.policy[virtual], unwrap(self.policy[virtual])
+        if not is_entry:
+            length = positions.shape[1]
+            if model.config.sequence_parallel:
+                length //= dist.get_world_size(tp_group())
+            shape = (length, len(positions), model.config.hidden_size)
+            model.set_input_tensor(self.relay.receive(shape, model.config.params_dtype))
+        elif step > 0:
+            tokens = pad(self._last_tokens().flatten(1), self.row.decode_length)
+        start = time.thread_time()
+        out = chunk(tokens, positions, as_mask(pattern), labels=Logits(rows))
+        if is_exit:
+            self.steps.append(self._draw(out.transpose(0, 1), step))
+            out = self.steps[-1][0]
+        is_last = step == self.layout.rollout_length - 1
+        if is_last and virtual == len(self.policy) - 1:
+            self.cache = None
+        seconds = time.thread_time() - start
+        if self.relay is not None and not (is_exit and is_last):
+            self.relay.send(out)
+        return seconds
+
+    def _inputs(self, step: int):
+        """Gold tokens, positions [b, length], the attention pattern, and the rows of which logits are needed."""
+        tokens_BT, document_BT = self.gold.tokens_BT, self.gold.document_BT
+        if self.cache is None:
+            starts_BT = None if document_BT is None else document_starts(document_BT)
+            self.positions = self.row.positions(starts_BT, len(tokens_BT)).to(tokens_BT.device)
+            self.cache = RolloutCache(self.row, document_BT)
+        if step == 0:
+            predictors = self.row.anchor_predictors().to(tokens_BT.device)
+            return tokens_BT, self.positions[:, : self.layout.seq_length], PrefillPattern(self.cache), predictors
+        index = self.row.rollout_index(range(step - 1, step)).flatten().to(tokens_BT.device)
+        positions = pad(self.positions[:, index], self.row.decode_length)
+        return None, positions, DecodePattern(self.cache, step - 1), slice(0, len(index))
+
+    def _last_tokens(self) -> Tensor:
+        """Tokens drawn in the step before, [b, K, N]."""
+        if self.relay is None:
+            return self.steps[-1][0]
+        return self.relay.receive((len(self.gold.tokens_BT), self.row.size, self.layout.num_samples), torch.int64)
+
+    def _draw(self, logits_BPV: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, log-probabilities and entropies, [b, K, N], from one distribution a block (step 0) or a rollout."""
+        config, device = self.config, logits_BPV.device
+        shape = (len(logits_BPV), self.row.size, self.layout.num_samples)
+        sample_N = torch.arange(shape[2], device=device) + sample_rank() * shape[2]
+        numbers = uniform(config.seed, self.iteration, self.gold.index_B[:, None, None],
+                          self.row.blocks.to(device)[:, None], sample_N, step)
+        drawn = sample(logits_BPV, numbers.reshape(*logits_BPV.shape[:2], -1), config.temperature, config.top_p,
+                       config.top_k, tp_group())
+        tokens, log_probs, entropy = (x.reshape(*shape[:2], -1) for x in drawn)
+        return tokens, log_probs, entropy.expand(shape)
+
+    def drawn(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All steps, [b, K, N, G] each; on other stages than the last, room for them."""
+        if self.steps:
+            return tuple(torch.stack(x, dim=-1) for x in zip(*self.steps))
+        shape = (len(self.gold.tokens_BT), self.row.size, self.layout.num_samples, self.layout.rollout_length)
+        device = self.gold.tokens_BT.device
+        return tuple(torch.empty(shape, dtype=dtype, device=device)
+                     for dtype in (torch.int64, torch.float32, torch.float32))

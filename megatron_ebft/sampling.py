@@ -85,15 +85,13 @@ def _sample(logits, numbers, temperature, top_p, top_k, group) -> tuple[Tensor, 
     entropy = -_sum(p * log_p.clamp(min=-1e4), group).squeeze(-1)
     kept = filter_probabilities(p, top_p, top_k, group)
     cdf = kept.cumsum(-1, dtype=torch.float64)
-    before, total = _mass_before(cdf[..., -1:], group)
+    before, total, owner = _shard_of(cdf[..., -1:], numbers, group)
     local = torch.searchsorted(cdf, numbers * total - before, right=True)
     last = (kept > 0).to(torch.int8).flip(-1).argmax(-1, keepdim=True)  # rounding must not reach filtered tokens
     local = torch.minimum(local, kept.shape[-1] - 1 - last)
     tokens, log_probs = local, log_p.gather(-1, local)
     if dist.get_world_size(group) > 1:
-        target = numbers * total
-        is_last = dist.get_rank(group) == dist.get_world_size(group) - 1
-        here = (target >= before) & ((target < before + cdf[..., -1:]) | is_last)
+        here = owner == dist.get_rank(group)
         tokens = (local + dist.get_rank(group) * kept.shape[-1]).where(here, -1)
         log_probs = log_probs.where(here, -torch.inf)
         dist.all_reduce(tokens, op=dist.ReduceOp.MAX, group=group)
@@ -101,10 +99,19 @@ def _sample(logits, numbers, temperature, top_p, top_k, group) -> tuple[Tensor, 
     return tokens, log_probs, entropy
 
 
-def _mass_before(mass: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Mass of the vocabulary shards before this rank's, and of all."""
+def _shard_of(mass: Tensor, numbers: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+    """Mass of the vocabulary shards before this rank's, of all, and the rank in whose shard each number falls.
+
+    A number that rounding puts past the end falls into the last shard that has any mass.
+    """
     if dist.get_world_size(group) == 1:
-        return torch.zeros_like(mass), mass
+        return torch.zeros_like(mass), mass, torch.zeros_like(numbers, dtype=torch.int64)
     masses = [torch.empty_like(mass) for _ in range(dist.get_world_size(group))]
     dist.all_gather(masses, mass.contiguous(), group=group)
-    return sum(masses[: dist.get_rank(group)], torch.zeros_like(mass)), sum(masses)
+    masses = torch.cat(masses, -1)
+    bounds = masses.cumsum(-1)
+    total, rank = bounds[..., -1:], dist.get_rank(group)
+    last = masses.shape[-1] - 1 - (masses > 0).to(torch.int8).flip(-1).argmax(-1, keepdim=True)
+    owner = torch.searchsorted(bounds, numbers * total, right=True).minimum(last)
+    before = bounds[..., rank - 1 : rank] if rank else torch.zeros_like(mass)
+    return before, total, owner

@@ -15,7 +15,7 @@ from megatron_ebft.device import device
 from megatron_ebft.ebft import EBFTConfig, Rewards, Scores
 from megatron_ebft.evaluation import evaluate
 from megatron_ebft.metrics import Means, PhaseTimer
-from megatron_ebft.parallel import dp_rank, dp_size
+from megatron_ebft.parallel import document_rank, document_size
 from megatron_ebft.rollout import Rollouts, sample_rollouts
 from megatron_ebft.sft import cross_entropy_pass
 
@@ -49,7 +49,7 @@ class Run:
 
 def gold_batch(run: Run, dataset, consumed_samples: int) -> GoldBatch:
     """This rank's rows of the global batch that follows `consumed_samples`."""
-    rows = rows_for_step(dataset, consumed_samples, run.args.global_batch_size, dp_rank(), dp_size())
+    rows = rows_for_step(dataset, consumed_samples, run.args.global_batch_size, document_rank(), document_size())
     tokens = rows.tokens.to(device())
     return GoldBatch(
         tokens, rows.index.to(device()),
@@ -124,7 +124,7 @@ def ebft_gradient(run: Run, gold: GoldBatch, timer: PhaseTimer, means: Means, ch
     """Algorithm 1 up to the optimizer: rollouts → features → rewards → advantages → gradient of the loss."""
     config = run.config
     with timer("rollout"):
-        rollouts = sample_rollouts(run.policy[0], gold, config.layout, config.sampling, run.state.iteration,
+        rollouts = sample_rollouts(run.policy, gold, config.layout, config.sampling, run.state.iteration,
                                    config.rollout_rows)
     with timer("features"):
         rewards = ebft.compute_rewards(run.encoder, gold, rollouts, config)
@@ -154,7 +154,7 @@ def measure_rewards(rewards: Rewards, valid_BK: Tensor, config: EBFTConfig, mean
     means.add_masked("reward_std", spread, valid_BK)
     means.add_masked("zero_spread", (spread < 1e-6).float(), valid_BK)
     means.add_masked("cfm_biased", biased, valid_BK)
-    if config.layout.num_samples > 1:
+    if config.num_samples > 1:
         means.add_masked("cfm", unbiased, valid_BK)
     means.add_masked("valid_blocks", valid_BK.float(), torch.ones_like(valid_BK))
 

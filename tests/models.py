@@ -6,15 +6,18 @@ the key head, the value head. Gate and up projection are one matrix as well, one
 """
 
 import torch
+from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.distributed import DistributedDataParallelConfig
 from torch import Tensor
 
 from megatron_ebft import model
-from megatron_ebft.batch import GoldBatch
+from megatron_ebft.attention import StridedPattern, as_mask
+from megatron_ebft.batch import GoldBatch, MicroBatch
 from megatron_ebft.dataset import document_ids
 from megatron_ebft.device import device
 from megatron_ebft.ebft import EBFTConfig
-from megatron_ebft.features import FeatureMap
+from megatron_ebft.features import FeatureMap, _Catch
+from megatron_ebft.fingerprint import SHARDING, sharded_tensors
 from megatron_ebft.layout import StridedLayout
 from megatron_ebft.model import ModelArgs, feature_layers, unwrap
 from megatron_ebft.rollout import SamplingConfig
@@ -25,11 +28,11 @@ TOP = {
     "output_layer.weight": "lm_head.weight",
 }
 LAYER = {
-    "input_layernorm.weight": ["input_layernorm.weight"],
+    "self_attention.linear_qkv.layer_norm_weight": ["input_layernorm.weight"],
     "self_attention.linear_qkv.weight": [f"self_attn.{x}_proj.weight" for x in "qkv"],
     "self_attention.linear_qkv.bias": [f"self_attn.{x}_proj.bias" for x in "qkv"],
     "self_attention.linear_proj.weight": ["self_attn.o_proj.weight"],
-    "pre_mlp_layernorm.weight": ["post_attention_layernorm.weight"],
+    "mlp.linear_fc1.layer_norm_weight": ["post_attention_layernorm.weight"],
     "mlp.linear_fc1.weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
     "mlp.linear_fc2.weight": ["mlp.down_proj.weight"],
 }
@@ -40,7 +43,7 @@ RECOMPUTE = {
 }
 
 
-def architecture(config: dict) -> ModelArgs:
+def architecture(config: dict, vocab_multiple: int = 1) -> ModelArgs:
     """Our architecture for a Hugging Face Llama or Qwen2 configuration."""
     scaling = config["rope_scaling"]
     rope = {} if scaling is None else dict(
@@ -51,7 +54,8 @@ def architecture(config: dict) -> ModelArgs:
         num_layers=config["num_hidden_layers"], hidden_size=config["hidden_size"],
         ffn_hidden_size=config["intermediate_size"], num_attention_heads=config["num_attention_heads"],
         num_query_groups=config["num_key_value_heads"], kv_channels=config["head_dim"],
-        padded_vocab_size=config["vocab_size"], max_position_embeddings=config["max_position_embeddings"],
+        vocab_size=config["vocab_size"],
+        padded_vocab_size=-(-config["vocab_size"] // vocab_multiple) * vocab_multiple, max_position_embeddings=config["max_position_embeddings"],
         rotary_base=config["rope_theta"], norm_epsilon=config["rms_norm_eps"],
         add_qkv_bias=config["model_type"] == "qwen2",
         untie_embeddings_and_output_weights=not config["tie_word_embeddings"], **rope)
@@ -66,12 +70,14 @@ def _hf_names(name: str) -> list[str]:
 
 
 def _join(name: str, parts: list[Tensor], config: dict) -> Tensor:
-    if "linear_qkv" not in name:
+    if "linear_qkv" not in name or "layer_norm" in name:
         return torch.cat(parts)
     return torch.cat([x.unflatten(0, (config["num_key_value_heads"], -1)) for x in parts], dim=1).flatten(0, 1)
 
 
 def _split(name: str, tensor: Tensor, config: dict) -> list[Tensor]:
+    if "layer_norm" in name:
+        return [tensor]
     if "linear_fc1" in name:
         return list(tensor.chunk(2))
     if "linear_qkv" not in name:
@@ -81,34 +87,81 @@ def _split(name: str, tensor: Tensor, config: dict) -> list[Tensor]:
     return [x.flatten(0, 1) for x in parts]
 
 
+def _whole(name: str, config: dict, weights: dict, rows: int) -> Tensor:
+    """The Megatron-Core tensor of an unsplit model, its vocabulary padded to `rows`."""
+    whole = _join(name, [weights[x] for x in _hf_names(name)], config)
+    if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        whole = torch.nn.functional.pad(whole, (0, 0, 0, rows - len(whole)))
+    return whole
+
+
+def _local(tensor: ShardedTensor) -> tuple[slice, ...]:
+    """Where this rank's part is in the unsplit tensor."""
+    offset = tensor.global_offset[tensor.prepend_axis_num:]
+    return tuple(slice(first, first + size) for first, size in zip(offset, tensor.data.shape))
+
+
+def _shards(model) -> list[ShardedTensor]:
+    """This rank's parts of a model, whose data are its parameters."""
+    return list(sharded_tensors(unwrap(model).sharded_state_dict(metadata=dict(SHARDING))))
+
+
 def load(target, config: dict, weights: dict) -> None:
-    """Set the weights of a policy, encoder or reference from Hugging Face ones."""
-    with torch.no_grad():
-        for name, parameter in unwrap(target).named_parameters():
-            parameter.copy_(_join(name, [weights[x] for x in _hf_names(name)], config))
-    rotary = unwrap(target).rotary_pos_emb
-    rotary.inv_freq = rotary.inv_freq.to(parameter.dtype)  # float64 angles for a float64 model
+    """Set the weights of a policy's stages, an encoder or a reference from Hugging Face ones."""
+    for chunk in target if isinstance(target, list) else [target]:
+        with torch.no_grad():
+            for shard in _shards(chunk):
+                shard.data.copy_(_whole(shard.key, config, weights, shard.global_shape[0])[_local(shard)])
+        rotary, dtype = unwrap(chunk).rotary_pos_emb, next(iter(weights.values())).dtype
+        rotary.inv_freq = rotary.inv_freq.to(dtype)  # float64 angles for a float64 model
+
+
+def whole_tensors(policy: list, of_gradients: bool) -> dict[str, Tensor]:
+    """Weights, or what the last backward pass left in the gradient buffers, of the unsplit model, on every rank (with
+    one data-parallel rank, or after summing over them)."""
+    parts = []
+    for chunk in policy:
+        parameters = list(unwrap(chunk).parameters())
+        kept = [p.detach().clone() for p in parameters]
+        with torch.no_grad():
+            for p in parameters if of_gradients else []:
+                p.copy_(p.main_grad)
+            parts += [(x.key, x.global_shape, _local(x), x.data.detach().cpu().clone()) for x in _shards(chunk)]
+            for p, value in zip(parameters, kept):
+                p.copy_(value)
+    everywhere = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everywhere, parts)
+    found = {}
+    for key, shape, where, data in (part for rank in everywhere for part in rank):
+        found.setdefault(key, torch.full(shape, torch.nan, dtype=data.dtype))[where] = data
+    assert not any(x.isnan().any() for x in found.values())
+    return found
 
 
 def gradients(policy: list, config: dict) -> dict[str, Tensor]:
     """What the last backward pass left in the policy's gradient buffers, under Hugging Face names."""
-    return {hf: part.cpu().clone() for name, parameter in unwrap(policy[0]).named_parameters()
-            for hf, part in zip(_hf_names(name), _split(name, parameter.main_grad, config), strict=True)}
+    return {hf: part for name, gradient in whole_tensors(policy, of_gradients=True).items()
+            for hf, part in zip(_hf_names(name), _split(name, gradient[: _rows(name, config)], config), strict=True)}
 
 
-def build_policy(config: dict, weights: dict, **overrides) -> list:
+def _rows(name: str, config: dict) -> int | None:
+    return config["vocab_size"] if name in ("embedding.word_embeddings.weight", "output_layer.weight") else None
+
+
+def build_policy(config: dict, weights: dict, vocab_multiple: int = 1, **overrides) -> list:
     """A policy with these weights, gradient buffers zero; all in torch's default dtype."""
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=True)
-    policy = model.build_policy(architecture(config), ddp, params_dtype=torch.get_default_dtype(), **overrides)
-    load(policy[0], config, weights)
-    policy[0].zero_grad_buffer()
+    policy = model.build_policy(architecture(config, vocab_multiple), ddp, params_dtype=torch.get_default_dtype(), **overrides)
+    load(policy, config, weights)
+    for chunk in policy:
+        chunk.zero_grad_buffer()
     return policy
 
 
-def build_encoder(config: dict, weights: dict, fractions=(0.25, 0.5, 0.75), **overrides):
+def build_encoder(config: dict, weights: dict, fractions=(0.25, 0.5, 0.75), vocab_multiple: int = 1, **overrides):
     """An encoder with these weights, of the layers that these depths need."""
     deepest = max(feature_layers(fractions, config["num_hidden_layers"]))
-    encoder = model.build_encoder(architecture(config), deepest, params_dtype=torch.get_default_dtype(), **overrides)
+    encoder = model.build_encoder(architecture(config, vocab_multiple), deepest, params_dtype=torch.get_default_dtype(), **overrides)
     load(encoder, config, weights)
     return encoder
 
@@ -140,6 +193,30 @@ def gold_batch(tokens_BT: Tensor, eod: int | None = None, answer_BT: Tensor | No
     return GoldBatch(tokens_BT, first + torch.arange(len(tokens_BT), device=device()),
                      None if eod is None else document_ids(tokens_BT, eod),
                      None if answer_BT is None else answer_BT.to(device()))
+
+
+def block_features(encoder, feature_map: FeatureMap, micro_batch: MicroBatch,
+                   lengths: list[int]) -> list[tuple[Tensor, Tensor]]:
+    """The feature route, which the package does not take: the features themselves, on one rank.
+
+    Returns:
+        for each length that completions are cut to, rollouts [b, size, n, D] and references [b, size, D], float32.
+    """
+    row, found = micro_batch.row, []
+    with _Catch(encoder, feature_map.layers) as catch:
+        encoder(micro_batch.tokens, micro_batch.positions, as_mask(StridedPattern(row, micro_batch.document_BT)))
+    for length in lengths:
+        steps = feature_map.steps(length)
+        for index in (row.rollout_index(steps), row.completion_index(steps)):
+            states = [h.transpose(0, 1)[:, index.to(h.device)] for h in catch.caught]
+            states = [h.to(torch.promote_types(h.dtype, torch.float32)) for h in states]
+            if feature_map.norm == "layer":
+                states = [torch.nn.functional.normalize(h, dim=-1) for h in states]
+            joined = torch.cat(states, dim=-1)
+            if feature_map.norm == "joint":
+                joined = torch.nn.functional.normalize(joined, dim=-1)
+            found.append(joined.mean(-2))
+    return list(zip(found[::2], found[1::2]))
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -25,7 +25,7 @@ def test_every_completion_length_is_brute_force():
     layout = rolled.layout
     assert lengths == [1, 2, 3, 4, 8] and layout.rollout_length == layout.stride == 8
     assert rolled.sampling.temperature == 1
-    rollouts = sample_rollouts(policy[0], gold, layout, rolled.sampling, EVALUATION_ITERATION).tokens_BKNG
+    rollouts = sample_rollouts(policy, gold, layout, rolled.sampling, EVALUATION_ITERATION).tokens_BKNG
     assert torch.equal(rollouts, shown.rollouts.tokens_BKNG)
     for length in lengths:
         cut = docs[:, : layout.context_length + (layout.num_blocks - 1) * layout.stride + length]

@@ -14,7 +14,6 @@ from test_brute_force import GOLDEN, by_sample, load_golden
 
 from megatron_ebft import ebft, energy
 from megatron_ebft.batch import MicroBatches
-from megatron_ebft.features import block_features
 from megatron_ebft.metrics import Means
 from megatron_ebft.rollout import Rollouts
 
@@ -59,7 +58,7 @@ def test_features(name, split):
     length = case.config.layout.rollout_length
     rows = MicroBatches(case.gold, case.rollouts.tokens_BKNG, case.config.layout, length, *split)
     with torch.no_grad():
-        pairs = [block_features(case.encoder, case.config.feature_map, mb, [length])[0] for mb in rows]
+        pairs = [models.block_features(case.encoder, case.config.feature_map, mb, [length])[0] for mb in rows]
     rollouts, reference = (rows.join_blocks(list(x)) for x in zip(*pairs))
     assert largest_difference(rollouts, case.golden["features_rollout"].transpose(1, 2)) <= 1e-5
     assert largest_difference(reference, case.golden["features_gold"]) <= 1e-5

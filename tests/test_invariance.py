@@ -1,9 +1,13 @@
 """The result of a step does not depend on how its batch is split over ranks, micro-batches and parts of rows.
 
-One start of one rank and one of two: each trains the same model on the same global batch of 4 rows, whose documents and
-answer masks give the ranks different numbers of valid tokens, once for every way to split. The two ranks also hold half
-of a vocabulary each, to compare the vocabulary-parallel functions with the same functions on one rank.
+One start of 8 ranks trains the same model on the same global batch of 4 rows, whose documents and answer masks give the
+ranks different numbers of valid tokens, once for every way to split it over tensor, sequence, pipeline, data and sample
+ranks. Two of them also hold half of a vocabulary each, to compare the vocabulary-parallel functions with the same
+functions on one rank.
 """
+
+import os
+from itertools import product
 
 import brute_force as bf
 import models
@@ -22,23 +26,47 @@ from megatron_ebft.arguments import (
     optimizer_config,
     parse_args,
     transformer_overrides,
+    virtual_stages,
 )
 from megatron_ebft.checkpoint import TrainState
-from megatron_ebft.device import device
+from megatron_ebft.device import backend, device, init_device
 from megatron_ebft.metrics import PhaseTimer
 
-ROWS, T, VOCAB, EOD, STEPS = 4, 18, 24, 0, 3
-FLAGS = """--train-iters 3 --global-batch-size 4 --seq-length 18 --num-layers 4 --hidden-size 16 --ffn-hidden-size 24
-    --num-attention-heads 4 --num-query-groups 2 --lr 1e-3 --clip-grad 0.5 --untie-embeddings-and-output-weights
-    --ebft-rollout-length 3 --ebft-stride 2 --ebft-context-length 3 --ebft-num-samples 3 --ebft-ce-coef 0.3
-    --ebft-kl-coef 0.1 --ebft-document-mask --ebft-answer-only""".split()
-SPLITS = {  # each also bounds the rows that decode together
-    "1 row": ["--micro-batch-size", "1"],
-    "2 rows": ["--micro-batch-size", "2"],
-    "1 row, 3 blocks": ["--micro-batch-size", "1", "--ebft-blocks-per-microbatch", "3"],
-    "2 rows, 3 blocks": ["--micro-batch-size", "2", "--ebft-blocks-per-microbatch", "3", "--ebft-rollout-rows", "1"],
-    "overlapped": ["--micro-batch-size", "1", "--overlap-grad-reduce"],
-}
+ROWS, T, VOCAB, EOD, STEPS = 4, 20, 24, 0, 3
+FLAGS = """--train-iters 3 --global-batch-size 4 --seq-length 20 --num-layers 4 --hidden-size 16 --ffn-hidden-size 24
+    --num-attention-heads 8 --num-query-groups 4 --lr 1e-3 --clip-grad 0.5 --untie-embeddings-and-output-weights
+    --ebft-rollout-length 3 --ebft-stride 2 --ebft-context-length 4 --ebft-num-samples 4 --ebft-ce-coef 0.3
+    --ebft-kl-coef 0.1 --ebft-document-mask --ebft-answer-only --make-vocab-size-divisible-by 5
+    --ebft-top-p 0.95""".split()
+TP, PP, SP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--sequence-parallel"
+SAMPLES, BLOCKS, VIRTUAL = "--ebft-sample-parallel-size", "--ebft-blocks-per-microbatch", \
+    "--num-virtual-stages-per-pipeline-rank"
+
+
+def grid() -> dict[str, tuple[int, list[str]]]:
+    """Number of ranks and flags by name: every way to share the work out over 1, 2, 4 and 8 ranks, and a few more."""
+    found = {}
+    for tp, pp, dp, sp, samples in product((1, 2), (1, 2), (1, 2), (False, True), (1, 2)):
+        if (sp and tp == 1) or samples > dp:
+            continue
+        name = f"tp{tp}{' sp' * sp} pp{pp} dp{dp}{' samples' * (samples > 1)}"
+        found[name] = tp * pp * dp, [TP, str(tp), PP, str(pp), SAMPLES, str(samples)] + [SP] * sp
+    alone, two = found["tp1 pp1 dp1"][1], found["tp1 pp1 dp2"][1]
+    found |= {
+        "2 rows": (1, [*alone, "--micro-batch-size", "2"]),
+        "3 blocks": (1, [*alone, BLOCKS, "3"]),
+        "2 rows, 3 blocks": (2, [*two, "--micro-batch-size", "2", BLOCKS, "3", "--ebft-rollout-rows", "1"]),
+        "overlapped": (2, [*two, "--overlap-grad-reduce"]),
+        "tp4 sp": (4, [TP, "4", SP, BLOCKS, "3"]),
+        "pp4": (4, [PP, "4", "--ebft-rollout-rows", "1"]),
+        "virtual stages": (4, [TP, "2", SP, PP, "2", VIRTUAL, "2"]),
+        "uneven stages": (2, [PP, "2", "--decoder-first-pipeline-num-layers", "1", BLOCKS, "3"]),
+        "4 sample ranks": (8, [TP, "2", SP, SAMPLES, "4", "--micro-batch-size", "2"]),  # rows and steps are padded
+    }
+    return found
+
+
+GRID = grid()
 
 
 # ---------------------------------------------------------------- what the ranks do
@@ -50,8 +78,8 @@ def gold_rows():
     answers = torch.ones(ROWS, T, dtype=torch.bool)
     tokens[1, 9] = tokens[2, 4] = tokens[2, 10] = EOD
     answers[2, :6] = answers[3, :12] = False
-    size = ROWS // parallel.dp_size()
-    first = parallel.dp_rank() * size
+    size = ROWS // parallel.document_size()
+    first = parallel.document_rank() * size
     here = slice(first, first + size)
     return models.gold_batch(tokens[here], EOD, answers[here], first)
 
@@ -63,15 +91,16 @@ class Schedule:
         pass
 
 
-def build_run(flags: list[str]) -> training.Run:
-    args = parse_args(FLAGS + flags)
+def build_run(args) -> training.Run:
     architecture, overrides = model_args(args, VOCAB), transformer_overrides(args)
-    config, weights = bf.random_llama(0, layers=4, hidden=16, ffn=24, heads=4, kv_heads=2, vocab=VOCAB)
+    config, weights = bf.random_llama(0, layers=4, hidden=16, ffn=24, heads=8, kv_heads=4, vocab=VOCAB)
     method = ebft_config(args, args.num_layers)
-    policy = model.build_policy(architecture, ddp_config(args), **overrides)
+    policy = model.build_policy(
+        architecture, ddp_config(args), first_stage_layers=args.decoder_first_pipeline_num_layers,
+        last_stage_layers=args.decoder_last_pipeline_num_layers, **overrides)
     encoder = model.build_encoder(architecture, max(method.feature_map.layers), **overrides)
     reference = model.build_frozen(architecture, **overrides)
-    for target in (policy[0], encoder, reference):
+    for target in (policy, encoder, reference):
         models.load(target, config, weights)
     return training.Run("ebft", policy, encoder, reference, get_megatron_optimizer(optimizer_config(args), policy),
                         Schedule(), method, None, None, None, args, {}, TrainState())
@@ -84,28 +113,51 @@ def gather(value) -> list:
     return values
 
 
-def train(folder: str) -> dict:
-    """Metrics of each step by split; rollouts of the first step and final weights go to the folder."""
-    parallel.init_parallel(1, 1, seed=1)
-    gold, found = gold_rows(), {}
-    for name, flags in SPLITS.items():
-        run = build_run(flags)
-        before = rollout.sample_rollouts(run.policy[0], gold, run.config.layout, run.config.sampling, 0,
-                                         run.config.rollout_rows).tokens_BKNG
+def train(folder: str, names: list[str]) -> dict:
+    """Metrics of each step by name; rollouts of the first step and final weights go to the folder.
+
+    The same processes form one world after another; those that a small one has no use for wait for the next.
+    """
+    found, rank = {}, int(os.environ["RANK"])
+    vocabulary = None
+    init_device()
+    for name in names:
+        world, flags = GRID[name]
+        if rank >= world:
+            continue
+        args = parse_args(FLAGS + flags)
+        dist.init_process_group(backend(), init_method=f"file://{folder}/{name}.store", rank=rank, world_size=world)
+        parallel.init_parallel(
+            args.tensor_model_parallel_size, args.pipeline_model_parallel_size, seed=1,
+            virtual_pipeline_model_parallel_size=virtual_stages(args),
+            sample_parallel_size=args.ebft_sample_parallel_size)
+        gold, run = gold_rows(), build_run(args)
+        before = rollouts(run, gold, 0)
         metrics = []
         for _ in range(STEPS):
             metrics.append(training.train_step(run, gold, PhaseTimer(), check=run.state.iteration == 0))
             run.state.iteration += 1
-        after = rollout.sample_rollouts(run.policy[0], gold, run.config.layout, run.config.sampling, STEPS,
-                                        run.config.rollout_rows).tokens_BKNG
-        tokens = [torch.cat(gather(x.cpu())) for x in (before, after)]
-        weights = {key: x.cpu() for key, x in run.policy[0].module.state_dict().items() if isinstance(x, torch.Tensor)}
-        if parallel.dp_rank() == 0:
+        tokens = [before, rollouts(run, gold, STEPS)]
+        weights = models.whole_tensors(run.policy, of_gradients=False)
+        if rank == 0:
             torch.save({"rollouts": tokens, "weights": weights}, f"{folder}/{name}.pt")
+        if name == "tp1 pp1 dp2":
+            vocabulary = vocabulary_parallel()
         found[name] = metrics
-    vocabulary = vocabulary_parallel() if parallel.dp_size() > 1 else None
-    parallel.shut_down()
+        parallel.shut_down()
     return {"metrics": found, "vocabulary": vocabulary}
+
+
+def rollouts(run: training.Run, gold, iteration: int) -> torch.Tensor:
+    """Rollouts of the whole global batch, [ROWS, K, n, G]."""
+    tokens = rollout.sample_rollouts(run.policy, gold, run.config.layout, run.config.sampling, iteration,
+                                     run.config.rollout_rows).tokens_BKNG
+    whole = torch.full((ROWS, tokens.shape[1], run.config.num_samples, tokens.shape[3]), -1)
+    mine = slice(parallel.sample_rank() * tokens.shape[2], (parallel.sample_rank() + 1) * tokens.shape[2])
+    for rows, samples, part in gather((gold.index_B.tolist(), mine, tokens.cpu())):
+        whole[rows, :, samples] = part
+    assert (whole >= 0).all()
+    return whole
 
 
 def vocabulary_parallel() -> dict[str, float]:
@@ -147,25 +199,21 @@ def vocabulary_parallel() -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """By number of ranks and split: metrics of each step, rollouts and weights; and the vocabulary comparison."""
-    found, vocabulary = {}, None
-    for world in (1, 2):
-        folder = tmp_path_factory.mktemp(f"world{world}")
-        by_rank = run_ranks(world, "test_invariance:train", str(folder))
-        assert all(x["metrics"] == by_rank[0]["metrics"] for x in by_rank)  # every rank reports the global batch
-        vocabulary = [x["vocabulary"] for x in by_rank]
-        for name, metrics in by_rank[0]["metrics"].items():
-            found[world, name] = metrics, torch.load(folder / f"{name}.pt")
-    return found, vocabulary
+    """By name: metrics of each step, rollouts and weights; and the vocabulary comparison."""
+    folder = tmp_path_factory.mktemp("invariance")
+    by_rank = run_ranks(8, "test_invariance:train", str(folder), list(GRID), timeout=600)
+    found = {}
+    for name, (world, _) in GRID.items():
+        metrics = [rank["metrics"][name] for rank in by_rank[:world]]
+        assert all(x == metrics[0] for x in metrics), name  # every rank reports the global batch
+        found[name] = metrics[0], torch.load(folder / f"{name}.pt")
+    return found, [rank["vocabulary"] for rank in by_rank[:2]]
 
 
-CASES = [(world, name) for world in (1, 2) for name in SPLITS]
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]} rank(s), {case[1]}")
-def test_steps_are_the_same(results, case):
-    (metrics, state), (expected, expected_state) = results[0][case], results[0][1, "1 row"]
-    for found, wanted in zip(metrics, expected):
+@pytest.mark.parametrize("name", GRID)
+def test_steps_are_the_same(results, name):
+    (metrics, state), (expected, expected_state) = results[0][name], results[0]["tp1 pp1 dp1"]
+    for found, wanted in zip(metrics, expected, strict=True):
         assert found.keys() == wanted.keys()
         for key in found:
             assert found[key] == pytest.approx(wanted[key], rel=1e-5, abs=1e-6), key
@@ -173,11 +221,12 @@ def test_steps_are_the_same(results, case):
         assert torch.equal(found, wanted)
     assert state["weights"].keys() == expected_state["weights"].keys()
     for key, wanted in expected_state["weights"].items():
-        assert largest_difference(state["weights"][key], wanted) <= 1e-5, key
+        rows = VOCAB if "embedding" in key or "output_layer" in key else None
+        assert largest_difference(state["weights"][key][:rows], wanted[:rows]) <= 1e-5, key
 
 
 def test_the_steps_moved_something(results):
-    metrics, state = results[0][1, "1 row"]
+    metrics, state = results[0]["tp1 pp1 dp1"]
     assert len(metrics) == STEPS and metrics[0]["grad_norm"] > 0.5  # clipping had something to do
     assert 0 < metrics[0]["valid_blocks"] < 0.9 and metrics[2]["kl_loss"] > 0
     before, after = state["rollouts"]

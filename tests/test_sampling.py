@@ -161,7 +161,7 @@ def test_tokens_stay_in_the_set_with_the_frequencies_left(top_p, top_k):
 @pytest.fixture(scope="module")
 def policy(one_rank):
     config, weights = bf.random_llama(0, layers=2, hidden=16, ffn=24, heads=4, kv_heads=2, vocab=30)
-    return models.build_policy(config, weights)[0]
+    return models.build_policy(config, weights)
 
 
 LAYOUT = StridedLayout(seq_length=20, context_length=3, stride=4, rollout_length=4, num_samples=3)
@@ -204,9 +204,9 @@ def test_rollouts_depend_on_seed_and_iteration(policy):
 
 def test_sampling_leaves_the_mode_of_the_policy(policy):
     for training in (True, False):
-        policy.train(training)
+        policy[0].train(training)
         sampled(policy, gold_rows(documents=False))
-        assert policy.training is training
+        assert policy[0].training is training
 
 
 @pytest.mark.parametrize("changes, flag", [(dict(temperature=0.0), "temperature"), (dict(top_p=0.0), "top-p"),

@@ -20,7 +20,6 @@ from test_brute_force import LLAMA3_ROPE
 
 from megatron_ebft import ebft
 from megatron_ebft.batch import MicroBatches
-from megatron_ebft.features import block_features
 from megatron_ebft.metrics import Means
 from megatron_ebft.rollout import sample_rollouts
 
@@ -99,7 +98,7 @@ class Step:
                                          blocks_per_microbatch=case.blocks_per_microbatch, seed=case.seed)
         self.gold = models.gold_batch(self.docs, self.settings.eod, self.answers)
         self.policy = models.build_policy(self.config, self.weights)
-        self.rollouts = sample_rollouts(self.policy[0], self.gold, self.method.layout, self.method.sampling,
+        self.rollouts = sample_rollouts(self.policy, self.gold, self.method.layout, self.method.sampling,
                                         iteration=7)
 
     def random_llama(self, seed: int):
@@ -117,7 +116,7 @@ class Step:
         rows = MicroBatches(self.gold, self.rollouts.tokens_BKNG, self.method.layout, G, case.micro_batch_size,
                             case.blocks_per_microbatch)
         with torch.no_grad():
-            pairs = [block_features(encoder, self.method.feature_map, mb, [G])[0] for mb in rows]
+            pairs = [models.block_features(encoder, self.method.feature_map, mb, [G])[0] for mb in rows]
         return tuple(rows.join_blocks(list(x)) for x in zip(*pairs))
 
 
@@ -198,7 +197,7 @@ def test_features_of_completions_cut_short():
     encoder = models.build_encoder(step.config, step.encoder_weights)
     rows = MicroBatches(step.gold, step.rollouts.tokens_BKNG, step.method.layout, 5, 2, 0)
     with torch.no_grad():
-        found = block_features(encoder, step.method.feature_map, next(iter(rows)), [1, 2, 5])
+        found = models.block_features(encoder, step.method.feature_map, next(iter(rows)), [1, 2, 5])
     layers, anchors = bf.feature_layers(step.config), step.settings.geometry.anchors(16)
     hidden, _ = bf.rollout_pass(step.encoder_weights, step.config, step.docs, step.rollouts.tokens_BKNG.cpu(),
                                 step.settings.geometry, EOD)

@@ -45,21 +45,21 @@ def build(args):
     from megatron_ebft.checkpoint import TrainState
     from megatron_ebft.device import device
     from megatron_ebft.model import build_encoder, build_policy, copy_weights
-    from megatron_ebft.parallel import dp_rank, dp_size
+    from megatron_ebft.parallel import document_rank, document_size
     from megatron_ebft.training import Run
 
     architecture, overrides = model_args(args, args.vocab_size), transformer_overrides(args)
     config = ebft_config(args, architecture.num_layers)
     policy = build_policy(architecture, ddp_config(args), **overrides)
     encoder = build_encoder(architecture, max(config.feature_map.layers), **overrides)
-    copy_weights(policy[0], encoder)
+    copy_weights(policy, encoder)
     optimizer = get_megatron_optimizer(optimizer_config(args), policy)
     run = Run("ebft", policy, encoder, None, optimizer, build_scheduler(args, optimizer), config, None, None, None,
               args, {}, TrainState())
-    rows = args.global_batch_size // dp_size()
+    rows = args.global_batch_size // document_size()
     generator = torch.Generator().manual_seed(args.seed)
     tokens = torch.randint(0, args.vocab_size, (args.global_batch_size, args.seq_length), generator=generator)
-    mine = slice(dp_rank() * rows, (dp_rank() + 1) * rows)
+    mine = slice(document_rank() * rows, (document_rank() + 1) * rows)
     return run, GoldBatch(tokens[mine].to(device()), torch.arange(args.global_batch_size)[mine].to(device()))
 
 

@@ -1,0 +1,79 @@
+"""Decoding through pipeline stages: who works on which group of rows when, and what the stages hand each other.
+
+Megatron's schedules run a fixed number of independent micro-batches; decoding goes round, each step of a group waiting
+for the tokens the last stage drew in the step before. So several groups of rows are in flight:
+
+1. Every stage works through the same list of tasks (step, virtual stage, group), groups innermost. While one group's
+   step is on its way through the other stages, a stage works on the other groups.
+2. With at least as many groups in flight as there are stages, a task's input is there when its turn comes: a stage
+   idles only while the first task has not reached it, and after its last. Tasks of equal length take P − 1 + tasks
+   slots on P stages: it idles (P − 1) / (P − 1 + tasks) of the time.
+3. More groups than that decode in waves, one behind the other, so that caches are bounded; waves overlap at their ends.
+4. Hidden states go to the next stage; from the last, drawn tokens (or hidden states, between virtual stages) go back to
+   the first. Sends do not block.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_ebft.device import device
+from megatron_ebft.parallel import is_first_stage, is_last_stage, pp_group, wrap_group
+
+
+def row_groups(rows: int, stages: int, rows_per_group: int) -> list[slice]:
+    """Rows that decode together. rows_per_group 0: all rows of a rank, or a group for every pipeline stage."""
+    size = rows_per_group or -(-rows // stages)
+    return [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
+
+
+def waves(groups: int, stages: int) -> list[range]:
+    """Groups in flight together: as few as keep all stages busy, in numbers that differ by one at most."""
+    count = max(1, groups // stages)
+    bounds = [groups * i // count for i in range(count + 1)]
+    return [range(*pair) for pair in zip(bounds, bounds[1:])]
+
+
+def tasks(groups: int, stages: int, steps: int, virtual: int) -> list[tuple[int, int, int]]:
+    """What every stage does, in order: (step, virtual stage, group)."""
+    return [(step, chunk, group) for wave in waves(groups, stages) for step in range(steps) for chunk in range(virtual)
+            for group in wave]
+
+
+def idle_fraction(groups: int, stages: int, steps: int, virtual: int = 1) -> float:
+    """Share of the time in which a stage has nothing to do, if all tasks take equally long."""
+    slots = 0
+    for wave in waves(groups, stages):
+        slots += (steps * virtual - 1) * max(len(wave), stages) + len(wave)
+    return 1 - groups * steps * virtual / (slots + stages - 1)
+
+
+class Relay:
+    """This rank's ends of the links to its neighbours in the pipeline."""
+
+    def __init__(self):
+        group = pp_group()
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        ranks = dist.get_process_group_ranks(group)
+        self.previous, self.next = ranks[rank - 1], ranks[(rank + 1) % size]
+        self.incoming = wrap_group() if is_first_stage() else group
+        self.outgoing = wrap_group() if is_last_stage() else group
+        self._sent: list[tuple] = []
+
+    def receive(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """What the previous stage (of the first: the last) sent next."""
+        buffer = torch.empty(shape, dtype=dtype, device=device())
+        dist.irecv(buffer, self.previous, group=self.incoming).wait()
+        return buffer
+
+    def send(self, values: Tensor) -> None:
+        """Hand to the next stage (of the last: the first)."""
+        self._sent = [(work, kept) for work, kept in self._sent if not work.is_completed()]
+        values = values.contiguous()
+        self._sent.append((dist.isend(values, self.next, group=self.outgoing), values))
+
+    def finish(self) -> None:
+        """Wait until all that was sent has arrived."""
+        for work, _ in self._sent:
+            work.wait()
+        self._sent = []
