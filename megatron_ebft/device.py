@@ -11,6 +11,7 @@ those entry points by their CPU counterparts, so that every other module is writ
 """
 
 import os
+import time
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -42,6 +43,12 @@ def synchronize() -> None:
     """Wait for the device, so that a wall-clock reading means something."""
     if have_gpu():
         torch.cuda.synchronize()
+
+
+def work_clock() -> float:
+    """Seconds of this rank's own work so far: a GPU's clock once it is idle, a CPU's time of this thread."""
+    synchronize()
+    return time.perf_counter() if have_gpu() else time.thread_time()
 
 
 class _InertStream:

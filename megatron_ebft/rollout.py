@@ -5,7 +5,6 @@ Then G − 1 cached steps follow, each with one token per rollout. With pipeline
 way at once (relay.py).
 """
 
-import time
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from megatron_ebft.attention import DecodePattern, PrefillPattern, RolloutCache, as_mask
 from megatron_ebft.batch import GoldBatch
+from megatron_ebft.device import work_clock
 from megatron_ebft.layout import StridedLayout, document_starts, pad
 from megatron_ebft.model import unwrap
 from megatron_ebft.parallel import from_last_stage, is_first_stage, is_last_stage, pp_group, sample_rank, tp_group
@@ -67,7 +67,7 @@ def sample_rollouts(policy: list, gold: GoldBatch, layout: StridedLayout, config
         iteration: names the step in the random numbers.
         rows_per_group: rows that decode together; 0: all, or as many as keep the pipeline busy (relay.py). Bounds the
             memory of the cache, does not change the result.
-        timeline: receives (step, virtual stage, group, CPU seconds of this thread) for every task of this stage.
+        timeline: receives (step, virtual stage, group, seconds of work) for every task of this stage; slows it down.
     """
     was_training = policy[0].training
     for chunk in policy:
@@ -77,9 +77,13 @@ def sample_rollouts(policy: list, gold: GoldBatch, layout: StridedLayout, config
     rows = row_groups(len(gold.tokens_BT), stages, rows_per_group)
     groups = [_Group(policy, gold.rows(part), layout, config, iteration, relay) for part in rows]
     for step, virtual, number in tasks(len(groups), stages, layout.rollout_length, len(policy)):
-        seconds = groups[number].run(step, virtual)
+        group = groups[number]
+        given = group.receive(step, virtual)
+        begun = None if timeline is None else work_clock()
+        out = group.work(step, virtual, given)
         if timeline is not None:
-            timeline.append((step, virtual, number, seconds))
+            timeline.append((step, virtual, number, work_clock() - begun))
+        group.hand_on(step, virtual, out)
     if relay is not None:
         relay.finish()
     for chunk in policy:
@@ -99,35 +103,41 @@ class _Group:
         self.cache: RolloutCache | None = None
         self.steps: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def run(self, step: int, virtual: int) -> float:
-        """One step through one stage: 0 is the pass over the gold rows. Returns CPU seconds without waiting."""
-        is_entry = is_first_stage() and virtual == 0
-        is_exit = is_last_stage() and virtual == len(self.policy) - 1
-        tokens, positions, pattern, rows = self._inputs(step)
-        chunk, model = self.policy[virtual], unwrap(self.policy[virtual])
-        if not is_entry:
-            length = positions.shape[1]
-            if model.config.sequence_parallel:
-                length //= dist.get_world_size(tp_group())
-            shape = (length, len(positions), model.config.hidden_size)
-            model.set_input_tensor(self.relay.receive(shape, model.config.params_dtype))
-        elif step > 0:
-            tokens = pad(self._last_tokens().flatten(1), self.row.decode_length)
-        start = time.thread_time()
+    def receive(self, step: int, virtual: int) -> Tensor | None:
+        """Input of a task: tokens [b, length] where the model begins, else hidden states [length (/tp), b, H]."""
+        if is_first_stage() and virtual == 0:
+            return self.gold.tokens_BT if step == 0 else pad(self._last_tokens().flatten(1), self.row.decode_length)
+        config = unwrap(self.policy[virtual]).config
+        length = self.row.decode_length if step else self.layout.seq_length
+        if config.sequence_parallel:
+            length //= dist.get_world_size(tp_group())
+        return self.relay.receive((length, len(self.gold.tokens_BT), config.hidden_size), config.params_dtype)
+
+    def work(self, step: int, virtual: int, given: Tensor) -> Tensor:
+        """A step's way through one stage: step 0 passes over the gold rows. Tokens drawn, or hidden states."""
+        chunk, tokens = self.policy[virtual], None
+        if is_first_stage() and virtual == 0:
+            tokens = given
+        else:
+            unwrap(chunk).set_input_tensor(given)
+        positions, pattern, rows = self._inputs(step)
         out = chunk(tokens, positions, as_mask(pattern), labels=Logits(rows))
-        if is_exit:
-            self.steps.append(self._draw(out.transpose(0, 1), step))
-            out = self.steps[-1][0]
-        is_last = step == self.layout.rollout_length - 1
-        if is_last and virtual == len(self.policy) - 1:
-            self.cache = None
-        seconds = time.thread_time() - start
-        if self.relay is not None and not (is_exit and is_last):
+        if virtual == len(self.policy) - 1:
+            if is_last_stage():
+                self.steps.append(self._draw(out.transpose(0, 1), step))
+                out = self.steps[-1][0]
+            if step == self.layout.rollout_length - 1:
+                self.cache = None
+        return out
+
+    def hand_on(self, step: int, virtual: int, out: Tensor) -> None:
+        """Send the result where it is needed next: nowhere after the last tokens."""
+        is_last = is_last_stage() and (step, virtual) == (self.layout.rollout_length - 1, len(self.policy) - 1)
+        if self.relay is not None and not is_last:
             self.relay.send(out)
-        return seconds
 
     def _inputs(self, step: int):
-        """Gold tokens, positions [b, length], the attention pattern, and the rows of which logits are needed."""
+        """Positions [b, length], the attention pattern, and the rows of which logits are needed."""
         tokens_BT, document_BT = self.gold.tokens_BT, self.gold.document_BT
         if self.cache is None:
             starts_BT = None if document_BT is None else document_starts(document_BT)
@@ -135,10 +145,10 @@ class _Group:
             self.cache = RolloutCache(self.row, document_BT)
         if step == 0:
             predictors = self.row.anchor_predictors().to(tokens_BT.device)
-            return tokens_BT, self.positions[:, : self.layout.seq_length], PrefillPattern(self.cache), predictors
+            return self.positions[:, : self.layout.seq_length], PrefillPattern(self.cache), predictors
         index = self.row.rollout_index(range(step - 1, step)).flatten().to(tokens_BT.device)
         positions = pad(self.positions[:, index], self.row.decode_length)
-        return None, positions, DecodePattern(self.cache, step - 1), slice(0, len(index))
+        return positions, DecodePattern(self.cache, step - 1), slice(0, len(index))
 
     def _last_tokens(self) -> Tensor:
         """Tokens drawn in the step before, [b, K, N]."""

@@ -50,7 +50,8 @@ def build(args):
 
     architecture, overrides = model_args(args, args.vocab_size), transformer_overrides(args)
     config = ebft_config(args, architecture.num_layers)
-    policy = build_policy(architecture, ddp_config(args), **overrides)
+    policy = build_policy(architecture, ddp_config(args), first_stage_layers=args.decoder_first_pipeline_num_layers,
+                          last_stage_layers=args.decoder_last_pipeline_num_layers, **overrides)
     encoder = build_encoder(architecture, max(config.feature_map.layers), **overrides)
     copy_weights(policy, encoder)
     optimizer = get_megatron_optimizer(optimizer_config(args), policy)
@@ -155,7 +156,7 @@ def table(result: dict) -> str:
 
 def main(argv: list[str]) -> None:
     warnings.filterwarnings("ignore")
-    from megatron_ebft.arguments import build_parser, check_args
+    from megatron_ebft.arguments import build_parser, check_args, virtual_stages
     from megatron_ebft.parallel import init_parallel, shut_down
 
     parser = build_parser()
@@ -168,7 +169,9 @@ def main(argv: list[str]) -> None:
                  "data_path"):
         if vars(args)[flag]:
             raise ValueError(f"--{flag.replace('_', '-')}: not part of the benchmark, leave it out")
-    init_parallel(args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.seed)
+    init_parallel(args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.seed,
+                  virtual_pipeline_model_parallel_size=virtual_stages(args),
+                  sample_parallel_size=args.ebft_sample_parallel_size)
     result = benchmark(args)
     if torch.distributed.get_rank() == 0:
         print(table(result))
