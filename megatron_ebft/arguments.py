@@ -222,7 +222,7 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
     for flag, why in UNSUPPORTED.items():
         value = vars(args)[flag[2:].replace("-", "_")]
         if value not in (None, "1", "0"):
-            raise ValueError(f"{flag} {value}: {why}")
+            raise ValueError(f"{flag}{'' if value == 'on' else ' ' + value}: {why}")
     for flag in ("train_iters", "micro_batch_size", "global_batch_size", "seq_length", "save_interval", "log_interval",
                  "eval_iters", "ebft_eval_length", "distributed_timeout_minutes", "tensor_model_parallel_size",
                  "pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank", "ebft_sample_parallel_size",

@@ -123,8 +123,8 @@ def describe(run: Run) -> str:
     if run.mode == "ebft":
         layout, encoder = run.config.layout, run.metadata["encoder"]
         lines.append(f"rows of {layout.seq_length} tokens: {layout.num_blocks} blocks × {run.config.num_samples} "
-                     f"rollouts × {layout.rollout_length} tokens | features of layers {run.config.feature_map.layers} of "
-                     f"{encoder['origin']} ({encoder['fingerprint']})")
+                     f"rollouts × {layout.rollout_length} tokens | features of layers "
+                     f"{run.config.feature_map.layers} of {encoder['origin']} ({encoder['fingerprint']})")
         if stages > 1:
             groups = len(row_groups(args.global_batch_size // document_size(), stages, args.ebft_rollout_rows))
             idle = idle_fraction(groups, stages, layout.rollout_length, virtual)

@@ -54,8 +54,8 @@ def architecture(config: dict, vocab_multiple: int = 1) -> ModelArgs:
         num_layers=config["num_hidden_layers"], hidden_size=config["hidden_size"],
         ffn_hidden_size=config["intermediate_size"], num_attention_heads=config["num_attention_heads"],
         num_query_groups=config["num_key_value_heads"], kv_channels=config["head_dim"],
-        vocab_size=config["vocab_size"],
-        padded_vocab_size=-(-config["vocab_size"] // vocab_multiple) * vocab_multiple, max_position_embeddings=config["max_position_embeddings"],
+        vocab_size=config["vocab_size"], max_position_embeddings=config["max_position_embeddings"],
+        padded_vocab_size=-(-config["vocab_size"] // vocab_multiple) * vocab_multiple,
         rotary_base=config["rope_theta"], norm_epsilon=config["rms_norm_eps"],
         add_qkv_bias=config["model_type"] == "qwen2",
         untie_embeddings_and_output_weights=not config["tie_word_embeddings"], **rope)
@@ -151,7 +151,8 @@ def _rows(name: str, config: dict) -> int | None:
 def build_policy(config: dict, weights: dict, vocab_multiple: int = 1, **overrides) -> list:
     """A policy with these weights, gradient buffers zero; all in torch's default dtype."""
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=True)
-    policy = model.build_policy(architecture(config, vocab_multiple), ddp, params_dtype=torch.get_default_dtype(), **overrides)
+    policy = model.build_policy(architecture(config, vocab_multiple), ddp, params_dtype=torch.get_default_dtype(),
+                                **overrides)
     load(policy, config, weights)
     for chunk in policy:
         chunk.zero_grad_buffer()
@@ -161,7 +162,8 @@ def build_policy(config: dict, weights: dict, vocab_multiple: int = 1, **overrid
 def build_encoder(config: dict, weights: dict, fractions=(0.25, 0.5, 0.75), vocab_multiple: int = 1, **overrides):
     """An encoder with these weights, of the layers that these depths need."""
     deepest = max(feature_layers(fractions, config["num_hidden_layers"]))
-    encoder = model.build_encoder(architecture(config, vocab_multiple), deepest, params_dtype=torch.get_default_dtype(), **overrides)
+    encoder = model.build_encoder(architecture(config, vocab_multiple), deepest,
+                                  params_dtype=torch.get_default_dtype(), **overrides)
     load(encoder, config, weights)
     return encoder
 

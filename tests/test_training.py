@@ -112,6 +112,35 @@ def test_killed_run_continues_bit_for_bit(data, tmp_path, one_rank):
         assert torch.equal(value, weights(killed)[name]), name
 
 
+def test_the_same_run_on_one_rank_and_on_four(arguments, data, tmp_path, one_rank):
+    """One rank against TP 2 × PP 2 with sequence parallelism, which then continues as PP 2 × 2 sample ranks."""
+    run, _ = start(arguments("--tensorboard-dir", str(tmp_path / "x"), "--training-mode", "sft"))
+    save(run, tmp_path / "start")
+    common = ["--pretrained-checkpoint", str(tmp_path / "start"), "--train-iters", "4", "--eval-interval", "2",
+              "--save-interval", "2", "--ebft-kl-coef", "0.1", "--lr", "1e-3"]
+    run, log = start(arguments(*common, "--save", str(tmp_path / "one")))
+    train(run, log)
+    log.close(0.0)
+
+    folder = tmp_path / "four"
+    flags = [*data, *MODEL, *SMALL, *common, "--save", str(folder), "--load", str(folder),
+             "--pipeline-model-parallel-size", "2"]
+    first = finish(start_ranks([*flags, "--tensor-model-parallel-size", "2", "--sequence-parallel"], 4))
+    assert "tensor 2 with sequence × pipeline 2 × data 1" in first and "2 groups of rows over 2 stages" in first
+    (folder / "latest_checkpointed_iteration.txt").write_text("2")
+    second = finish(start_ranks([*flags, "--ebft-sample-parallel-size", "2"], 4))
+    assert "step 2/4" not in second and "step 3/4" in second and "--tensor-model-parallel-size 2 → 1" in second
+    expected, found = scalars(tmp_path / "one" / "tensorboard"), scalars(folder / "tensorboard")
+    for tag in (tag for tag in expected if tag.startswith(("train/", "eval/")) and "tokens_per" not in tag):
+        steps = [step for step, _ in expected[tag]]
+        if tag != "train/distance_to_start":  # measured at the first step of each process
+            assert [step for step, _ in found[tag]] == steps, tag
+        for (_, value), (_, wanted) in zip(found[tag], expected[tag]):
+            assert value == pytest.approx(wanted, rel=1e-5, abs=1e-5), tag
+    for name, value in weights(tmp_path / "one").items():
+        assert (value - weights(folder)[name])[:VOCAB].abs().max() <= 1e-5, name
+
+
 @pytest.fixture
 def arguments(data):
     """Flags → parsed arguments of a small run."""
@@ -267,7 +296,17 @@ def test_the_first_step_notices_a_sampler_that_is_not_the_trainer(arguments, tmp
     (["--ebft-diversity-coef", "nan"], "--ebft-diversity-coef nan"),
     (["--num-attention-heads", "0"], "--num-attention-heads 0: must be at least 1"),
     (["--num-query-groups", "3"], "must be a multiple of --num-query-groups 3"),
-    (["--tensor-model-parallel-size", "2"], "--tensor-model-parallel-size 2: only 1"),
+    (["--tensor-model-parallel-size", "3"], "--num-attention-heads 4: must be a multiple of --tensor-model-parallel"),
+    (["--sequence-parallel"], "--sequence-parallel: needs --tensor-model-parallel-size above 1"),
+    (["--tensor-model-parallel-size", "16", "--sequence-parallel"], "--seq-length 24: with --sequence-parallel it must"),
+    (["--pipeline-model-parallel-size", "3"], "--num-layers 4: cannot be split evenly"),
+    (["--num-virtual-stages-per-pipeline-rank", "2"], "--num-virtual-stages-per-pipeline-rank: needs --pipeline-model"),
+    (["--pipeline-model-parallel-size", "4", "--num-virtual-stages-per-pipeline-rank", "2"], "needs a multiple of --pip"),
+    (["--ebft-sample-parallel-size", "3"], "--ebft-sample-parallel-size 3: must divide --ebft-num-samples"),
+    (["--context-parallel-size", "2"], "--context-parallel-size 2: the strided attention needs whole rows"),
+    (["--num-experts", "8"], "--num-experts 8: mixture-of-experts models are not supported"),
+    (["--use-megatron-fsdp"], "--use-megatron-fsdp: use the distributed optimizer"),
+    (["--fp8-format", "hybrid"], "--fp8-format hybrid: FP8 is not supported yet"),
     (["--load", "/nowhere"], "--load /nowhere"),
     (["--pretrained-checkpoint", "/nowhere"], "--pretrained-checkpoint /nowhere: no such directory"),
     (["--use-checkpoint-args"], "--use-checkpoint-args: needs --load or --pretrained-checkpoint"),
@@ -291,5 +330,5 @@ def test_a_world_that_does_not_fit_is_refused(data):
     processes = start_ranks([*data, *MODEL, *SMALL, "--train-iters", "1", "--global-batch-size", "3"])
     output = processes[0].communicate(timeout=60)[0]
     assert processes[0].returncode == 1 and "Traceback" not in output
-    assert "error: --global-batch-size 3: must be a multiple of --micro-batch-size 1 × 2 data-parallel ranks" in output
+    assert "error: --global-batch-size 3: must be a multiple of --micro-batch-size 1 × 2 ranks" in output
     processes[1].wait(timeout=20)
