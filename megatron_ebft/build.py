@@ -27,8 +27,9 @@ from megatron_ebft.checkpoint import TrainState, load_checkpoint, load_weights
 from megatron_ebft.checkpoint_files import RECORD, latest_iteration, read_metadata
 from megatron_ebft.dataset import build_datasets
 from megatron_ebft.device import have_gpu
+from megatron_ebft.features import ExchangeBytes, exchange_bytes
 from megatron_ebft.fingerprint import weights_fingerprint
-from megatron_ebft.model import build_encoder, build_frozen, build_policy, copy_weights
+from megatron_ebft.model import build_encoder, build_frozen, build_policy, copy_weights, local_layers
 from megatron_ebft.parallel import document_size, dp_size
 from megatron_ebft.relay import idle_fraction, row_groups
 from megatron_ebft.tokenizer import build_tokenizer
@@ -125,6 +126,10 @@ def describe(run: Run) -> str:
         lines.append(f"rows of {layout.seq_length} tokens: {layout.num_blocks} blocks × {run.config.num_samples} "
                      f"rollouts × {layout.rollout_length} tokens | features of layers "
                      f"{run.config.feature_map.layers} of {encoder['origin']} ({encoder['fingerprint']})")
+        moved = feature_exchange(run)
+        if moved.gram or moved.features:
+            lines.append(f"a step's rewards: {moved.gram / 1e6:.3g} MB received on rank 0 as Gram matrices and slices, "
+                         f"{moved.features / 1e6:.3g} MB if features were gathered")
         if stages > 1:
             groups = len(row_groups(args.global_batch_size // document_size(), stages, args.ebft_rollout_rows))
             idle = idle_fraction(groups, stages, layout.rollout_length, virtual)
@@ -134,6 +139,18 @@ def describe(run: Run) -> str:
         changed = f", with other flags: {', '.join(run.metadata['changed'])}" if run.metadata["changed"] else ""
         lines.append(f"continues {run.args.load} after step {run.state.iteration}{changed}")
     return "\n".join(lines)
+
+
+def feature_exchange(run: Run) -> ExchangeBytes:
+    """What this rank receives in a step for the rewards."""
+    args, config = run.args, run.config
+    hidden = run.metadata["architecture"]["hidden_size"]
+    layers_here = sum(layer in local_layers(run.encoder) for layer in config.feature_map.layers)
+    return exchange_bytes(
+        config.feature_map, config.layout, args.global_batch_size // document_size(), config.blocks_per_microbatch,
+        hidden, 2 if args.bf16 else 4, layers_here, tensor=args.tensor_model_parallel_size,
+        is_sequence_parallel=args.sequence_parallel, pipeline=args.pipeline_model_parallel_size,
+        samples=args.ebft_sample_parallel_size)
 
 
 def _find_resume(args) -> bool:

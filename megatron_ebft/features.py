@@ -1,9 +1,9 @@
 """Block features in the frozen encoder (METHOD: "Features"), and from them one Gram matrix per block.
 
 1. Hidden states are the residual stream after the feature layers, caught by forward hooks, wherever the layers live.
-2. Features themselves are never formed. Inner products of a block's pooled tokens add up over layers and slices of the
-   hidden dimension, and normalisation and pooling act on them afterwards (energy.pool). So what tensor ranks and
-   pipeline stages sum up is one small matrix a block.
+2. No rank forms whole features. Inner products of a block's pooled tokens add up over layers and slices of the hidden
+   dimension, and a token can be normalised afterwards, from the diagonal (energy.pool). So what tensor ranks and
+   pipeline stages sum up is one small matrix a block. Where several tokens are averaged, norms are summed up first.
 3. With sample parallelism a block's samples are on S ranks. They meet by an all-to-all that gives each rank all samples
    of a slice of the hidden dimension; it runs while the encoder works on the next micro-batch.
 """
@@ -18,7 +18,7 @@ from megatron_ebft import energy
 from megatron_ebft.attention import StridedPattern, as_mask
 from megatron_ebft.batch import MicroBatch, MicroBatches, run_schedule
 from megatron_ebft.device import device
-from megatron_ebft.layout import RowLayout
+from megatron_ebft.layout import RowLayout, StridedLayout
 from megatron_ebft.model import local_layers
 from megatron_ebft.parallel import is_last_stage, pp_group, sample_group, sample_rank, sample_size, tp_group
 
@@ -46,6 +46,12 @@ class FeatureMap:
     def steps(self, length: int) -> range:
         """Which tokens of a completion of this length are pooled."""
         return range(length - 1 if self.pooling == "last_token" else 0, length)
+
+    def is_pooled_first(self, length: int, stages: int) -> bool:
+        """Whether tokens are normalised and pooled before inner products are taken: where there is something to pool
+        and a stage knows the norms. (One token can be normalised afterwards; a norm over layers of several stages is
+        known only in the end.)"""
+        return len(self.steps(length)) > 1 and (self.norm == "layer" or stages == 1)
 
 
 class _Catch:
@@ -88,42 +94,105 @@ def block_grams(encoder, feature_map: FeatureMap, micro_batches: MicroBatches, l
 
     run_schedule(forward_step, micro_batches, encoder, forward_only=True)
     grams.extend(x.finish() for x in pending)
-    by_length = []
+    by_length, stages = [], dist.get_world_size(pp_group())
     for length, parts in zip(lengths, zip(*grams)):
         gram = micro_batches.join_blocks(list(parts)).contiguous()  # collectives read past the gaps of a view
-        if dist.get_world_size(pp_group()) > 1:
+        if stages > 1:
             dist.all_reduce(gram, group=pp_group())
-        by_length.append(energy.pool(gram, len(feature_map.steps(length))) if feature_map.norm == "joint" else gram)
+        is_raw = feature_map.norm == "joint" and not feature_map.is_pooled_first(length, stages)
+        by_length.append(energy.pool(gram, len(feature_map.steps(length))) if is_raw else gram)
     return torch.stack(by_length, dim=2)
+
+
+@dataclass
+class ExchangeBytes:
+    """Bytes a rank receives in one step so that rewards see all of a feature (of a sum: its operand)."""
+
+    gram: int
+    """As it is done here: slices of hidden states between sample ranks, Gram matrices otherwise."""
+    features: int
+    """If whole features went to every rank instead."""
+
+
+def exchange_bytes(feature_map: FeatureMap, layout: StridedLayout, rows: int, blocks_per_microbatch: int,
+                   hidden_size: int, element_size: int, layers_here: int, *, tensor: int, is_sequence_parallel: bool,
+                   pipeline: int, samples: int) -> ExchangeBytes:
+    """Bytes of `block_grams` for one step on a rank whose stage holds `layers_here` feature layers.
+
+    Args:
+        layout: of this rank's n/S samples. rows: rows of this rank. element_size: bytes of a hidden state's number.
+        tensor, pipeline, samples: sizes of the parallel groups.
+    """
+    n, everyone = layout.num_samples, layout.num_samples * samples + 1
+    pooled = len(feature_map.steps(layout.rollout_length))
+    slots = rows * sum(part.size for part in layout.parts(blocks_per_microbatch, layout.rollout_length))
+    pools_first = feature_map.is_pooled_first(layout.rollout_length, pipeline)
+    vectors, number_size = (1, max(4, element_size)) if pools_first else (pooled, element_size)
+    is_layered = feature_map.norm == "layer"
+    gram = features = 0
+    if is_sequence_parallel:
+        tokens = slots * (n + 1) * pooled * layers_here * hidden_size * element_size
+        gram += tokens // tensor
+        features += tokens
+    if pools_first and tensor > 1:
+        gram += slots * (n + 1) * pooled * 8 * (layers_here if is_layered else min(layers_here, 1))
+    summed = layers_here if is_layered and not pools_first else min(layers_here, 1)
+    gram += ((tensor > 1) + (samples > 1)) * slots * summed * (everyone * vectors) ** 2 * 8
+    if samples > 1:
+        gram += slots * n * vectors * layers_here * hidden_size // tensor * number_size
+        features += slots * n * samples * layers_here * hidden_size * number_size
+    if pipeline > 1:
+        gram += rows * layout.num_blocks * (everyone * vectors) ** 2 * 8
+        features += rows * layout.num_blocks * everyone * len(feature_map.layers) * hidden_size * number_size
+    return ExchangeBytes(gram, features)
 
 
 class PendingGrams:
     """Inner products of one micro-batch's blocks on this stage, begun in `__init__`, completed by `finish`."""
 
     def __init__(self, feature_map: FeatureMap, micro_batch: MicroBatch, hidden_SBH: list[Tensor], lengths: list[int]):
-        self.feature_map, self.row, self.hidden = feature_map, micro_batch.row, hidden_SBH
-        self.batch = len(micro_batch.tokens)
-        self.steps = [feature_map.steps(length) for length in lengths]
-        self.exchanges = [_exchange_samples(_pooled_slices(self.row, steps, hidden_SBH)) if hidden_SBH else None
-                          for steps in self.steps]
+        self.norm, self.row, self.batch = feature_map.norm, micro_batch.row, len(micro_batch.tokens)
+        stages, self.parts = dist.get_world_size(pp_group()), []
+        for length in lengths:
+            steps, is_pooled = feature_map.steps(length), feature_map.is_pooled_first(length, stages)
+            wait = None  # no feature layer on this stage
+            if hidden_SBH:
+                slices = _pooled_slices(self.row, steps, hidden_SBH)
+                wait = _exchange_samples(_pool(slices, self.norm) if is_pooled else slices)
+            self.parts.append((1 if is_pooled else len(steps), is_pooled, wait))
 
     def finish(self) -> list[Tensor]:
-        """By length: `joint` norm: of hidden states, summed over this stage's layers, [b, size, (n+1)·P, (n+1)·P];
-        `layer` norm: of normalised and pooled features [b, size, n+1, n+1]. Both add up over the stages."""
-        return [self._finish(steps, exchange) for steps, exchange in zip(self.steps, self.exchanges)]
+        """By length, inner products that add up over the stages: of features, [b, size, n+1, n+1], or (`joint` norm of
+        layers on several stages) of hidden states yet to be normalised, [b, size, (n+1)·P, (n+1)·P]."""
+        return [self._finish(*part) for part in self.parts]
 
-    def _finish(self, steps: range, exchange) -> Tensor:
-        completions = self.row.layout.num_samples * sample_size() + 1
-        if exchange is None:  # no feature layer on this stage
-            width = completions * (len(steps) if self.feature_map.norm == "joint" else 1)
+    def _finish(self, vectors: int, is_normalised: bool, wait) -> Tensor:
+        if wait is None:
+            width = vectors * (self.row.layout.num_samples * sample_size() + 1)
             return torch.zeros(self.batch, self.row.size, width, width, dtype=torch.float64, device=device())
-        gram = energy.gram(exchange().flatten(-3, -2))  # [layers, b, size, (n+1)·P, (n+1)·P]
-        if self.feature_map.norm == "joint":
+        gram = energy.gram(wait().flatten(-3, -2))  # [layers, b, size, (n+1)·P, (n+1)·P]
+        is_layered = self.norm == "layer" and not is_normalised
+        if not is_layered:
             gram = gram.sum(0)
         for group in (tp_group(), sample_group()):
             if group is not None and dist.get_world_size(group) > 1:
                 dist.all_reduce(gram, group=group)
-        return gram if self.feature_map.norm == "joint" else energy.pool(gram, len(steps)).sum(0)
+        return energy.pool(gram, 1).sum(0) if is_layered else gram
+
+
+def _pool(slices: Tensor, norm: str) -> Tensor:
+    """Features from all pooled tokens: normalised by the norm over the whole hidden dimension, averaged over P.
+
+    slices: [layers, b, size, n+1, P, H/tp] → [layers, b, size, n+1, 1, H/tp], float32.
+    """
+    squared = slices.double().square().sum(-1, keepdim=True)
+    if norm == "joint":
+        squared = squared.sum(0, keepdim=True)
+    if dist.get_world_size(tp_group()) > 1:
+        dist.all_reduce(squared, group=tp_group())
+    inverse = squared.clamp(min=energy.NORM_FLOOR**2).rsqrt()
+    features = (slices * inverse).mean(-2, keepdim=True)
+    return features.to(torch.promote_types(slices.dtype, torch.float32))
 
 
 def _pooled_slices(row: RowLayout, steps: range, hidden_SBH: list[Tensor]) -> Tensor:
