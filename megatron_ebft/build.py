@@ -119,7 +119,7 @@ def describe(run: Run) -> str:
     lines = [f"megatron_ebft {__version__} | {run.mode} | tensor {args.tensor_model_parallel_size}"
              f"{' with sequence' if args.sequence_parallel else ''} × pipeline {stages}"
              f"{f' × {virtual} virtual' if virtual > 1 else ''} × data {dp_size()} ranks on {where} | torch "
-             f"{torch.__version__}, megatron-core {megatron.core.__version__} | {parameters / 1e6:.1f} M parameters on "
+             f"{torch.__version__}, megatron-core {megatron.core.__version__} | {parameters / 1e6:.3g} M parameters on "
              "a rank"]
     if run.mode == "ebft":
         layout, encoder = run.config.layout, run.metadata["encoder"]
