@@ -22,8 +22,8 @@ from megatron_ebft.parallel import is_first_stage, is_last_stage, pp_group, wrap
 
 
 def row_groups(rows: int, stages: int, rows_per_group: int) -> list[slice]:
-    """Rows that decode together. rows_per_group 0: all rows of a rank, or a group for every pipeline stage."""
-    size = rows_per_group or -(-rows // stages)
+    """Rows that decode together. rows_per_group 0: all rows of a rank; at least a group for every pipeline stage."""
+    size = rows_per_group or max(1, rows // stages)
     return [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
 
 
