@@ -20,28 +20,37 @@ from megatron_ebft.model import ModelArgs, feature_layers, split_layers
 from megatron_ebft.rollout import SamplingConfig
 from megatron_ebft.tokenizer import TOKENIZER_TYPES
 
+NO_EXPERTS = "mixture-of-experts models are not supported"
+NO_FSDP = "use the distributed optimizer with tensor and pipeline parallelism"
 UNSUPPORTED = {
     "--context-parallel-size": "the strided attention needs whole rows; share long rows out with --sequence-parallel, "
                                "--ebft-blocks-per-microbatch or --ebft-sample-parallel-size",
-    "--expert-model-parallel-size": "mixture-of-experts models are not supported",
-    "--expert-tensor-parallel-size": "mixture-of-experts models are not supported",
-    "--num-experts": "mixture-of-experts models are not supported",
+    "--expert-model-parallel-size": NO_EXPERTS,
+    "--expert-tensor-parallel-size": NO_EXPERTS,
+    "--num-experts": NO_EXPERTS,
     "--multi-latent-attention": "the strided attention has no latent form",
     "--mtp-num-layers": "multi-token prediction is not part of the method",
-    "--use-megatron-fsdp": "use the distributed optimizer with tensor and pipeline parallelism",
-    "--use-torch-fsdp2": "use the distributed optimizer with tensor and pipeline parallelism",
+    "--use-megatron-fsdp": NO_FSDP,
+    "--use-torch-fsdp2": NO_FSDP,
     "--pipeline-model-parallel-layout": "use --decoder-first-pipeline-num-layers and "
                                         "--decoder-last-pipeline-num-layers",
     "--num-layers-per-virtual-pipeline-stage": "use --num-virtual-stages-per-pipeline-rank",
     "--fp16": "use --bf16",
     "--fp8-format": "FP8 is not supported yet",
 }
-"""Megatron's flags that are refused by name, and what to do instead."""
+"""Megatron's flags that are refused by name, and what to do instead. Parallel sizes of 1 pass."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are ValueErrors of one line."""
+
+    def error(self, message: str):
+        raise ValueError(f"{message}; --help lists all flags")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags of `python -m megatron_ebft.train`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="torchrun --nproc-per-node N -m megatron_ebft.train", allow_abbrev=False,
         description="Energy-Based Fine-Tuning (and plain next-token training) of language models on Megatron-Core.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -221,7 +230,7 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
     """
     for flag, why in UNSUPPORTED.items():
         value = vars(args)[flag[2:].replace("-", "_")]
-        if value not in (None, "1", "0"):
+        if value is not None and not (value == "1" and flag.endswith("-parallel-size")):
             raise ValueError(f"{flag}{'' if value == 'on' else ' ' + value}: {why}")
     for flag in ("train_iters", "micro_batch_size", "global_batch_size", "seq_length", "save_interval", "log_interval",
                  "eval_iters", "ebft_eval_length", "distributed_timeout_minutes", "tensor_model_parallel_size",

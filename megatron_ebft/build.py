@@ -7,6 +7,7 @@ the start it was trained with are recorded in it by content hash, and must be th
 
 import argparse
 import dataclasses
+import itertools
 import os
 
 import megatron.core
@@ -27,9 +28,10 @@ from megatron_ebft.checkpoint import TrainState, load_checkpoint, load_weights
 from megatron_ebft.checkpoint_files import RECORD, latest_iteration, read_metadata
 from megatron_ebft.dataset import build_datasets
 from megatron_ebft.device import have_gpu
+from megatron_ebft.ebft import EBFTConfig
 from megatron_ebft.features import ExchangeBytes, exchange_bytes
 from megatron_ebft.fingerprint import weights_fingerprint
-from megatron_ebft.model import build_encoder, build_frozen, build_policy, copy_weights, local_layers
+from megatron_ebft.model import balanced_split, build_encoder, build_frozen, build_policy, copy_weights
 from megatron_ebft.parallel import document_size, dp_size
 from megatron_ebft.relay import idle_fraction, row_groups
 from megatron_ebft.tokenizer import build_tokenizer
@@ -42,7 +44,7 @@ def build_run(args: argparse.Namespace) -> Run:
     Raises:
         ValueError: naming the flag that is wrong or the file that is missing or damaged.
     """
-    _check_batch(args)
+    check_batch(args)
     args.tensorboard_dir = args.tensorboard_dir or os.path.join(args.save or ".", "tensorboard")
     resume = _find_resume(args)
     if args.use_checkpoint_args:
@@ -96,7 +98,8 @@ def build_run(args: argparse.Namespace) -> Run:
                tokenizer, args, metadata, state)
 
 
-def _check_batch(args) -> None:
+def check_batch(args) -> None:
+    """ValueError, naming the flag, unless the global batch can be shared out over the ranks there are."""
     ranks = document_size()
     if args.global_batch_size % (args.micro_batch_size * ranks):
         raise ValueError(f"--global-batch-size {args.global_batch_size}: must be a multiple of --micro-batch-size "
@@ -106,8 +109,8 @@ def _check_batch(args) -> None:
     if virtual_stages(args) and micro_batches % args.pipeline_model_parallel_size:
         raise ValueError(f"--num-virtual-stages-per-pipeline-rank {args.num_virtual_stages_per_pipeline_rank}: needs "
                          f"a multiple of --pipeline-model-parallel-size {args.pipeline_model_parallel_size} "
-                         f"micro-batches of rows on a rank; --global-batch-size {args.global_batch_size} makes "
-                         f"{micro_batches}")
+                         f"micro-batches of rows on a rank (evaluation has no others); --global-batch-size "
+                         f"{args.global_batch_size} makes {micro_batches}")
 
 
 def describe(run: Run) -> str:
@@ -126,10 +129,10 @@ def describe(run: Run) -> str:
         lines.append(f"rows of {layout.seq_length} tokens: {layout.num_blocks} blocks × {run.config.num_samples} "
                      f"rollouts × {layout.rollout_length} tokens | features of layers "
                      f"{run.config.feature_map.layers} of {encoder['origin']} ({encoder['fingerprint']})")
-        moved = feature_exchange(run)
+        moved = feature_exchange(args, run.config, run.metadata["architecture"]["hidden_size"])
         if moved.gram or moved.features:
-            lines.append(f"a step's rewards: {moved.gram / 1e6:.3g} MB received on rank 0 as Gram matrices and slices, "
-                         f"{moved.features / 1e6:.3g} MB if features were gathered")
+            lines.append(f"a step's rewards: a rank receives up to {moved.gram / 1e6:.3g} MB of Gram matrices and "
+                         f"slices (features would be {moved.features / 1e6:.3g} MB)")
         if stages > 1:
             groups = len(row_groups(args.global_batch_size // document_size(), stages, args.ebft_rollout_rows))
             idle = idle_fraction(groups, stages, layout.rollout_length, virtual)
@@ -141,16 +144,15 @@ def describe(run: Run) -> str:
     return "\n".join(lines)
 
 
-def feature_exchange(run: Run) -> ExchangeBytes:
-    """What this rank receives in a step for the rewards."""
-    args, config = run.args, run.config
-    hidden = run.metadata["architecture"]["hidden_size"]
-    layers_here = sum(layer in local_layers(run.encoder) for layer in config.feature_map.layers)
+def feature_exchange(args, config: EBFTConfig, hidden_size: int) -> ExchangeBytes:
+    """What a rank receives in a step for the rewards, on the stage that has most feature layers."""
+    layers, stages = config.feature_map.layers, args.pipeline_model_parallel_size
+    ends = list(itertools.accumulate(balanced_split(max(layers), stages), initial=0))
+    layers_here = max(sum(first < layer <= last for layer in layers) for first, last in zip(ends, ends[1:]))
     return exchange_bytes(
         config.feature_map, config.layout, args.global_batch_size // document_size(), config.blocks_per_microbatch,
-        hidden, 2 if args.bf16 else 4, layers_here, tensor=args.tensor_model_parallel_size,
-        is_sequence_parallel=args.sequence_parallel, pipeline=args.pipeline_model_parallel_size,
-        samples=args.ebft_sample_parallel_size)
+        hidden_size, 2 if args.bf16 else 4, layers_here, tensor=args.tensor_model_parallel_size,
+        is_sequence_parallel=args.sequence_parallel, pipeline=stages, samples=args.ebft_sample_parallel_size)
 
 
 def _find_resume(args) -> bool:
@@ -222,8 +224,14 @@ def _check_origins(saved: dict, now: dict, args) -> None:
                          f"start {args.training_mode} from its weights, give it as --pretrained-checkpoint")
     if args.training_mode != "ebft":
         return
+    sizes = [f"--{name} {saved['arguments'][name.replace('-', '_')]}" for name in (
+        "tensor-model-parallel-size", "pipeline-model-parallel-size", "num-virtual-stages-per-pipeline-rank")]
     for part, flag in (("encoder", "--ebft-encoder-load"), ("start", "--pretrained-checkpoint")):
         if saved[part]["fingerprint"] != now[part]["fingerprint"]:
+            if saved[part]["origin"] == now[part]["origin"] == f"--seed {args.seed}":
+                raise ValueError(f"--seed {args.seed}: the initial weights depend on how they are split, too; "
+                                 f"{args.load} began with {' '.join(sizes)}: continue so. Runs that start from "
+                                 "--pretrained-checkpoint continue at any split")
             raise ValueError(f"{flag}: the {part}'s weights are not those {args.load} was trained with "
                              f"(hash {now[part]['fingerprint']} from {now[part]['origin']}, recorded "
                              f"{saved[part]['fingerprint']} from {saved[part]['origin']}); give the recorded one, in "

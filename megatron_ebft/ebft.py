@@ -19,7 +19,7 @@ from megatron_ebft.batch import GoldBatch, MicroBatch, MicroBatches, run_schedul
 from megatron_ebft.features import FeatureMap, block_grams
 from megatron_ebft.layout import StridedLayout
 from megatron_ebft.metrics import Means
-from megatron_ebft.parallel import dp_sum, from_last_stage, sample_rank, sample_size
+from megatron_ebft.parallel import dp_sum, from_first_tensor_rank, from_last_stage, sample_rank, sample_size
 from megatron_ebft.readout import training_readout
 from megatron_ebft.rollout import Rollouts, SamplingConfig
 
@@ -56,14 +56,16 @@ class EBFTConfig:
 
 @dataclass
 class Rewards:
-    """What the encoder says of each rollout: float32 [B, K, n] each, all n samples of a block."""
+    """What the encoder says of each rollout; n is over all ranks of a sample group."""
 
     gram: Tensor
-    """[B, K, n+1, n+1], float64."""
+    """float64 [B, K, n+1, n+1]."""
     alignment: Tensor
+    """float32 [B, K, n]."""
     diversity: Tensor
+    """float32 [B, K, n]."""
     advantage: Tensor
-    """[B, K, N], of this rank's samples."""
+    """float32 [B, K, N], of this rank's N = n/S samples."""
 
 
 @dataclass
@@ -83,8 +85,9 @@ def compute_rewards(encoder, gold: GoldBatch, rollouts: Rollouts, config: EBFTCo
     gram = block_grams(encoder, config.feature_map, rows, [length])[:, :, 0]
     alignment, diversity = energy.rewards(gram, config.whitening)
     advantage = energy.advantages(alignment, diversity, config.advantage, config.alignment_coef, config.diversity_coef)
-    mine = slice(sample_rank() * config.layout.num_samples, (sample_rank() + 1) * config.layout.num_samples)
-    return Rewards(gram, alignment.float(), diversity.float(), advantage[..., mine].float())
+    advantage = advantage.chunk(sample_size(), dim=-1)[sample_rank()].float().contiguous()
+    # Whitening cuts at a threshold: tensor ranks must not end on two sides of it by the last bit.
+    return Rewards(gram, alignment.float(), diversity.float(), from_first_tensor_rank(advantage))
 
 
 def token_counts(gold: GoldBatch, layout: StridedLayout) -> Tensor:

@@ -202,26 +202,24 @@ def _pooled_slices(row: RowLayout, steps: range, hidden_SBH: list[Tensor]) -> Te
     they trade (an all-to-all that moves the pooled tokens once).
     """
     index = torch.cat([row.rollout_index(steps), row.completion_index(steps)[:, None]], dim=1)  # [size, n+1, P]
-    hidden = torch.stack(hidden_SBH)  # [layers, S or S/tp, b, H]
-    group = tp_group()
-    size, rank = dist.get_world_size(group), dist.get_rank(group)
-    places = index.flatten()
-    if hidden.shape[1] == row.length:
-        pooled = hidden[:, places.to(hidden.device)].chunk(size, dim=-1)[rank]
+    group, places = tp_group(), index.flatten()
+    if len(hidden_SBH[0]) == row.length:
+        size, rank = dist.get_world_size(group), dist.get_rank(group)
+        pooled = torch.stack([h.chunk(size, dim=-1)[rank][places.to(h.device)] for h in hidden_SBH])
     else:
-        pooled = _trade_tokens(hidden, places, group)
+        pooled = _trade_tokens(hidden_SBH, places, group)
     return pooled.unflatten(1, index.shape).movedim(4, 1)
 
 
-def _trade_tokens(hidden_LSBH: Tensor, places: Tensor, group) -> Tensor:
+def _trade_tokens(hidden_SBH: list[Tensor], places: Tensor, group) -> Tensor:
     """From tokens shared out in order over the group to all tokens at `places`, a slice of H each: [L, P, b, H/tp]."""
     size, rank = dist.get_world_size(group), dist.get_rank(group)
-    layers, here, batch, width = hidden_LSBH.shape
+    here, batch, width = hidden_SBH[0].shape
     owner = places // here
-    mine = (places[owner == rank] - rank * here).to(hidden_LSBH.device)
+    mine = (places[owner == rank] - rank * here).to(hidden_SBH[0].device)
     counts = torch.bincount(owner, minlength=size).tolist()
-    outgoing = hidden_LSBH[:, mine].unflatten(-1, (size, -1)).permute(3, 1, 0, 2, 4).contiguous()  # [tp, P, L, b, H/tp]
-    incoming = hidden_LSBH.new_empty(len(places), layers, batch, width // size)
+    outgoing = torch.stack([h[mine].unflatten(-1, (size, -1)).movedim(-2, 0) for h in hidden_SBH], dim=2)
+    incoming = outgoing.new_empty(len(places), len(hidden_SBH), batch, width // size)  # outgoing [tp, P, L, b, H/tp]
     dist.all_to_all_single(incoming, outgoing.flatten(0, 1), counts, [len(mine)] * size, group=group)
     by_place = owner.argsort(stable=True).argsort().to(incoming.device)  # arrived by owner, wanted in order
     return incoming[by_place].transpose(0, 1)
@@ -239,9 +237,9 @@ def _exchange_samples(pooled: Tensor):
     own = pooled[..., :-1, :, :].unflatten(-1, (count, -1)).movedim(-2, 0).contiguous()  # [S, layers, …]
     everyone = torch.empty_like(own)
     work = dist.all_to_all_single(everyone, own, group=group, async_op=True)
-    reference = pooled[..., -1:, :, :].chunk(count, dim=-1)[sample_rank()]
+    reference = pooled[..., -1:, :, :].chunk(count, dim=-1)[sample_rank()].contiguous()  # a view would keep the whole
 
-    def wait() -> Tensor:
+    def wait(own=own) -> Tensor:  # which must live until then
         work.wait()
         return torch.cat([everyone.movedim(0, 3).flatten(3, 4), reference], dim=3)
 

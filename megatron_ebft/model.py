@@ -175,7 +175,10 @@ def split_layers(num_layers: int, stages: int, first: int | None = None, last: i
     if virtual > 1 and ends:
         raise ValueError("--num-virtual-stages-per-pipeline-rank: not with --decoder-first-pipeline-num-layers or "
                          "--decoder-last-pipeline-num-layers")
-    if rest < 0 or (rest % middle if middle else rest):
+    if rest < 0:
+        raise ValueError(f"--num-layers {num_layers}: fewer than --decoder-first-pipeline-num-layers and "
+                         f"--decoder-last-pipeline-num-layers give to the ends, {sum(ends)}")
+    if rest % middle if middle else rest:
         raise ValueError(f"--num-layers {num_layers}: cannot be split evenly over --pipeline-model-parallel-size "
                          f"{stages}" + (f" × --num-virtual-stages-per-pipeline-rank {virtual}" if virtual > 1 else "") +
                          "; change one of them, or give the ends a share of their own with "
@@ -188,9 +191,18 @@ def split_layers(num_layers: int, stages: int, first: int | None = None, last: i
     return split
 
 
-def _balanced_split(num_layers: int, stages: int) -> list[int]:
+def balanced_split(num_layers: int, stages: int) -> list[int]:
     """Any number of layers, as evenly as it goes; the encoder's split, which has fewer layers than the policy."""
     return [num_layers // stages + (stage < num_layers % stages) for stage in range(stages)]
+
+
+def _usual_strides(module, inputs, embedded_SBH: Tensor) -> Tensor:
+    """The same view of memory with the strides of a fresh tensor.
+
+    For B = 1 a transposed embedding counts as contiguous with any stride of that dimension. It passes down the residual
+    stream, and torch.matmul then multiplies by a frozen weight token by token, from a copy of the weight for each.
+    """
+    return embedded_SBH.flatten(0, 1).unflatten(0, embedded_SBH.shape[:2])
 
 
 def _build_gpt(args: ModelArgs, config: TransformerConfig, split: list[int], vp_stage: int = 0, *, has_head=True):
@@ -206,6 +218,8 @@ def _build_gpt(args: ModelArgs, config: TransformerConfig, split: list[int], vp_
         share_embeddings_and_output_weights=has_head and not args.untie_embeddings_and_output_weights,
         position_embedding_type="mrope" if rope else args.position_embedding_type,
         rotary_percent=args.rotary_percent, rotary_base=args.rotary_base, vp_stage=vp_stage if is_virtual else None)
+    if model.pre_process:
+        model.embedding.register_forward_hook(_usual_strides)
     if rope:
         model.rotary_pos_emb = PositionRotary(args)
     model.real_vocab_size = args.vocab_size
@@ -249,7 +263,7 @@ def _frozen_overrides(overrides: dict) -> dict:
 
 def build_frozen(args: ModelArgs, **overrides):
     """A whole model without gradients, split evenly over the pipeline: the starting policy."""
-    split = _balanced_split(args.num_layers, overrides.get("pipeline_model_parallel_size", 1))
+    split = balanced_split(args.num_layers, overrides.get("pipeline_model_parallel_size", 1))
     config = _config(args, split, _frozen_overrides(overrides))
     return _freeze(_build_gpt(args, config, split))
 
@@ -259,7 +273,7 @@ def build_encoder(args: ModelArgs, deepest_layer: int, **overrides):
 
     It is split evenly over the pipeline, so its stages hold other layers than the policy's.
     """
-    split = _balanced_split(deepest_layer, overrides.get("pipeline_model_parallel_size", 1))
+    split = balanced_split(deepest_layer, overrides.get("pipeline_model_parallel_size", 1))
     config = _config(args, split, _frozen_overrides(overrides))
     return _freeze(_build_gpt(args, config, split, has_head=False))
 
@@ -289,7 +303,7 @@ def copy_weights(source: list, target) -> None:
     Their layers may live on different stages: weights go round the pipeline one at a time.
     """
     group = parallel_state.get_pipeline_model_parallel_group()
-    mine, wanted = _weights(source), _weights([target])
+    mine, wanted, filled = _weights(source), _weights([target]), set()
     shapes = {name: tuple(parameter.shape) for name, parameter in mine.items()}
     everywhere = [None] * dist.get_world_size(group)
     dist.all_gather_object(everywhere, shapes, group=group)
@@ -303,9 +317,11 @@ def copy_weights(source: list, target) -> None:
                     dist.broadcast(weight, dist.get_global_rank(group, stage), group=group)
                 if name in wanted:
                     wanted[name].copy_(weight)
+                    filled.add(name)
                 tied = unwrap(target).share_embeddings_and_output_weights and unwrap(target).post_process
                 if name == "embedding.word_embeddings.weight" and tied and not unwrap(target).pre_process:
                     unwrap(target).output_layer.weight.copy_(weight)
+    assert filled == wanted.keys(), wanted.keys() - filled
 
 
 def _freeze(model):

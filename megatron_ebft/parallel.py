@@ -141,6 +141,13 @@ def from_last_stage(values: Tensor) -> Tensor:
     return values
 
 
+def from_first_tensor_rank(values: Tensor) -> Tensor:
+    """The first tensor rank's values, on every rank that shares its layers, in place."""
+    if dist.get_world_size(tp_group()) > 1:
+        dist.broadcast(values, parallel_state.get_tensor_model_parallel_src_rank(), group=tp_group())
+    return values
+
+
 def shut_down() -> None:
     """Leave the process groups in order."""
     parallel_state.destroy_model_parallel()

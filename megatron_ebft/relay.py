@@ -9,8 +9,10 @@ for the tokens the last stage drew in the step before. So several groups of rows
    idles only while the first task has not reached it, and after its last. Tasks of equal length take P − 1 + tasks
    slots on P stages: it idles (P − 1) / (P − 1 + tasks) of the time.
 3. More groups than that decode in waves, one behind the other, so that caches are bounded; waves overlap at their ends.
+   A wave has at most 2P − 1 groups: also where a GPU has one hardware queue, so that a send holds up what is launched
+   after it until its receiver is there, the first stage gets back to its receives before every link is full.
 4. Hidden states go to the next stage; from the last, drawn tokens (or hidden states, between virtual stages) go back to
-   the first. Sends do not block.
+   the first. Sends do not block. Unbatched sends and receives have a communicator for each pair of ranks and group.
 """
 
 import torch

@@ -100,6 +100,8 @@ class _Group:
         self.policy, self.gold, self.layout, self.relay = policy, gold, layout, relay
         self.config, self.iteration = config, iteration
         self.row = layout.parts(0, layout.rollout_length - 1)[0]
+        starts_BT = None if gold.document_BT is None else document_starts(gold.document_BT)
+        self.positions = self.row.positions(starts_BT, len(gold.tokens_BT)).to(gold.tokens_BT.device)
         self.cache: RolloutCache | None = None
         self.steps: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -122,6 +124,7 @@ class _Group:
             unwrap(chunk).set_input_tensor(given)
         positions, pattern, rows = self._inputs(step)
         out = chunk(tokens, positions, as_mask(pattern), labels=Logits(rows))
+        unwrap(chunk).set_input_tensor(None)
         if virtual == len(self.policy) - 1:
             if is_last_stage():
                 self.steps.append(self._draw(out.transpose(0, 1), step))
@@ -138,15 +141,13 @@ class _Group:
 
     def _inputs(self, step: int):
         """Positions [b, length], the attention pattern, and the rows of which logits are needed."""
-        tokens_BT, document_BT = self.gold.tokens_BT, self.gold.document_BT
+        device = self.gold.tokens_BT.device
         if self.cache is None:
-            starts_BT = None if document_BT is None else document_starts(document_BT)
-            self.positions = self.row.positions(starts_BT, len(tokens_BT)).to(tokens_BT.device)
-            self.cache = RolloutCache(self.row, document_BT)
+            self.cache = RolloutCache(self.row, self.gold.document_BT)
         if step == 0:
-            predictors = self.row.anchor_predictors().to(tokens_BT.device)
+            predictors = self.row.anchor_predictors().to(device)
             return self.positions[:, : self.layout.seq_length], PrefillPattern(self.cache), predictors
-        index = self.row.rollout_index(range(step - 1, step)).flatten().to(tokens_BT.device)
+        index = self.row.rollout_index(range(step - 1, step)).flatten().to(device)
         positions = pad(self.positions[:, index], self.row.decode_length)
         return positions, DecodePattern(self.cache, step - 1), slice(0, len(index))
 

@@ -116,6 +116,17 @@ def load(target, config: dict, weights: dict) -> None:
         rotary.inv_freq = rotary.inv_freq.to(dtype)  # float64 angles for a float64 model
 
 
+def load_whole(policy: list, whole: dict[str, Tensor], vocab_size: int) -> None:
+    """Set the weights of a policy's stages from `whole_tensors` of another one, however its vocabulary is padded."""
+    for chunk in policy:
+        with torch.no_grad():
+            for shard in _shards(chunk):
+                tensor = whole[shard.key]
+                if shard.key in ("embedding.word_embeddings.weight", "output_layer.weight"):
+                    tensor = torch.nn.functional.pad(tensor[:vocab_size], (0, 0, 0, shard.global_shape[0] - vocab_size))
+                shard.data.copy_(tensor[_local(shard)])
+
+
 def whole_tensors(policy: list, of_gradients: bool) -> dict[str, Tensor]:
     """Weights, or what the last backward pass left in the gradient buffers, of the unsplit model, on every rank (with
     one data-parallel rank, or after summing over them)."""

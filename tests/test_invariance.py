@@ -38,6 +38,10 @@ FLAGS = """--train-iters 3 --global-batch-size 4 --seq-length 20 --num-layers 4 
     --ebft-rollout-length 3 --ebft-stride 2 --ebft-context-length 4 --ebft-num-samples 4 --ebft-ce-coef 0.3
     --ebft-kl-coef 0.1 --ebft-document-mask --ebft-answer-only --make-vocab-size-divisible-by 5
     --ebft-top-p 0.95""".split()
+OTHER = """--no-untie-embeddings-and-output-weights --qk-layernorm --add-bias-linear --add-qkv-bias --no-swiglu
+    --normalization LayerNorm --position-embedding-type learned_absolute --recompute-granularity full
+    --ebft-feature-norm layer --ebft-feature-pooling mean --ebft-whitening paper --ebft-top-k 7""".split()
+"""Another architecture and method, against one rank of their own."""
 TP, PP, SP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--sequence-parallel"
 SAMPLES, BLOCKS, VIRTUAL = "--ebft-sample-parallel-size", "--ebft-blocks-per-microbatch", \
     "--num-virtual-stages-per-pipeline-rank"
@@ -62,6 +66,9 @@ def grid() -> dict[str, tuple[int, list[str]]]:
         "virtual stages": (4, [TP, "2", SP, PP, "2", VIRTUAL, "2"]),
         "uneven stages": (2, [PP, "2", "--decoder-first-pipeline-num-layers", "1", BLOCKS, "3"]),
         "4 sample ranks": (8, [TP, "2", SP, SAMPLES, "4", "--micro-batch-size", "2"]),  # rows and steps are padded
+        "other alone": (1, []),
+        "other tp2 sp pp2": (4, [TP, "2", SP, PP, "2"]),
+        "other pp2 samples": (4, [PP, "2", SAMPLES, "2", "--overlap-grad-reduce"]),
     }
     return found
 
@@ -91,7 +98,12 @@ class Schedule:
         pass
 
 
-def build_run(args) -> training.Run:
+def build_run(args, other: str | None) -> training.Run:
+    """A run on the weights of one random model.
+
+    Args:
+        other: where the weights of the other architecture are, or are to be left by the first world that needs them.
+    """
     architecture, overrides = model_args(args, VOCAB), transformer_overrides(args)
     config, weights = bf.random_llama(0, layers=4, hidden=16, ffn=24, heads=8, kv_heads=4, vocab=VOCAB)
     method = ebft_config(args, args.num_layers)
@@ -100,8 +112,15 @@ def build_run(args) -> training.Run:
         last_stage_layers=args.decoder_last_pipeline_num_layers, **overrides)
     encoder = model.build_encoder(architecture, max(method.feature_map.layers), **overrides)
     reference = model.build_frozen(architecture, **overrides)
-    for target in (policy, encoder, reference):
-        models.load(target, config, weights)
+    if other is None:
+        for target in (policy, encoder, reference):
+            models.load(target, config, weights)
+    else:
+        if not os.path.exists(other):
+            torch.save(models.whole_tensors(policy, of_gradients=False), other)
+        models.load_whole(policy, torch.load(other), VOCAB)
+        model.copy_weights(policy, encoder)
+        model.copy_weights(policy, reference)
     return training.Run("ebft", policy, encoder, reference, get_megatron_optimizer(optimizer_config(args), policy),
                         Schedule(), method, None, None, None, args, {}, TrainState())
 
@@ -125,13 +144,13 @@ def train(folder: str, names: list[str]) -> dict:
         world, flags = GRID[name]
         if rank >= world:
             continue
-        args = parse_args(FLAGS + flags)
+        args = parse_args(FLAGS + (OTHER if name.startswith("other") else []) + flags)
         dist.init_process_group(backend(), init_method=f"file://{folder}/{name}.store", rank=rank, world_size=world)
         parallel.init_parallel(
             args.tensor_model_parallel_size, args.pipeline_model_parallel_size, seed=1,
             virtual_pipeline_model_parallel_size=virtual_stages(args),
             sample_parallel_size=args.ebft_sample_parallel_size)
-        gold, run = gold_rows(), build_run(args)
+        gold, run = gold_rows(), build_run(args, f"{folder}/other.pt" if name.startswith("other") else None)
         before = rollouts(run, gold, 0)
         metrics = []
         for _ in range(STEPS):
@@ -186,6 +205,7 @@ def vocabulary_parallel() -> dict[str, float]:
     differences["gradient"] = largest_difference(grad_2, grad.chunk(dist.get_world_size(), -1)[dist.get_rank()].cpu())
 
     u = sampling.uniform(1, 0, torch.arange(10).view(-1, 1, 1), torch.arange(3).view(-1, 1), torch.arange(200), 0)
+    u[..., 0], u[..., 1] = 0.0, 1 - 2.0**-53  # with top-k 1, one shard is empty: neither may fall there
     for top_p, top_k in ((1.0, 0), (0.7, 0), (0.2, 0), (1.0, 1), (1.0, 5), (0.8, 6)):
         whole, split = (sampling.sample(x, u.to(device()), 0.8, top_p, top_k, group)
                         for x, group in ((logits, alone), (shard, dist.group.WORLD)))
@@ -212,7 +232,8 @@ def results(tmp_path_factory):
 
 @pytest.mark.parametrize("name", GRID)
 def test_steps_are_the_same(results, name):
-    (metrics, state), (expected, expected_state) = results[0][name], results[0]["tp1 pp1 dp1"]
+    alone = "other alone" if name.startswith("other") else "tp1 pp1 dp1"
+    (metrics, state), (expected, expected_state) = results[0][name], results[0][alone]
     for found, wanted in zip(metrics, expected, strict=True):
         assert found.keys() == wanted.keys()
         for key in found:
@@ -221,7 +242,7 @@ def test_steps_are_the_same(results, name):
         assert torch.equal(found, wanted)
     assert state["weights"].keys() == expected_state["weights"].keys()
     for key, wanted in expected_state["weights"].items():
-        rows = VOCAB if "embedding" in key or "output_layer" in key else None
+        rows = VOCAB if "word_embeddings" in key or "output_layer" in key else None
         assert largest_difference(state["weights"][key][:rows], wanted[:rows]) <= 1e-5, key
 
 

@@ -7,6 +7,8 @@
 """
 
 import os
+import weakref
+from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
 
@@ -22,14 +24,14 @@ from test_brute_force import GOLDEN, by_sample, load_golden
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_ebft import ebft, energy, features, model, parallel, relay
+from megatron_ebft import ebft, energy, features, model, parallel, relay, rollout
 from megatron_ebft.batch import MicroBatches
 from megatron_ebft.device import backend, init_device
 from megatron_ebft.metrics import Means
-from megatron_ebft.rollout import Rollouts, sample_rollouts
+from megatron_ebft.rollout import Rollouts
 
 STEPS = ("step", "step_whitened", "step_translation")
-VOCAB, ROWS, T, HIDDEN = 251, 2, 18, 32
+VOCAB, ROWS, T, BLOCKS, HIDDEN = 251, 2, 20, 5, 32
 SETTINGS = bf.Settings(bf.Geometry(4, 3, 3, 6), temperature=0.8, norm="joint", pooling="last_token", ce_coef=0.3)
 GRAM_CASES = {  # parallel sizes (TP, PP, samples, sequence parallel), feature norm and pooling
     f"{layout} {norm} {pooling}": (*sizes, norm, pooling)
@@ -44,7 +46,7 @@ def settings(norm: str, pooling: str, n: int = 6) -> bf.Settings:
 
 
 def llama():
-    return bf.random_llama(3, layers=4, hidden=HIDDEN, ffn=40, heads=4, kv_heads=2, vocab=VOCAB)
+    return bf.random_llama(3, layers=4, hidden=HIDDEN, ffn=44, heads=4, kv_heads=2, vocab=VOCAB)
 
 
 def gold_tokens() -> torch.Tensor:
@@ -52,7 +54,7 @@ def gold_tokens() -> torch.Tensor:
 
 
 def rollout_tokens(n: int) -> torch.Tensor:
-    return torch.randint(0, VOCAB, (ROWS, 4, n, 3), generator=torch.Generator().manual_seed(2))
+    return torch.randint(0, VOCAB, (ROWS, BLOCKS, n, 3), generator=torch.Generator().manual_seed(2))
 
 
 def local_rollouts(n: int) -> Rollouts:
@@ -64,8 +66,8 @@ def local_rollouts(n: int) -> Rollouts:
 def method(chosen: bf.Settings, samples: int = 1, pad_to: int = 1, **sizes) -> ebft.EBFTConfig:
     """`chosen` with a block's samples shared out and rows padded."""
     config = models.ebft_config(chosen, T, 4, **sizes)
-    config.layout = config.layout.__class__(T, 4, 3, 3, chosen.geometry.num_samples // samples, pad_to)
-    return config
+    per_rank = chosen.geometry.num_samples // samples
+    return replace(config, layout=replace(config.layout, num_samples=per_rank, pad_to=pad_to))
 
 
 # ---------------------------------------------------------------- what the ranks do
@@ -92,9 +94,10 @@ def rank_work(folder: str) -> dict:
     start(1, 1, 4)
     found["64 samples"] = step_of_64_samples(folder)
     parallel.shut_down()
-    start(2, 1, 2)
-    found["watched"] = watched_step()
-    parallel.shut_down()
+    for sp in (False, True):
+        start(2, 1, 2)
+        found[f"watched {'sp' * sp}"] = watched_step(sp)
+        parallel.shut_down()
     for virtual in (None, 2):
         start(1, 4 if virtual is None else 2, virtual_pipeline_model_parallel_size=virtual)
         found[f"timeline {virtual or 1}"] = rollout_timelines(virtual)
@@ -115,8 +118,7 @@ def golden_step(name: str, sp: bool) -> dict[str, float]:
     policy = models.build_policy(config, weights, multiple, **overrides(2, 2, sp))
     encoder = models.build_encoder(config, weights, vocab_multiple=multiple, **overrides(2, 2, sp))
     run = models.ebft_config(chosen, docs.shape[1], config["num_hidden_layers"], blocks_per_microbatch=3)
-    run.layout = run.layout.__class__(docs.shape[1], run.layout.context_length, run.layout.stride,
-                                      run.layout.rollout_length, run.layout.num_samples, pad_to=2 if sp else 1)
+    run = replace(run, layout=replace(run.layout, pad_to=2 if sp else 1))
     gold, means = models.gold_batch(docs), Means()
     rollouts = Rollouts(tokens, torch.zeros(tokens.shape), None)
     rewards = ebft.compute_rewards(encoder, gold, rollouts, run)
@@ -209,6 +211,10 @@ def shard_of(chunk, parameter) -> slice:
     return slice(max(0, begin - first), max(0, min(last, begin + size) - first))
 
 
+class Cache(rollout.RolloutCache):
+    __hash__ = object.__hash__
+
+
 class Watch(TorchDispatchMode):
     """Shapes of all floating-point tensors that operations produce."""
 
@@ -223,14 +229,14 @@ class Watch(TorchDispatchMode):
         return out
 
 
-def watched_step() -> dict[str, list]:
-    """Shapes seen in sampling, rewards and training at TP 2 (with sequence parallelism) × 2 sample ranks."""
+def watched_step(sp: bool) -> dict[str, list]:
+    """Shapes seen in sampling, rewards and training at TP 2 × 2 sample ranks."""
     config, weights = llama()
-    policy = models.build_policy(config, weights, 4, **overrides(2, 1, True))
-    encoder = models.build_encoder(config, weights, vocab_multiple=4, **overrides(2, 1, True))
-    run, gold, found = method(SETTINGS, 2, pad_to=2), models.gold_batch(gold_tokens()), {}
+    policy = models.build_policy(config, weights, 4, **overrides(2, 1, sp))
+    encoder = models.build_encoder(config, weights, vocab_multiple=4, **overrides(2, 1, sp))
+    run, gold, found = method(SETTINGS, 2, pad_to=2 if sp else 1), models.gold_batch(gold_tokens()), {}
     with Watch() as watch:
-        rollouts = sample_rollouts(policy, gold, run.layout, run.sampling, 0)
+        rollouts = rollout.sample_rollouts(policy, gold, run.layout, run.sampling, 0)
     found["sampling"] = sorted(watch.shapes)
     with Watch() as watch:
         rewards = ebft.compute_rewards(encoder, gold, rollouts, run)
@@ -250,7 +256,18 @@ def rollout_timelines(virtual: int | None) -> list:
     policy = models.build_policy(config, weights, **sizes)
     run, timeline = method(settings("joint", "last_token")), []
     gold = models.gold_batch(torch.cat([gold_tokens()] * 4))
-    sample_rollouts(policy, gold, run.layout, run.sampling, 0, 1, timeline)
+    with pytest.MonkeyPatch.context() as patch:
+        caches, most = weakref.WeakSet(), []
+
+        def cache(*args):
+            made = Cache(*args)
+            caches.add(made)
+            most.append(len(caches))
+            return made
+
+        patch.setattr(rollout, "RolloutCache", cache)
+        rollout.sample_rollouts(policy, gold, run.layout, run.sampling, 0, 1, timeline)
+    assert max(most) <= parallel.pp_group().size()  # those of a wave
     timelines = [None] * parallel.pp_group().size()
     dist.all_gather_object(timelines, timeline, group=parallel.pp_group())
     return timelines
@@ -302,19 +319,24 @@ def test_64_samples_over_4_ranks(by_rank):
             assert difference <= 1e-5, key
 
 
-def test_no_rank_holds_the_vocabulary(by_rank):
+@pytest.mark.parametrize("sp", ["", "sp"])
+def test_no_rank_holds_the_vocabulary(by_rank, sp):
     padded = -(-VOCAB // 4) * 4
     for rank in by_rank:
-        for phase, shapes in rank["watched"].items():
+        for phase, shapes in rank[f"watched {sp}"].items():
             assert not [s for s in shapes if VOCAB in s or padded in s], phase
         for phase in ("sampling", "training"):  # it does hold its half
-            assert any(s[-1] == padded // 2 for s in rank["watched"][phase] if len(s) > 1), phase
+            assert any(s[-1] == padded // 2 for s in rank[f"watched {sp}"][phase] if len(s) > 1), phase
 
 
-def test_no_rank_holds_features_of_other_samples(by_rank):
+@pytest.mark.parametrize("sp", ["", "sp"])
+def test_no_rank_holds_features_of_other_samples(by_rank, sp):
     n, width = SETTINGS.geometry.num_samples, HIDDEN // (2 * 2)  # TP 2 × 2 sample ranks
+    places = BLOCKS * (n // 2 + 1)  # pooled tokens of a row: blocks, own samples and reference
     for rank in by_rank:
-        shapes = [tuple(s) for s in rank["watched"]["features"]]
+        shapes = [tuple(s) for s in rank[f"watched {sp}"]["features"]]
+        assert not [s for s in shapes if places in s[:-1] and s[-1] == HIDDEN]
+        assert [s for s in shapes if places in s[:-1] and s[-1] == HIDDEN // 2]
         whole_groups = [s for s in shapes if len(s) >= 3 and (n in s[:-1] or n + 1 in s[:-1])]
         assert any(s[-1] == width for s in whole_groups)
         assert all(s[-1] in (width, n + 1) or s[-1] * s[-2] <= (n + 1) ** 2 for s in whole_groups), whole_groups
@@ -342,3 +364,33 @@ def test_idle_fraction_of_any_number_of_groups(groups, stages, steps, virtual):
     assert relay.idle_fraction(groups, stages, steps, virtual) == pytest.approx(replay([timeline] * stages), abs=1e-12)
 
 
+@pytest.mark.parametrize("stages", range(1, 9))
+def test_groups_and_waves_keep_stages_busy_and_links_free(stages):
+    for rows in range(1, 40):
+        parts = relay.row_groups(rows, stages, 0)
+        assert [row for part in parts for row in range(rows)[part]] == list(range(rows))
+        assert len(parts) >= min(rows, stages) and (stages > 1 or len(parts) == 1)
+        waves = relay.waves(len(parts), stages)
+        assert [group for wave in waves for group in wave] == list(range(len(parts)))
+        assert max(map(len, waves)) <= 2 * stages - 1
+        assert min(map(len, waves)) >= min(stages, len(parts))
+
+
+def test_features_travel_while_the_encoder_works(one_rank, monkeypatch):
+    config, weights = llama()
+    encoder, gold, order = models.build_encoder(config, weights), models.gold_batch(gold_tokens()), []
+
+    class Recorded(features.PendingGrams):
+        def __init__(self, *args):
+            order.append("begin")
+            super().__init__(*args)
+
+        def finish(self):
+            order.append("finish")
+            return super().finish()
+
+    monkeypatch.setattr(features, "PendingGrams", Recorded)
+    encoder.register_forward_hook(lambda *_: order.append("encoder"))
+    ebft.compute_rewards(encoder, gold, local_rollouts(6), method(SETTINGS, blocks_per_microbatch=2))
+    assert order == ["encoder", "begin"] + ["encoder", "finish", "begin"] * (len(order) // 3 - 1) + ["finish"]
+    assert len(order) > 6

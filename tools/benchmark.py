@@ -4,7 +4,7 @@
     torchrun --nproc-per-node N tools/benchmark.py --bf16 --num-layers 16 --hidden-size 2048 …
 
 Takes the training flags of model, optimizer, memory and method (see `python -m megatron_ebft.train --help`); random
-and weights, no masks, no reference. Tokens and operations are those of one rank. Prints a table and,
+weights and rows, no masks, no reference. Tokens and operations are those of one rank. Prints a table and,
 with --json, writes the same as JSON. Every repeat runs an SFT step, then an EBFT step; medians are reported.
 """
 
@@ -25,14 +25,18 @@ SHAPE = dict(num_layers=8, hidden_size=256, ffn_hidden_size=768, num_attention_h
 """The default: small enough for two CPU cores, with every ingredient of a Llama."""
 
 
-@flop_counter.register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
 def _flash_cpu(query, key, value, *args, out_shape=None, **kwargs):
     return flop_counter.sdpa_flop_count(query, key, value)
 
 
-@flop_counter.register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward)
 def _flash_cpu_backward(grad, query, key, value, *args, out_shape=None, **kwargs):
     return flop_counter.sdpa_backward_flop_count(grad, query, key, value)
+
+
+for _operation, _formula in ((torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, _flash_cpu),
+                             (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, _flash_cpu_backward)):
+    if _operation not in flop_counter.flop_registry:  # torch 2.15 has them
+        flop_counter.register_flop_formula(_operation)(_formula)
 
 
 def build(args):

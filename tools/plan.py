@@ -1,0 +1,386 @@
+"""Does it fit, what does it send, how long does a step take: before any GPU is taken.
+
+    python tools/plan.py --world-size 32 --gpu h100 --train-iters 1 <the training flags of the run>
+
+    Llama 3.1  --num-layers --hidden-size --ffn-hidden-size --num-attention-heads  and for all
+    8B                   32          4096             14336                    32  --num-query-groups 8 --bf16
+    70B                  80          8192             28672                    64  --vocab-size 128256
+    405B                126         16384             53248                   128  --untie-embeddings-and-output-weights
+
+1. The first, a middle and the last pipeline stage are each run as one rank of the real code: one step of `train_step`
+   on tensors without data, among ranks that are not there (simulate.py). Nothing is modelled apart, so memory,
+   operations and messages are those of the code (meter.py, traffic.py).
+2. Not in it: CUDA's context, NCCL's buffers and fragmentation, for which UNUSABLE of the memory is set aside, and
+   temporaries inside operations. Evaluation needs less than training: its rows are as long, and have no backward pass.
+3. Times are an estimate: every operation takes the longer of computing and of moving its bytes, at EFFICIENCY of the
+   peaks; every collective its ring's bytes over the slowest link, and nothing overlaps. Pipeline stages idle as in the
+   schedules of Megatron (training) and of relay.py (sampling).
+4. Where it does not fit, single changes of flags are planned in the order of what they cost, and the first that helps
+   is named.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import sys
+import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from unittest import mock
+
+GIB, KINDS = 2**30, ("weights", "gradients", "optimizer", "encoder", "reference", "caches", "logits", "activations",
+                     "data")
+EFFICIENCY = {"compute": 0.6, "memory": 0.7, "links": 0.7}
+"""Shares of the peaks that large matrix products, streaming kernels and large messages reach."""
+LAUNCH, LATENCY = 5e-6, 2e-5
+"""Seconds below which no operation and no collective gets."""
+UNUSABLE = 0.08
+
+
+@dataclass
+class Cluster:
+    """GPUs and links, in the units of the flags."""
+
+    gpu_memory_gib: float
+    peak_tflops: float
+    """Dense bfloat16."""
+    memory_bandwidth_gbs: float
+    intra_node_gbs: float
+    """Of a GPU, in each direction."""
+    inter_node_gbs: float
+    gpus_per_node: int = 8
+
+    def operation(self, flops: int, size: int) -> float:
+        """Seconds of an operation that reads and writes `size` bytes."""
+        return max(flops / (self.peak_tflops * 1e12 * EFFICIENCY["compute"]),
+                   size / (self.memory_bandwidth_gbs * 1e9 * EFFICIENCY["memory"]), LAUNCH)
+
+    def collective(self, operation: str, calls: int, size: int, ranks: list[int]) -> float:
+        """Seconds of `calls` collectives of `size` bytes in all."""
+        one_node = min(ranks) // self.gpus_per_node == max(ranks) // self.gpus_per_node
+        link = (self.intra_node_gbs if one_node else self.inter_node_gbs) * 1e9 * EFFICIENCY["links"]
+        share = {"all-reduce": 2 * (len(ranks) - 1) / len(ranks), "broadcast": 1, "send": 1, "receive": 1}
+        return calls * LATENCY + size * share.get(operation, (len(ranks) - 1) / len(ranks)) / link
+
+
+GPUS = {"h100": Cluster(79.0, 989.0, 3350.0, 450.0, 50.0), "h200": Cluster(139.0, 989.0, 4800.0, 450.0, 50.0)}
+
+
+def build(args, meter):
+    """The parts of a run on random weights, each under its kind, and this rank's rows of a global batch."""
+    import torch
+    from megatron.core import optimizer
+
+    from megatron_ebft import arguments, model
+    from megatron_ebft.batch import GoldBatch
+    from megatron_ebft.build import build_scheduler
+    from megatron_ebft.checkpoint import TrainState
+    from megatron_ebft.device import device
+    from megatron_ebft.parallel import document_size
+    from megatron_ebft.training import Run
+
+    architecture, overrides = arguments.model_args(args, args.vocab_size), arguments.transformer_overrides(args)
+    config, encoder, reference = None, None, None
+    with meter.kind("weights"):
+        policy = model.build_policy(architecture, arguments.ddp_config(args),
+                                    first_stage_layers=args.decoder_first_pipeline_num_layers,
+                                    last_stage_layers=args.decoder_last_pipeline_num_layers, **overrides)
+    for chunk in policy:
+        for buffer in chunk.buffers:
+            meter.label(buffer.grad_data, "gradients")
+    if args.training_mode == "ebft":
+        config = arguments.ebft_config(args, architecture.num_layers)
+        with meter.kind("encoder"):
+            encoder = model.build_encoder(architecture, max(config.feature_map.layers), **overrides)
+        if args.ebft_kl_coef or args.ebft_track_kl:
+            with meter.kind("reference"):
+                reference = model.build_frozen(architecture, **overrides)
+    with meter.kind("optimizer"):
+        adam = optimizer.get_megatron_optimizer(arguments.optimizer_config(args), policy)
+        adam.prepare_grads()
+        adam.step()  # makes its moments
+    run = Run(args.training_mode, policy, encoder, reference, adam, build_scheduler(args, adam), config, None, None,
+              None, args, {}, TrainState())
+    with meter.kind("data"):
+        shape = (args.global_batch_size // document_size(), args.seq_length)
+        gold = GoldBatch(torch.zeros(shape, dtype=torch.int64, device=device()), torch.arange(shape[0]).to(device()),
+                         torch.zeros(shape, dtype=torch.int64, device=device()) if args.ebft_document_mask else None,
+                         torch.ones(shape, dtype=torch.bool, device=device()) if args.ebft_answer_only else None)
+    return run, gold
+
+
+def measure(args, cluster: Cluster) -> dict:
+    """One step of this rank, JSON-able: of tensors with data, or without."""
+    from meter import Meter
+
+    from megatron_ebft.arguments import model_args
+    from megatron_ebft.attention import PrefillPattern
+    from megatron_ebft.build import feature_exchange
+    from megatron_ebft.training import train_step
+
+    meter = Meter(model_args(args, args.vocab_size).padded_vocab_size // args.tensor_model_parallel_size,
+                  cluster.operation)
+    attend = PrefillPattern.attend
+
+    def attend_and_label(self, layer_number, *args):
+        out = attend(self, layer_number, *args)
+        for tensor in (*self.cache.gold[layer_number], *self.cache.own[layer_number]):
+            meter.label(tensor, "caches")
+        return out
+
+    with meter, mock.patch.object(PrefillPattern, "attend", attend_and_label):
+        run, gold = build(args, meter)
+        held = dict(meter.bytes)
+        with meter("between phases"):
+            train_step(run, gold, meter, check=False)
+    phases = {}
+    for name, phase in meter.phases.items():
+        flows = [[*key, flow.calls, flow.bytes, cluster.collective(key[0], flow.calls, flow.bytes,
+                                                                   phase.traffic.ranks[key[1]])]
+                 for key, flow in sorted(phase.traffic.flows.items())]
+        phases[name] = {"flops": phase.flops, "seconds": phase.seconds, "peak": phase.peak, "flows": flows}
+    return {"parameters": sum(p.numel() for chunk in run.policy for p in chunk.parameters()), "held": held,
+            "phases": phases, "idle": idle(args, run, gold),
+            "rewards": asdict(feature_exchange(args, run.config, args.hidden_size)) if run.config else {}}
+
+
+def idle(args, run, gold) -> dict[str, float]:
+    """Share of each phase in which this stage waits for others."""
+    from megatron_ebft.ebft import training_rows
+    from megatron_ebft.relay import idle_fraction, row_groups
+    from megatron_ebft.rollout import Rollouts
+
+    stages, virtual = args.pipeline_model_parallel_size, args.num_virtual_stages_per_pipeline_rank
+    rows, shares = len(gold.tokens_BT), {}
+    micro_batches = rows // args.micro_batch_size
+    if run.config is not None:
+        micro_batches = len(training_rows(gold, Rollouts(gold.tokens_BT, None, None), run.config))
+        groups = len(row_groups(rows, stages, args.ebft_rollout_rows))
+        shares["rollout"] = idle_fraction(groups, stages, run.config.layout.rollout_length, virtual)
+        shares["features"] = shares["reference"] = (stages - 1) / (micro_batches + stages - 1)
+    shares["train"] = (stages - 1) / (micro_batches * virtual + stages - 1)
+    return shares
+
+
+def measure_rank(argv: list[str], rank: int, like_gpu: bool = True) -> dict:
+    """`measure` for a rank that is not there, in a process of its own."""
+    warnings.filterwarnings("ignore")
+    args, cluster = parse(argv)
+    from simulate import fake_tensors, gpu_operations, simulated_rank
+
+    from megatron_ebft.arguments import virtual_stages
+    from megatron_ebft.build import check_batch
+    from megatron_ebft.parallel import init_parallel, shut_down
+
+    begun = time.perf_counter()
+    with simulated_rank(rank, args.world_size):
+        init_parallel(args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.seed,
+                      virtual_pipeline_model_parallel_size=virtual_stages(args),
+                      sample_parallel_size=args.ebft_sample_parallel_size)
+        check_batch(args)
+        with gpu_operations() if like_gpu else nullcontext(), fake_tensors():
+            found = measure(args, cluster)
+        shut_down()
+    return {**found, "rank": rank, "took": time.perf_counter() - begun}
+
+
+def stage_ranks(args) -> dict[str, int]:
+    """The ranks that are planned, by the name of their pipeline stage: the first of each."""
+    stages = args.pipeline_model_parallel_size
+    per_stage = args.world_size // stages
+    if stages == 1:
+        return {"every rank": 0}
+    middle = {"middle stages": per_stage} if stages > 2 else {}
+    return {"first stage": 0, **middle, "last stage": (stages - 1) * per_stage}
+
+
+def plan(argv: list[str], ranks: dict[str, int], pool) -> dict[str, dict]:
+    """What each of the ranks holds and does."""
+    waiting = {name: pool.submit(measure_rank, argv, rank) for name, rank in ranks.items()}
+    found = {}
+    for name, result in waiting.items():
+        found[name] = result.result()
+        print(f"planned rank {found[name]['rank']} ({name}) in {found[name]['took']:.0f} s", flush=True)
+    return found
+
+
+def peak(stage: dict) -> tuple[str, dict[str, int]]:
+    """The phase that needs most memory, and its bytes by kind."""
+    name = max(stage["phases"], key=lambda name: sum(stage["phases"][name]["peak"].values()))
+    return name, stage["phases"][name]["peak"]
+
+
+def peak_gib(stage: dict) -> float:
+    return sum(peak(stage)[1].values()) / GIB
+
+
+def phase_seconds(stage: dict, name: str) -> tuple[float, float, float]:
+    """Seconds of computing, of collectives and of waiting for other stages."""
+    phase = stage["phases"][name]
+    links, share = sum(flow[-1] for flow in phase["flows"]), stage["idle"].get(name, 0.0)
+    return phase["seconds"], links, (phase["seconds"] + links) * share / (1 - share)
+
+
+def changes(args) -> list[list[str]]:
+    """Single changes that save memory, those that cost least first, as flags to add."""
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    is_ebft, found = args.training_mode == "ebft", []
+    if tp > 1 and not args.sequence_parallel:
+        found.append(["--sequence-parallel"])
+    if args.micro_batch_size > 1:
+        found.append(["--micro-batch-size", "1"])
+    if is_ebft:
+        blocks = (args.seq_length - args.ebft_rollout_length - args.ebft_context_length) // args.ebft_stride + 1
+        found.append(["--ebft-rollout-rows", "1"])
+        found += [["--ebft-blocks-per-microbatch", str(math.ceil((args.ebft_blocks_per_microbatch or blocks) / part))]
+                  for part in (2, 4)]
+    if args.recompute_granularity != "full":
+        found.append(["--recompute-granularity", "full"])
+    if is_ebft and args.ebft_track_kl and not args.ebft_kl_coef:
+        found.append(["--no-ebft-track-kl"])
+    found.append(["--tensor-model-parallel-size", str(2 * tp), *([] if args.sequence_parallel else
+                                                                  ["--sequence-parallel"])])
+    found.append(["--pipeline-model-parallel-size", str(2 * pp)])
+    return found
+
+
+def advise(argv: list[str], args, stages: dict[str, dict], limit: float, pool) -> str:
+    """The first single change with which the tightest rank fits."""
+    tightest = max(stages, key=lambda name: peak_gib(stages[name]))
+    waiting, tried = [], []
+    for change in changes(args):
+        try:
+            changed, _ = parse(argv + change)
+        except ValueError:
+            continue
+        ranks = stage_ranks(changed)
+        rank = ranks.get(tightest, next(iter(ranks.values())))
+        waiting.append((change, pool.submit(measure_rank, argv + change, rank)))
+    for change, result in waiting:
+        try:
+            size = peak_gib(result.result())
+        except ValueError:
+            continue
+        print(f"with {' '.join(change)}: {size:.1f} GiB", flush=True)
+        if size <= limit:
+            for _, other in waiting:
+                other.cancel()
+            return f"It would fit with {' '.join(change)}: {size:.1f} GiB on the rank that needs most now."
+        tried.append((size, change))
+    size, change = min(tried)
+    return (f"No single change of a flag makes it fit; nearest comes {' '.join(change)} with {size:.1f} GiB. Combine "
+            "several, or take more GPUs.")
+
+
+def report(args, cluster: Cluster, stages: dict[str, dict]) -> str:
+    """All figures, as Markdown."""
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    names = list(stages)
+    lines = [f"{args.world_size} ranks: tensor {tp}{' with sequence' if args.sequence_parallel else ''} × pipeline "
+             f"{pp} × data {args.world_size // (tp * pp)}; a GPU has {cluster.gpu_memory_gib:g} GiB and "
+             f"{cluster.peak_tflops:g} TFLOP/s", ""]
+    lines += _table(["GiB at the peak", *names], [
+        ["million parameters", *(f"{s['parameters'] / 1e6:.1f}" for s in stages.values())],
+        ["the peak is in", *(peak(s)[0] for s in stages.values())],
+        *([kind, *(f"{peak(s)[1].get(kind, 0) / GIB:.2f}" for s in stages.values())] for kind in KINDS),
+        ["in all", *(f"{peak_gib(s):.2f}" for s in stages.values())]])
+    phases = [name for name in next(iter(stages.values()))["phases"]]
+    lines += _table(["GiB by phase", *names], [
+        [phase, *(f"{sum(s['phases'][phase]['peak'].values()) / GIB:.2f}" for s in stages.values())]
+        for phase in phases])
+    lines += _table(["TFLOP", *names], [
+        *([phase, *(f"{s['phases'][phase]['flops'] / 1e12:.2f}" for s in stages.values())] for phase in phases),
+        ["step", *(f"{sum(p['flops'] for p in s['phases'].values()) / 1e12:.2f}" for s in stages.values())]])
+    for name, stage in stages.items():
+        lines += _table([f"messages of a rank, {name}", "operation", "group", "calls", "MB", "seconds"], [
+            [phase, operation, group, str(calls), f"{size / 1e6:.3f}", f"{seconds:.4f}"]
+            for phase in phases for operation, group, calls, size, seconds in stage["phases"][phase]["flows"]])
+    moved = next(iter(stages.values()))["rewards"]
+    if any(moved.values()):
+        lines += [f"For the rewards a rank receives up to {moved['gram'] / 1e6:.3g} MB a step as Gram matrices and slices; "
+                  f"whole features would be {moved['features'] / 1e6:.3g} MB.", ""]
+    rows, step = [], 0.0
+    for phase in phases:
+        each = {name: phase_seconds(s, phase) for name, s in stages.items()}
+        slowest = max(each, key=lambda name: sum(each[name]))
+        step += sum(each[slowest])
+        rows.append([phase, *(f"{x:.3f}" for x in each[slowest]), f"{sum(each[slowest]):.3f}"])
+    lines += _table(["estimated seconds, slowest stage", "computing", "collectives", "waiting", "in all"],
+                    [*rows, ["step", "", "", "", f"{step:.2f}"]])
+    flops = max(sum(p["flops"] for p in s["phases"].values()) for s in stages.values())
+    tokens = args.global_batch_size * args.seq_length
+    lines.append(f"A step of {tokens} gold tokens takes about {step:.1f} s ({flops / step / 1e12:.0f} TFLOP/s a GPU); "
+                 "an estimate: see the assumptions in this tool's first lines.")
+    return "\n".join(lines)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(head) + " |", "|---" + "|--:" * (len(head) - 1) + "|",
+            *("| " + " | ".join(row) + " |" for row in rows), ""]
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, Cluster]:
+    """Training flags with those of the cluster.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    from megatron_ebft.arguments import build_parser, check_args
+
+    parser = build_parser()
+    parser.prog, parser.description = "tools/plan.py", __doc__
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument_group("cluster").add_argument
+    add("--world-size", type=int, required=True, help="GPUs in all")
+    add("--gpu", choices=(*GPUS, "custom"), default="h100", help="kind; custom takes all of the next five")
+    for name in asdict(GPUS["h100"]):
+        add(f"--{name.replace('_', '-')}", type=int if name == "gpus_per_node" else float,
+            help="instead of the GPU's own" if name != "gpus_per_node" else "GPUs that NVLink joins, default 8")
+    add("--json", metavar="FILE", help="write all figures there")
+    args = check_args(parser.parse_args(argv))
+    if args.vocab_size is None:
+        raise ValueError("--vocab-size: give it, the plan reads no tokenizer")
+    if args.use_checkpoint_args:
+        raise ValueError("--use-checkpoint-args: the plan reads no checkpoint, give the architecture")
+    cluster = asdict(GPUS[args.gpu]) if args.gpu != "custom" else {"gpus_per_node": 8}
+    cluster |= {name: vars(args)[name] for name in asdict(GPUS["h100"]) if vars(args)[name] is not None}
+    for name in asdict(GPUS["h100"]):
+        if name not in cluster:
+            raise ValueError(f"--{name.replace('_', '-')}: --gpu custom needs it")
+        if cluster[name] <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} {cluster[name]}: must be above 0")
+    model_parallel = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    if args.world_size < 1 or args.world_size % model_parallel:
+        raise ValueError(f"--world-size {args.world_size}: must be a multiple of --tensor-model-parallel-size × "
+                         f"--pipeline-model-parallel-size, {model_parallel}")
+    return args, Cluster(**cluster)
+
+
+def main(argv: list[str]) -> None:
+    warnings.filterwarnings("ignore")
+    args, cluster = parse(argv)
+    limit = cluster.gpu_memory_gib * (1 - UNUSABLE)
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        stages = plan(argv, stage_ranks(args), pool)
+        print("\n" + report(args, cluster, stages) + "\n")
+        needed = max(map(peak_gib, stages.values()))
+        words = (f"{needed:.1f} GiB on the rank that needs most, of {limit:.1f} GiB usable ({1 - UNUSABLE:.0%} of the "
+                 "GPU's)")
+        if needed <= limit:
+            print(f"FITS: {words}.")
+        else:
+            print(f"DOES NOT FIT: {words}. Looking for a flag that helps:", flush=True)
+            print(advise(argv, args, stages, limit, pool))
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump({"arguments": vars(args), "cluster": asdict(cluster), "stages": stages}, file, indent=2)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"error: {error}")
