@@ -128,7 +128,7 @@ def test_plan_is_what_happens(real, layout):
         for phase, flops in found["flops"].items():
             assert planned["phases"][phase]["flops"] == flops > 0 or phase == "optimizer"
             assert [flow[:-1] for flow in planned["phases"][phase]["flows"]] == found["flows"][phase]
-        # With sequence parallelism and recomputation, what gloo copies and what CPU operators hold inside (the plan sees
-        # tensors between operators) is a quarter of the peak of so small a model.
+        # With sequence parallelism and recomputation, what gloo copies and what CPU operators hold inside (the plan
+        # sees tensors between operators) is a quarter of the peak of so small a model.
         if "--sequence-parallel" not in flags(layout):
             assert plan.peak_gib(planned) * plan.GIB == pytest.approx(found["peak"], rel=0.15)

@@ -34,7 +34,8 @@ def _flash_cpu_backward(grad, query, key, value, *args, out_shape=None, **kwargs
 
 
 for _operation, _formula in ((torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, _flash_cpu),
-                             (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, _flash_cpu_backward)):
+                             (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward,
+                              _flash_cpu_backward)):
     if _operation not in flop_counter.flop_registry:  # torch 2.15 has them
         flop_counter.register_flop_formula(_operation)(_formula)
 

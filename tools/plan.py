@@ -300,8 +300,8 @@ def report(args, cluster: Cluster, stages: dict[str, dict]) -> str:
             for phase in phases for operation, group, calls, size, seconds in stage["phases"][phase]["flows"]])
     moved = next(iter(stages.values()))["rewards"]
     if any(moved.values()):
-        lines += [f"For the rewards a rank receives up to {moved['gram'] / 1e6:.3g} MB a step as Gram matrices and slices; "
-                  f"whole features would be {moved['features'] / 1e6:.3g} MB.", ""]
+        lines += [f"For the rewards a rank receives up to {moved['gram'] / 1e6:.3g} MB a step as Gram matrices and "
+                  f"slices; whole features would be {moved['features'] / 1e6:.3g} MB.", ""]
     rows, step = [], 0.0
     for phase in phases:
         each = {name: phase_seconds(s, phase) for name, s in stages.items()}
