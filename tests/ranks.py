@@ -4,10 +4,12 @@ Each rank is a process with torchrun's environment that calls function(*args); t
 starts the process groups itself. Ranks on CPUs talk over gloo, so these tests need no GPU.
 """
 
+import contextlib
 import faulthandler
 import importlib
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -19,10 +21,12 @@ TESTS = Path(__file__).parent
 
 
 def free_port() -> int:
-    """A port nobody listens on, for MASTER_PORT."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port nobody listens on, for MASTER_PORT; none of those the system hands out to other sockets in the meantime."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def run_ranks(world_size: int, function: str, *args, timeout: float = 120.0) -> list:
