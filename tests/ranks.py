@@ -21,7 +21,7 @@ TESTS = Path(__file__).parent
 
 
 def free_port() -> int:
-    """A port nobody listens on, for MASTER_PORT; none of those the system hands out to other sockets in the meantime."""
+    """A port nobody listens on, for MASTER_PORT, outside the range the system hands out to other sockets meanwhile."""
     while True:
         port = random.SystemRandom().randrange(20000, 32000)
         with contextlib.suppress(OSError), socket.socket() as probe:
