@@ -30,7 +30,7 @@ from megatron_ebft.model import build_encoder, build_frozen
 ROWS, T, VOCAB, STEPS = 4, 12, 50, 3
 FIRST, VIRTUAL = "TP 2 × PP 2", "PP 2 × VP 2 × DP 2"
 LAYOUTS = {  # tensor-parallel size, pipeline-parallel size, virtual stages; where the checkpoint to load was saved
-    FIRST: (2, 2, None, None), VIRTUAL: (1, 2, 2, FIRST), "TP 4": (4, 1, None, VIRTUAL), "PP 4": (1, 4, None, FIRST),
+    FIRST: (2, 2, None, None), VIRTUAL: (1, 2, 2, FIRST), "TP 4": (4, 1, None, FIRST), "PP 4": (1, 4, None, VIRTUAL),
     "DP 4": (1, 1, None, VIRTUAL), "TP 2 × PP 2 again": (2, 2, None, VIRTUAL),
     "DP 2": (1, 1, None, FIRST)}  # the last of two ranks, the others of four
 MODELS = {"untied": {}, "tied": {}, "bf16": {"bf16": True, "params_dtype": torch.bfloat16}}
