@@ -345,6 +345,21 @@ def transformer_overrides(args: argparse.Namespace) -> dict:
                 **p2p, **recompute)
 
 
+def policy_overrides(args: argparse.Namespace) -> dict:
+    """The same for the policy, whose first and last stage may have a share of their own."""
+    return {**transformer_overrides(args), "first_stage_layers": args.decoder_first_pipeline_num_layers,
+            "last_stage_layers": args.decoder_last_pipeline_num_layers}
+
+
+def parallel_sizes(args: argparse.Namespace) -> dict:
+    """The arguments of `init_parallel`."""
+    return dict(tensor_model_parallel_size=args.tensor_model_parallel_size,
+                pipeline_model_parallel_size=args.pipeline_model_parallel_size, seed=args.seed,
+                timeout_minutes=args.distributed_timeout_minutes,
+                virtual_pipeline_model_parallel_size=virtual_stages(args),
+                sample_parallel_size=args.ebft_sample_parallel_size)
+
+
 def virtual_stages(args: argparse.Namespace) -> int | None:
     """Virtual pipeline stages of a rank as Megatron-Core counts them: None for one."""
     virtual = args.num_virtual_stages_per_pipeline_rank

@@ -21,6 +21,7 @@ from megatron_ebft.arguments import (
     ebft_config,
     model_args,
     optimizer_config,
+    policy_overrides,
     transformer_overrides,
     virtual_stages,
 )
@@ -64,8 +65,7 @@ def build_run(args: argparse.Namespace) -> Run:
 
     overrides, fields = transformer_overrides(args), dataclasses.asdict(architecture)
     fixed = {name: value for name, value in fields.items() if name not in _free_fields(fields)}
-    policy = build_policy(architecture, ddp_config(args), first_stage_layers=args.decoder_first_pipeline_num_layers,
-                          last_stage_layers=args.decoder_last_pipeline_num_layers, **overrides)
+    policy = build_policy(architecture, ddp_config(args), **policy_overrides(args))
     if args.pretrained_checkpoint:
         load_weights(args.pretrained_checkpoint, policy, architecture=fixed)
     encoder = None

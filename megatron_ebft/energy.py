@@ -39,7 +39,7 @@ def pool(gram: Tensor, tokens: int) -> Tensor:
     inverse = gram.diagonal(dim1=-2, dim2=-1).clamp(min=NORM_FLOOR**2).rsqrt()
     normalised = gram * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
     m = gram.shape[-1] // tokens
-    return normalised.unflatten(-1, (m, tokens)).unflatten(-3, (m, tokens)).mean((-1, -3))
+    return normalised.unflatten(-1, (m, tokens)).mean(-1).unflatten(-2, (m, tokens)).mean(-2)
 
 
 def whiten(M: Tensor, whitening: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -170,20 +170,21 @@ class PendingGrams:
         if wait is None:
             width = vectors * (self.row.layout.num_samples * sample_size() + 1)
             return torch.zeros(self.batch, self.row.size, width, width, dtype=torch.float64, device=device())
-        gram = energy.gram(wait().flatten(-3, -2))  # [layers, b, size, (n+1)·P, (n+1)·P]
+        gram = energy.gram(wait().flatten(2, 3))  # [layers, b·size, (n+1)·P, (n+1)·P]
         is_layered = self.norm == "layer" and not is_normalised
         if not is_layered:
             gram = gram.sum(0)
         for group in (tp_group(), sample_group()):
             if group is not None and dist.get_world_size(group) > 1:
                 dist.all_reduce(gram, group=group)
-        return energy.pool(gram, 1).sum(0) if is_layered else gram
+        gram = energy.pool(gram, 1).sum(0) if is_layered else gram
+        return gram.unflatten(0, (self.batch, self.row.size))
 
 
 def _pool(slices: Tensor, norm: str) -> Tensor:
     """Features from all pooled tokens: normalised by the norm over the whole hidden dimension, averaged over P.
 
-    slices: [layers, b, size, n+1, P, H/tp] → [layers, b, size, n+1, 1, H/tp], float32.
+    slices: [layers, b·size, n+1, P, H/tp] → [layers, b·size, n+1, 1, H/tp], float32.
     """
     squared = slices.double().square().sum(-1, keepdim=True)
     if norm == "joint":
@@ -196,7 +197,7 @@ def _pool(slices: Tensor, norm: str) -> Tensor:
 
 
 def _pooled_slices(row: RowLayout, steps: range, hidden_SBH: list[Tensor]) -> Tensor:
-    """Hidden states of the pooled tokens, this tensor rank's slice of them: [layers, b, size, n+1, P, H/tp].
+    """Hidden states of the pooled tokens, this tensor rank's slice of them: [layers, b·size, n+1, P, H/tp].
 
     Without sequence parallelism every tensor rank has all tokens and takes its slice; with it, each has some tokens and
     they trade (an all-to-all that moves the pooled tokens once).
@@ -208,7 +209,7 @@ def _pooled_slices(row: RowLayout, steps: range, hidden_SBH: list[Tensor]) -> Te
         pooled = torch.stack([h.chunk(size, dim=-1)[rank][places.to(h.device)] for h in hidden_SBH])
     else:
         pooled = _trade_tokens(hidden_SBH, places, group)
-    return pooled.unflatten(1, index.shape).movedim(4, 1)
+    return pooled.transpose(1, 2).reshape(len(pooled), -1, *index.shape[1:], pooled.shape[-1])
 
 
 def _trade_tokens(hidden_SBH: list[Tensor], places: Tensor, group) -> Tensor:
@@ -226,7 +227,7 @@ def _trade_tokens(hidden_SBH: list[Tensor], places: Tensor, group) -> Tensor:
 
 
 def _exchange_samples(pooled: Tensor):
-    """All samples of a sample group, a slice of H each: a function that waits for [layers, b, size, n+1, P, H/(tp·S)].
+    """All samples of a sample group, a slice of H each: a function that waits for [layers, b·size, n+1, P, H/(tp·S)].
 
     Gram matrices add up over slices of H, so no rank needs whole features of samples it did not draw: against an
     all-gather this moves a share 1/S of the bytes. The reference feature is known to every rank.
@@ -234,13 +235,14 @@ def _exchange_samples(pooled: Tensor):
     count, group = sample_size(), sample_group()
     if count == 1:
         return lambda: pooled
-    own = pooled[..., :-1, :, :].unflatten(-1, (count, -1)).movedim(-2, 0).contiguous()  # [S, layers, …]
+    own = torch.stack(pooled[:, :, :-1].flatten(0, 1).chunk(count, dim=-1))  # [S, layers·b·size, n/S, P, H/(tp·S)]
     everyone = torch.empty_like(own)
     work = dist.all_to_all_single(everyone, own, group=group, async_op=True)
-    reference = pooled[..., -1:, :, :].chunk(count, dim=-1)[sample_rank()].contiguous()  # a view would keep the whole
+    reference = pooled[:, :, -1:].chunk(count, dim=-1)[sample_rank()].contiguous()  # a view would keep the whole
 
     def wait(own=own) -> Tensor:  # which must live until then
         work.wait()
-        return torch.cat([everyone.movedim(0, 3).flatten(3, 4), reference], dim=3)
+        samples = everyone.transpose(0, 1).flatten(1, 2).unflatten(0, reference.shape[:2])
+        return torch.cat([samples, reference], dim=2)
 
     return wait

@@ -55,9 +55,7 @@ class StridedLayout:
             raise ValueError(
                 f"--seq-length {self.seq_length} is too short for one block: it needs at least --ebft-context-length "
                 f"{self.context_length} + --ebft-rollout-length {self.rollout_length} tokens")
-        if self.seq_length % self.pad_to:
-            raise ValueError(f"--seq-length {self.seq_length}: with --sequence-parallel it must be a multiple of "
-                             f"--tensor-model-parallel-size {self.pad_to}")
+        assert self.seq_length % self.pad_to == 0  # the flags were checked
 
     @property
     def num_blocks(self) -> int:

@@ -13,7 +13,7 @@ def main(argv: list[str] | None = None) -> None:
     # Megatron-Core's own: no Transformer Engine or apex, deprecations, and a probe of .grad by its optimizer.
     warnings.filterwarnings("ignore", module="megatron|torch")
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-    from megatron_ebft.arguments import parse_args, virtual_stages
+    from megatron_ebft.arguments import parallel_sizes, parse_args
     from megatron_ebft.build import build_run, describe
     from megatron_ebft.logger import Logger
     from megatron_ebft.parallel import init_parallel, shut_down
@@ -21,9 +21,7 @@ def main(argv: list[str] | None = None) -> None:
 
     start = time.perf_counter()
     args = parse_args(argv)
-    init_parallel(args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.seed,
-                  args.distributed_timeout_minutes, virtual_pipeline_model_parallel_size=virtual_stages(args),
-                  sample_parallel_size=args.ebft_sample_parallel_size)
+    init_parallel(**parallel_sizes(args))
     run = build_run(args)
     log = Logger(args.tensorboard_dir, run.state.iteration, args.train_iters, args.global_batch_size * args.seq_length,
                  args.ebft_rollout_length, run.tokenizer)

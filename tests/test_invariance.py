@@ -24,9 +24,10 @@ from megatron_ebft.arguments import (
     ebft_config,
     model_args,
     optimizer_config,
+    parallel_sizes,
     parse_args,
+    policy_overrides,
     transformer_overrides,
-    virtual_stages,
 )
 from megatron_ebft.checkpoint import TrainState
 from megatron_ebft.device import backend, device, init_device
@@ -107,9 +108,7 @@ def build_run(args, other: str | None) -> training.Run:
     architecture, overrides = model_args(args, VOCAB), transformer_overrides(args)
     config, weights = bf.random_llama(0, layers=4, hidden=16, ffn=24, heads=8, kv_heads=4, vocab=VOCAB)
     method = ebft_config(args, args.num_layers)
-    policy = model.build_policy(
-        architecture, ddp_config(args), first_stage_layers=args.decoder_first_pipeline_num_layers,
-        last_stage_layers=args.decoder_last_pipeline_num_layers, **overrides)
+    policy = model.build_policy(architecture, ddp_config(args), **policy_overrides(args))
     encoder = model.build_encoder(architecture, max(method.feature_map.layers), **overrides)
     reference = model.build_frozen(architecture, **overrides)
     if other is None:
@@ -146,10 +145,7 @@ def train(folder: str, names: list[str]) -> dict:
             continue
         args = parse_args(FLAGS + (OTHER if name.startswith("other") else []) + flags)
         dist.init_process_group(backend(), init_method=f"file://{folder}/{name}.store", rank=rank, world_size=world)
-        parallel.init_parallel(
-            args.tensor_model_parallel_size, args.pipeline_model_parallel_size, seed=1,
-            virtual_pipeline_model_parallel_size=virtual_stages(args),
-            sample_parallel_size=args.ebft_sample_parallel_size)
+        parallel.init_parallel(**parallel_sizes(args))
         gold, run = gold_rows(), build_run(args, f"{folder}/other.pt" if name.startswith("other") else None)
         before = rollouts(run, gold, 0)
         metrics = []

@@ -79,14 +79,12 @@ def real_steps(folder: str, layouts: list[str]) -> list[dict]:
 def real_step(argv: list[str]) -> dict:
     from meter import Meter
 
-    from megatron_ebft.arguments import virtual_stages
+    from megatron_ebft.arguments import parallel_sizes
     from megatron_ebft.parallel import init_parallel, shut_down
     from megatron_ebft.training import train_step
 
     args, _ = plan.parse(argv)
-    init_parallel(args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.seed,
-                  virtual_pipeline_model_parallel_size=virtual_stages(args),
-                  sample_parallel_size=args.ebft_sample_parallel_size)
+    init_parallel(**parallel_sizes(args))
     run, gold = plan.build(args, Meter(0))
     models = [[[*module.parameters(), *vars(module).values()] for module in model.modules()]
               for model in (*run.policy, run.encoder, run.reference) if model is not None]

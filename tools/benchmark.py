@@ -44,7 +44,14 @@ def build(args):
     """A Run on random weights, and one global batch of random rows on this rank."""
     from megatron.core.optimizer import get_megatron_optimizer
 
-    from megatron_ebft.arguments import ddp_config, ebft_config, model_args, optimizer_config, transformer_overrides
+    from megatron_ebft.arguments import (
+        ddp_config,
+        ebft_config,
+        model_args,
+        optimizer_config,
+        policy_overrides,
+        transformer_overrides,
+    )
     from megatron_ebft.batch import GoldBatch
     from megatron_ebft.build import build_scheduler
     from megatron_ebft.checkpoint import TrainState
@@ -55,8 +62,7 @@ def build(args):
 
     architecture, overrides = model_args(args, args.vocab_size), transformer_overrides(args)
     config = ebft_config(args, architecture.num_layers)
-    policy = build_policy(architecture, ddp_config(args), first_stage_layers=args.decoder_first_pipeline_num_layers,
-                          last_stage_layers=args.decoder_last_pipeline_num_layers, **overrides)
+    policy = build_policy(architecture, ddp_config(args), **policy_overrides(args))
     encoder = build_encoder(architecture, max(config.feature_map.layers), **overrides)
     copy_weights(policy, encoder)
     optimizer = get_megatron_optimizer(optimizer_config(args), policy)
@@ -161,7 +167,7 @@ def table(result: dict) -> str:
 
 def main(argv: list[str]) -> None:
     warnings.filterwarnings("ignore")
-    from megatron_ebft.arguments import build_parser, check_args, virtual_stages
+    from megatron_ebft.arguments import build_parser, check_args, parallel_sizes
     from megatron_ebft.parallel import init_parallel, shut_down
 
     parser = build_parser()
@@ -174,9 +180,7 @@ def main(argv: list[str]) -> None:
                  "data_path"):
         if vars(args)[flag]:
             raise ValueError(f"--{flag.replace('_', '-')}: not part of the benchmark, leave it out")
-    init_parallel(args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.seed,
-                  virtual_pipeline_model_parallel_size=virtual_stages(args),
-                  sample_parallel_size=args.ebft_sample_parallel_size)
+    init_parallel(**parallel_sizes(args))
     result = benchmark(args)
     if torch.distributed.get_rank() == 0:
         print(table(result))

@@ -85,9 +85,7 @@ def build(args, meter):
     architecture, overrides = arguments.model_args(args, args.vocab_size), arguments.transformer_overrides(args)
     config, encoder, reference = None, None, None
     with meter.kind("weights"):
-        policy = model.build_policy(architecture, arguments.ddp_config(args),
-                                    first_stage_layers=args.decoder_first_pipeline_num_layers,
-                                    last_stage_layers=args.decoder_last_pipeline_num_layers, **overrides)
+        policy = model.build_policy(architecture, arguments.ddp_config(args), **arguments.policy_overrides(args))
     for chunk in policy:
         for buffer in chunk.buffers:
             meter.label(buffer.grad_data, "gradients")
@@ -171,15 +169,13 @@ def measure_rank(argv: list[str], rank: int, like_gpu: bool = True) -> dict:
     args, cluster = parse(argv)
     from simulate import fake_tensors, gpu_operations, simulated_rank
 
-    from megatron_ebft.arguments import virtual_stages
+    from megatron_ebft.arguments import parallel_sizes
     from megatron_ebft.build import check_batch
     from megatron_ebft.parallel import init_parallel, shut_down
 
     begun = time.perf_counter()
     with simulated_rank(rank, args.world_size):
-        init_parallel(args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.seed,
-                      virtual_pipeline_model_parallel_size=virtual_stages(args),
-                      sample_parallel_size=args.ebft_sample_parallel_size)
+        init_parallel(**parallel_sizes(args))
         check_batch(args)
         with gpu_operations() if like_gpu else nullcontext(), fake_tensors():
             found = measure(args, cluster)

@@ -62,7 +62,7 @@ def measure(args, repeats: int) -> list[list[tuple[int, int, int, float]]]:
 
 def main(argv: list[str]) -> None:
     warnings.filterwarnings("ignore")
-    from megatron_ebft.arguments import build_parser, check_args, virtual_stages
+    from megatron_ebft.arguments import build_parser, check_args, parallel_sizes
     from megatron_ebft.parallel import document_size, init_parallel, shut_down
     from megatron_ebft.relay import idle_fraction, row_groups
 
@@ -71,12 +71,11 @@ def main(argv: list[str]) -> None:
     parser.set_defaults(**SHAPE)
     parser.add_argument("--repeats", type=int, default=3, help="timed passes; the shortest time of a task counts")
     args = check_args(parser.parse_args(["--train-iters", "1", *argv]))
-    stages, virtual = args.pipeline_model_parallel_size, virtual_stages(args)
-    init_parallel(args.tensor_model_parallel_size, stages, args.seed, virtual_pipeline_model_parallel_size=virtual,
-                  sample_parallel_size=args.ebft_sample_parallel_size)
+    stages, virtual = args.pipeline_model_parallel_size, args.num_virtual_stages_per_pipeline_rank
+    init_parallel(**parallel_sizes(args))
     timelines = measure(args, args.repeats)
     groups = len(row_groups(args.global_batch_size // document_size(), stages, args.ebft_rollout_rows))
-    formula = idle_fraction(groups, stages, args.ebft_rollout_length, virtual or 1)
+    formula = idle_fraction(groups, stages, args.ebft_rollout_length, virtual)
     if torch.distributed.get_rank() == 0:
         for stage, timeline in enumerate(timelines):
             prefill = [seconds for step, *_, seconds in timeline if step == 0]
