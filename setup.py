@@ -24,11 +24,13 @@ setup(
         'triton; platform_system == "Linux" and python_version >= "3.12"',
         "numpy",
         "psutil",  # megatron-core saves checkpoints with it
+        "safetensors",
         "sentencepiece",
         "tensorboard",
     ],
     extras_require={
         "te": ["transformer-engine[pytorch,core_cu13]"],
-        "dev": ["pytest", "hypothesis", "transformers", "safetensors", "matplotlib"],
+        "hf": ["transformers"],
+        "dev": ["pytest", "hypothesis", "transformers", "matplotlib"],
     },
 )

@@ -13,6 +13,7 @@
 """
 
 import contextlib
+import logging
 import os
 import random
 from dataclasses import asdict, dataclass
@@ -30,13 +31,11 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from megatron_ebft import parallel
 from megatron_ebft.checkpoint_files import (
     FORMAT,
-    MANIFEST,
     RECORD,
+    check_sizes,
     clear_leftovers,
     commit,
-    damaged,
     folder_name,
-    read_json,
     read_record,
     reading,
     resolve,
@@ -45,7 +44,12 @@ from megatron_ebft.checkpoint_files import (
 )
 from megatron_ebft.device import have_gpu
 from megatron_ebft.fingerprint import SHARDING, real_vocab_size, sharded_tensors, sharded_weights
+from megatron_ebft.hf_files import COMPANIONS, write_companions
 from megatron_ebft.model import unwrap
+from megatron_ebft.parallel import together
+
+# Megatron-Core 0.19 remarks at each load that a converted checkpoint has its common state where 0.16 looks for it, too.
+logging.getLogger("megatron.core.dist_checkpointing.strategies.common").setLevel(logging.ERROR)
 
 
 @dataclass
@@ -58,12 +62,13 @@ class TrainState:
     """Rows drawn from the training data, over all ranks."""
 
 
-def save_checkpoint(directory: str, state: TrainState, model: list, optimizer, scheduler, metadata: dict, *,
-                    flag: str = "--save") -> str:
+def save_checkpoint(directory: str, state: TrainState, model: list, optimizer, scheduler, metadata: dict,
+                    companions: dict[str, bytes] | None = None, *, flag: str = "--save") -> str:
     """Write `<directory>/iter_<iteration>` from all ranks and make it the latest; returns that folder.
 
     Args:
         metadata: JSON-able description of the run; `metadata["architecture"]` is what loading compares.
+        companions: small files to keep in the checkpoint, by name (hf_files.py).
 
     Raises:
         ValueError: the directory cannot be written, or is not the same on every rank.
@@ -72,23 +77,25 @@ def save_checkpoint(directory: str, state: TrainState, model: list, optimizer, s
     temporary = folder + ".tmp"
     record = {"format": FORMAT, "train_state": asdict(state), "layout": _layout(), "optimizer": _kind(optimizer),
               "metadata": metadata}
-    with _together(), writing(directory, flag):
+    with together(), writing(directory, flag):
         if dist.get_rank() == 0:
             clear_leftovers(directory)
             os.makedirs(temporary)
-    with _together():
+    with together():
         if not os.path.isdir(temporary):
             raise ValueError(f"{flag} {directory}: rank {dist.get_rank()} does not see the folder rank 0 made there; "
                              f"name a directory on a filesystem that all ranks share")
     overlapped = [chunk for chunk in model if chunk.ddp_config.overlap_param_gather]
     for chunk in overlapped:
         chunk.disable_forward_pre_hook()  # gathers what the next forward pass would have gathered
-    with _together(), writing(directory, flag), torch.no_grad():
+    with together(), writing(directory, flag), torch.no_grad():
         dist_checkpointing.save(_sharded_state(model, optimizer, scheduler, with_rng=True), temporary)
     for chunk in overlapped:
         chunk.enable_forward_pre_hook()
-    with _together(), writing(directory, flag):
+    with together(), writing(directory, flag):
         if dist.get_rank() == 0:
+            if companions:
+                write_companions(os.path.join(temporary, COMPANIONS), companions)
             write_json(os.path.join(temporary, RECORD), record)
             commit(directory, temporary, folder, state.iteration)
     return folder
@@ -111,6 +118,8 @@ def load_checkpoint(directory: str, model: list, optimizer, scheduler, *, archit
         ValueError: nothing to load, a damaged file, or a checkpoint of another architecture, optimizer or format.
     """
     folder, record = _open(directory, architecture, flag)
+    if record["optimizer"] is None:
+        raise ValueError(f"{flag} {folder}: holds weights alone; give it as --pretrained-checkpoint")
     if record["optimizer"] != _kind(optimizer):
         raise ValueError(f"{flag} {folder}: the optimizer was another one ({record['optimizer']}, now "
                          f"{_kind(optimizer)}); load the weights alone with --pretrained-checkpoint")
@@ -119,7 +128,7 @@ def load_checkpoint(directory: str, model: list, optimizer, scheduler, *, archit
     loaded = _read(folder, template, real_vocab_size(model), flag)
     for i, chunk in enumerate(model):
         unwrap(chunk).load_state_dict(loaded[f"model{i}"])
-    with _together(), torch.no_grad():
+    with together(), torch.no_grad():
         try:
             scheduler.num_steps = 0  # its load_state_dict adds
             scheduler.load_state_dict(loaded["opt_param_scheduler"])
@@ -292,16 +301,11 @@ def _layout() -> dict:
 
 def _open(directory: str, architecture: dict | None, flag: str) -> tuple[str, dict]:
     """Find the folder, check its files and its architecture; returns the folder and its ebft.json."""
-    with _together():
+    with together():
         folder = resolve(directory, flag)
         record = read_record(folder, flag)
         if dist.get_rank() == 0:
-            for name, size in read_json(folder, MANIFEST, flag).items():
-                path = os.path.join(folder, name)
-                there = os.path.getsize(path) if os.path.exists(path) else None
-                if there != size:
-                    raise damaged(folder, flag, f"{name} is missing" if there is None else
-                                   f"{name} has {there} bytes instead of {size}")
+            check_sizes(folder, flag)
         saved = record["metadata"].get("architecture", {})
         differ = [f"{field} (saved {saved.get(field)!r}, now {value!r})"
                   for field, value in (architecture or {}).items() if field not in saved or saved[field] != value]
@@ -316,7 +320,7 @@ def _read(folder: str, template: dict, vocab_size: int, flag: str) -> dict:
 
     An embedding or output layer (and the optimizer's state of one) may have any number of rows from `vocab_size` on.
     """
-    with _together():
+    with together():
         with reading(folder, flag):
             # Not dist_checkpointing.load_tensors_metadata: 0.19.2's fails on what torch 2.15 stores.
             stored = {key: tuple(value.size) for key, value in
@@ -332,22 +336,7 @@ def _read(folder: str, template: dict, vocab_size: int, flag: str) -> dict:
         if wrong:
             raise ValueError(f"{flag} {folder}: {len(wrong)} tensors do not fit the model: "
                              f"{'; '.join(list(wrong.values())[:8])}; name a checkpoint of this model")
-    with _together(), reading(folder, flag), torch.no_grad():
+    with together(), reading(folder, flag), torch.no_grad():
         # Sharding was validated when it was saved; doing so again would fail on rank 0 alone while others wait.
         loaded = dist_checkpointing.load(template, folder, validate_access_integrity=False)
         return {key: loaded.get(key, {}) for key in template}  # without what else it holds; {}: a stage without weights
-
-
-@contextlib.contextmanager
-def _together():
-    """Run the block on every rank; a ValueError on any becomes one on all. Also a barrier."""
-    problem = None
-    try:
-        yield
-    except ValueError as error:
-        problem = error
-    problems = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem and str(problem))
-    first = next((text for text in problems if text), None)
-    if first:
-        raise ValueError(first) from problem

@@ -100,25 +100,27 @@ def clear_leftovers(directory: str) -> None:
 
 def commit(directory: str, temporary: str, folder: str, iteration: int) -> None:
     """Make a finished temporary folder the checkpoint of its iteration, then the latest one."""
-    sizes = {name: os.path.getsize(os.path.join(temporary, name)) for name in sorted(os.listdir(temporary))}
+    sizes = {os.path.relpath(os.path.join(parent, name), temporary): os.path.getsize(os.path.join(parent, name))
+             for parent, _, names in os.walk(temporary) for name in sorted(names)}
     for name in sizes:
-        _sync(os.path.join(temporary, name))
+        sync(os.path.join(temporary, name))
     write_json(os.path.join(temporary, MANIFEST), sizes)
-    _sync(temporary)
+    for parent, _, _ in os.walk(temporary):
+        sync(parent)
     if os.path.isdir(folder):
         os.rename(folder, folder + ".old")
     os.rename(temporary, folder)
-    _sync(directory)
+    sync(directory)
     pointer = os.path.join(directory, POINTER)
     with open(pointer + ".tmp", "w") as file:
         file.write(str(iteration))
-    _sync(pointer + ".tmp")
+    sync(pointer + ".tmp")
     os.replace(pointer + ".tmp", pointer)
-    _sync(directory)
+    sync(directory)
     shutil.rmtree(folder + ".old", ignore_errors=True)
 
 
-def _sync(path: str) -> None:
+def sync(path: str) -> None:
     """Flush a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -130,12 +132,22 @@ def _sync(path: str) -> None:
 def write_json(path: str, value: dict) -> None:
     with open(path, "w") as file:
         json.dump(value, file, indent=2, ensure_ascii=False)
-    _sync(path)
+    sync(path)
 
 
 def read_json(folder: str, name: str, flag: str) -> dict:
     with reading(folder, flag), open(os.path.join(folder, name)) as file:
         return json.load(file)
+
+
+def check_sizes(folder: str, flag: str) -> None:
+    """ValueError, naming the file, unless every file of a checkpoint has the size its manifest says."""
+    for name, size in read_json(folder, MANIFEST, flag).items():
+        path = os.path.join(folder, name)
+        there = os.path.getsize(path) if os.path.exists(path) else None
+        if there != size:
+            raise damaged(folder, flag, f"{name} is missing" if there is None else
+                          f"{name} has {there} bytes instead of {size}")
 
 
 def damaged(folder: str, flag: str, what: str) -> ValueError:

@@ -74,7 +74,7 @@ class PositionRotary(torch.nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         dim = int(args.kv_channels * args.rotary_percent)
-        inv_freq = 1.0 / args.rotary_base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+        inv_freq = 1.0 / args.rotary_base ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
         if args.use_rope_scaling:
             inv_freq = _llama3_scaling(inv_freq, args)
         self.inv_freq = inv_freq.to(device())
@@ -206,7 +206,14 @@ def _usual_strides(module, inputs, embedded_SBH: Tensor) -> Tensor:
 
 
 def _build_gpt(args: ModelArgs, config: TransformerConfig, split: list[int], vp_stage: int = 0, *, has_head=True):
-    """This rank's stage of a model split as `split_layers` says."""
+    """This rank's stage of a model split as `split_layers` says, on its device."""
+    model = _assemble(args, config, split, vp_stage, has_head)
+    model.to(device())
+    return Float16Module(config, model) if config.bf16 else model
+
+
+def _assemble(args: ModelArgs, config: TransformerConfig, split: list[int], vp_stage: int = 0,
+              has_head: bool = True) -> LanguageModel:
     stage, stages = parallel_state.get_pipeline_model_parallel_rank(), config.pipeline_model_parallel_size
     place = vp_stage * stages + stage
     rope = args.position_embedding_type == "rope"
@@ -223,8 +230,7 @@ def _build_gpt(args: ModelArgs, config: TransformerConfig, split: list[int], vp_
     if rope:
         model.rotary_pos_emb = PositionRotary(args)
     model.real_vocab_size = args.vocab_size
-    model.to(device())
-    return Float16Module(config, model) if config.bf16 else model
+    return model
 
 
 def _config(args: ModelArgs, split: list[int], overrides: dict) -> TransformerConfig:
@@ -276,6 +282,13 @@ def build_encoder(args: ModelArgs, deepest_layer: int, **overrides):
     split = balanced_split(deepest_layer, overrides.get("pipeline_model_parallel_size", 1))
     config = _config(args, split, _frozen_overrides(overrides))
     return _freeze(_build_gpt(args, config, split, has_head=False))
+
+
+def build_skeleton(args: ModelArgs) -> LanguageModel:
+    """A whole model in float32 whose parameters have shapes but no memory, to be filled one module at a time."""
+    config = _config(args, [args.num_layers], dict(perform_initialization=False))
+    with torch.device("meta"):
+        return _freeze(_assemble(args, config, [args.num_layers]))
 
 
 def local_layers(model) -> dict[int, torch.nn.Module]:

@@ -6,6 +6,7 @@
    while hidden states travel forward on the pipeline's, so that neither waits for the other.
 """
 
+import contextlib
 import datetime
 import os
 
@@ -146,6 +147,38 @@ def from_first_tensor_rank(values: Tensor) -> Tensor:
     if dist.get_world_size(tp_group()) > 1:
         dist.broadcast(values, parallel_state.get_tensor_model_parallel_src_rank(), group=tp_group())
     return values
+
+
+def all_samples(values_BKN: Tensor) -> Tensor:
+    """Values of all n rollouts of a block [B, K, n, ...], from those of each rank of a sample group."""
+    return values_BKN if sample_group() is None else torch.cat(_everyones(values_BKN, sample_group()), dim=2)
+
+
+def all_documents(values_B: Tensor) -> Tensor:
+    """Values of the rows of the global batch [ΣB, ...] in their order, from those of each rank's rows."""
+    return torch.cat(_everyones(values_B, parallel_state.get_data_parallel_group())[:: sample_size()])
+
+
+def _everyones(values: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    """The tensors, of one shape, of all ranks of a group."""
+    parts = [torch.empty_like(values, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, values.contiguous(), group=group)
+    return parts
+
+
+@contextlib.contextmanager
+def together():
+    """Run the block on every rank; a ValueError on any becomes one on all. Also a barrier."""
+    problem = None
+    try:
+        yield
+    except ValueError as error:
+        problem = error
+    problems = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem and str(problem))
+    first = next((text for text in problems if text), None)
+    if first:
+        raise ValueError(first) from problem
 
 
 def shut_down() -> None:

@@ -78,7 +78,8 @@ def _tail(log, characters: int = 6000) -> str:
 def _main() -> None:
     """One rank: python ranks.py module:function result_file timeout args…"""
     faulthandler.dump_traceback_later(float(sys.argv[3]) - 1)  # shows where a rank waits for ever
-    sys.path[:0] = [str(TESTS), str(TESTS.parent), str(TESTS.parent / "tools")]
+    sys.path[:0] = [str(TESTS), str(TESTS.parent), str(TESTS.parent / "tools"),
+                    str(TESTS.parent / "tools/convert")]
     module, name = sys.argv[1].split(":")
     result = getattr(importlib.import_module(module), name)(*map(json.loads, sys.argv[4:]))
     Path(sys.argv[2]).write_text(json.dumps(result))

@@ -16,7 +16,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from ranks import run_ranks
 
-from megatron_ebft import checkpoint, fingerprint, parallel
+from megatron_ebft import fingerprint, parallel
 from megatron_ebft.attention import CausalPattern, as_mask
 from megatron_ebft.checkpoint import TrainState, load_checkpoint, load_weights, save_checkpoint
 from megatron_ebft.checkpoint_files import MANIFEST, POINTER, latest_iteration, read_metadata
@@ -145,7 +145,7 @@ def two_ranks(one: str, two: str) -> dict:
     load_checkpoint(one, *from_one.parts)
     result["prints"].append(weights_fingerprint(from_one.model[0]))
     try:
-        with checkpoint._together():
+        with parallel.together():
             if torch.distributed.get_rank() == 1:
                 raise ValueError("only rank 1")
     except ValueError as error:

@@ -1,0 +1,556 @@
+"""Conversion from and to Hugging Face, against transformers and the safetensors library.
+
+1. Round trips of every family, tied and not, in bf16 and float32: the same tensors to the last bit.
+2. Logits of the converted model at four layouts of TP × PP, on one start of 4 ranks, against transformers: with rotary
+   scaling, at positions past its original range. A checkpoint saved at TP 2 × PP 2 goes back to the same tensors.
+3. Training from a converted checkpoint, by --use-checkpoint-args alone, and back to a model transformers loads.
+4. What a conversion may hold in memory; what it leaves behind when it is stopped; what it refuses, by name.
+"""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import hf_to_megatron
+import megatron_to_hf
+import pytest
+import torch
+import transformers
+import verify
+from megatron.core import parallel_state
+from preprocess_data import main as preprocess
+from ranks import run_ranks
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_checkpoint import Run
+from test_data import hugging_face_folder, sentences  # noqa: F401
+
+from megatron_ebft import convert, hf_files, parallel
+from megatron_ebft.arguments import parse_args
+from megatron_ebft.attention import CausalPattern, as_mask
+from megatron_ebft.batch import GoldBatch, GoldMicroBatches, run_schedule
+from megatron_ebft.build import build_run
+from megatron_ebft.checkpoint import TrainState, load_weights, save_checkpoint
+from megatron_ebft.checkpoint_files import latest_iteration, read_metadata
+from megatron_ebft.device import device, init_device
+from megatron_ebft.families import FAMILIES, describe, parse_config, read_model, write_config
+from megatron_ebft.metrics import PhaseTimer
+from megatron_ebft.model import ModelArgs, unwrap
+from megatron_ebft.training import train_step
+
+TOOLS = Path(hf_to_megatron.__file__).parent
+VOCAB, ORIGINAL, LENGTH = 67, 32, 56  # positions go beyond ORIGINAL; with it, all three kinds of frequencies occur
+LLAMA3 = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=ORIGINAL)
+SHAPE = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+             max_position_embeddings=256)
+MODELS = {  # its class, what its configuration has beyond SHAPE
+    "llama 2": ("Llama", dict(num_key_value_heads=4)),
+    "llama 3.1": ("Llama", dict(num_key_value_heads=2, rope_parameters=LLAMA3)),
+    "llama 3.2": ("Llama", dict(num_key_value_heads=2, head_dim=16, rope_parameters=LLAMA3, tie_word_embeddings=True)),
+    "qwen2": ("Qwen2", dict(num_key_value_heads=2, rope_parameters=LLAMA3)),
+    "qwen2.5": ("Qwen2", dict(num_key_value_heads=2, tie_word_embeddings=True)),
+    "qwen3": ("Qwen3", dict(num_key_value_heads=2, head_dim=16, rope_parameters=LLAMA3)),
+    "mistral": ("Mistral", dict(num_key_value_heads=2, sliding_window=None, rope_parameters=LLAMA3)),
+}
+
+
+def random_model(kind: str, seed: int = 0, **changes):
+    """A transformers model in which no parameter is what a wrong conversion could make it by chance."""
+    name, special = MODELS[kind]
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{name}Config")(**SHAPE | special | changes)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=1.0 if parameter.dim() == 1 else 0.0, std=0.2)
+    return model
+
+
+def hugging_face(folder: Path, kind: str, dtype=torch.float32, shard="15kB", **changes) -> Path:
+    """Its folder, in several shards."""
+    random_model(kind, **changes).to(dtype).save_pretrained(folder, max_shard_size=shard)
+    return folder
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """As the safetensors library reads them; each in one file."""
+    files = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
+    found = {name: tensor for file in files for name, tensor in file.items()}
+    assert len(found) == sum(map(len, files))
+    return found
+
+
+def same(found: dict, expected: dict) -> bool:
+    return found.keys() == expected.keys() and all(
+        found[name].dtype == x.dtype and torch.equal(found[name], x) for name, x in expected.items())
+
+
+def there(source: Path, output: Path, *flags: str) -> Path:
+    hf_to_megatron.main(["--hf-model", str(source), "--output", str(output), *flags])
+    return output
+
+
+def back(source: Path, output: Path, *flags: str) -> Path:
+    megatron_to_hf.main(["--load", str(source), "--output", str(output), *flags])
+    return output
+
+
+# ---------------------------------------------------------------- round trips
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_round_trip(tmp_path, kind, tied, dtype):
+    source = hugging_face(tmp_path / "source", kind, dtype, tie_word_embeddings=tied)
+    assert (source / hf_files.INDEX).exists()
+    checkpoint = there(source, tmp_path / "checkpoint")
+    found = back(checkpoint, tmp_path / "found", "--max-shard-size", "15e-6")
+    assert same(tensors(found), tensors(source)) and len(tensors(source)) == len(json.loads(
+        (found / hf_files.INDEX).read_text())["weight_map"])
+    for name in ("config.json", "generation_config.json"):
+        assert (found / name).read_bytes() == (source / name).read_bytes()
+    assert max(path.stat().st_size for path in found.glob("*.safetensors")) < 20_000
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(found, dtype=dtype)
+    expected = random_model(kind, tie_word_embeddings=tied).to(dtype).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_configuration_made_from_the_architecture_alone(tmp_path, kind):
+    source = hugging_face(tmp_path / "source", kind)
+    checkpoint = there(source, tmp_path / "checkpoint")
+    shutil.rmtree(checkpoint / "iter_0000000/hugging_face")
+    manifest = checkpoint / "iter_0000000/manifest.json"
+    sizes = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({name: size for name, size in sizes.items() if "hugging_face" not in name}))
+    found = back(checkpoint, tmp_path / "found", "--verify")
+    assert same(tensors(found), tensors(source)) and (found / "generation_config.json").exists()
+    mine, known = read_model(str(found), "--x"), read_model(str(source), "--x")
+    assert mine.architecture == known.architecture and mine.entries == known.entries
+    tokens = torch.arange(LENGTH)[None] % VOCAB
+    models = [transformers.AutoModelForCausalLM.from_pretrained(x) for x in (source, found)]
+    assert torch.equal(*(model(tokens).logits for model in models))
+    templated = back(checkpoint, tmp_path / "templated", "--hf-template", str(source))
+    assert (templated / "config.json").read_bytes() == (source / "config.json").read_bytes()
+
+
+def test_dtype_is_what_is_asked_for(tmp_path):
+    source = hugging_face(tmp_path / "source", "llama 3.1")
+    rounded = back(there(source, tmp_path / "a", "--dtype", "bf16", "--verify"), tmp_path / "b", "--verify")
+    assert same(tensors(rounded), {name: x.bfloat16() for name, x in tensors(source).items()})
+    assert json.loads((rounded / "config.json").read_text())["dtype"] == "bfloat16"
+    halves = hugging_face(tmp_path / "halves", "llama 2", torch.float16)
+    with pytest.raises(ValueError, match=r"the weights are float16 \(.*give --dtype bf16 .* or --dtype fp32"):
+        there(halves, tmp_path / "c")
+    exact = back(there(halves, tmp_path / "c", "--dtype", "fp32"), tmp_path / "d")
+    assert same(tensors(exact), {name: x.float() for name, x in tensors(halves).items()})
+
+
+def test_leftovers_of_older_versions(tmp_path):
+    """Rotary frequencies and a tied head in the file are let through when they say nothing new."""
+    source = hugging_face(tmp_path / "source", "llama 2", shard="1GB", tie_word_embeddings=True)
+    path, clean = source / "model.safetensors", tensors(source)
+    frequencies = 10000.0 ** (-torch.arange(0, 8, 2) / 8)
+    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": frequencies,
+            "lm_head.weight": clean["model.embed_tokens.weight"].clone()}
+    save_file(clean | more, path, {"format": "pt"})
+    assert same(tensors(back(there(source, tmp_path / "a"), tmp_path / "b")), clean)
+    for name, value in more.items():
+        save_file(clean | more | {name: value + 0.5}, path, {"format": "pt"})
+        with pytest.raises(ValueError, match=f"the tensor {name} has no place in LlamaForCausalLM"):
+            there(source, tmp_path / "c")
+
+
+# ---------------------------------------------------------------- layouts
+
+
+def logits(policy: list, tokens: torch.Tensor) -> torch.Tensor | None:
+    """[B, S, V] of the whole vocabulary; on the last stage."""
+    found = []
+
+    def forward_step(iterator, model):
+        mb = next(iterator)
+
+        def collect(out_SBV):
+            shards = [torch.empty_like(out_SBV) for _ in range(parallel_state.get_tensor_model_parallel_world_size())]
+            torch.distributed.all_gather(shards, out_SBV.contiguous(), group=parallel.tp_group())
+            found.append(torch.cat(shards, -1)[..., :VOCAB].transpose(0, 1))
+            return out_SBV.sum(), {}
+
+        return model(mb.tokens, mb.positions, as_mask(CausalPattern(None)), labels=lambda h, head, _: head(h)), collect
+
+    rows = GoldBatch(tokens.to(device()), torch.arange(len(tokens)))
+    with torch.no_grad():
+        run_schedule(forward_step, GoldMicroBatches(rows, 1), policy, forward_only=True)
+    return torch.cat(found).cpu() if found else None
+
+
+def four_ranks(folder: str) -> dict:
+    """Largest difference of a logit by model and layout; 0 where this rank is no last stage."""
+    init_device()
+    tokens, found = torch.load(f"{folder}/tokens.pt"), {}
+    torch.distributed.init_process_group("gloo")
+    for tp, pp in ((1, 1), (2, 1), (1, 2), (2, 2)):
+        parallel.init_parallel(tp, pp, seed=1)
+        for kind in MODELS:
+            checkpoint = f"{folder}/{kind}.checkpoint"
+            args = ModelArgs(**read_metadata(checkpoint)["architecture"])
+            args.padded_vocab_size = 2 * VOCAB
+            sizes = dict(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, pipeline_dtype=torch.float32)
+            run = Run(args=args, **sizes)
+            load_weights(checkpoint, run.model)
+            out, expected = logits(run.model, tokens), torch.load(f"{folder}/{kind}.logits")
+            found[f"{kind} {tp} {pp}"] = 0.0 if out is None else (out - expected).abs().max().item()
+            if (tp, pp) == (2, 2):
+                save_checkpoint(f"{checkpoint} 2 2", TrainState(3, 6), *run.parts,
+                                {"architecture": asdict(args), "tokenizer": None})
+        parallel_state.destroy_model_parallel()
+    return found
+
+
+@pytest.fixture(scope="module")
+def by_layout(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("layouts")
+    tokens = torch.randint(0, VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(0))
+    torch.save(tokens, folder / "tokens.pt")
+    for kind in MODELS:
+        model = random_model(kind)
+        model.save_pretrained(folder / kind)
+        there(folder / kind, folder / f"{kind}.checkpoint")
+        torch.save(model(tokens).logits.detach(), folder / f"{kind}.logits")
+    ranks = run_ranks(4, "test_convert:four_ranks", str(folder))
+    return folder, {name: max(rank[name] for rank in ranks) for name in ranks[0]}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("layout", ["1 1", "2 1", "1 2", "2 2"])
+def test_logits_are_those_of_transformers(by_layout, kind, layout):
+    folder, differences = by_layout
+    assert 0 < differences[f"{kind} {layout}"] <= 1e-4
+    assert torch.load(folder / f"{kind}.logits").std() > 0.5
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_back_from_tp2_pp2(by_layout, tmp_path, kind):
+    folder, _ = by_layout
+    assert same(tensors(back(folder / f"{kind}.checkpoint 2 2", tmp_path / "found")), tensors(folder / kind))
+
+
+# ---------------------------------------------------------------- training
+
+
+@pytest.fixture
+def learner(tmp_path, hugging_face_folder):  # noqa: F811
+    """A Hugging Face model with a tokenizer, data for it, and the flags of a short run but for where it starts."""
+    source = hugging_face(tmp_path / "source", "llama 3.2")
+    for path in hugging_face_folder(eos_token="<eos>").iterdir():
+        shutil.copy(path, source)
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in sentences(200)))
+    preprocess(["--input", str(text), "--output-prefix", str(tmp_path / "set"), "--tokenizer-type",
+                "HuggingFaceTokenizer", "--tokenizer-model", str(source),
+                "--vocab-size", str(VOCAB)])
+    return source, ["--use-checkpoint-args", "--data-path", str(tmp_path / "set_text_document"), "--split", "80,20,0",
+                    "--train-iters", "2", "--seq-length", "24", "--global-batch-size", "2", "--eval-iters", "1",
+                    "--lr", "1e-2", "--tensorboard-dir", str(tmp_path / "tensorboard")]
+
+
+@pytest.mark.parametrize("flag", ["--load", "--pretrained-checkpoint"])
+def test_training_needs_nothing_but_the_checkpoint(learner, tmp_path, one_rank, flag):
+    source, flags = learner
+    checkpoint = there(source, tmp_path / "checkpoint", "--verify")
+    args = parse_args([*flags, flag, str(checkpoint), "--ebft-encoder-load", str(checkpoint)])
+    run = build_run(args)
+    policy = dict(unwrap(run.policy[0]).named_parameters())
+    assert run.state.iteration == 0 and all(torch.equal(x, policy[name].detach()) for name, x in unwrap(
+        run.encoder).named_parameters())
+    rows = torch.stack([run.train_data[i]["tokens"] for i in range(2)]).to(device())
+    train_step(run, GoldBatch(rows, torch.arange(2, device=device())), PhaseTimer(), check=True)
+    save_checkpoint(str(tmp_path / "trained"), TrainState(1, 2), run.policy, run.optimizer, run.scheduler, run.metadata,
+                    run.companions)
+
+    with pytest.raises(ValueError, match="--tokenizer-model: --pretrained-checkpoint was trained with another"):
+        build_run(parse_args([*flags, "--pretrained-checkpoint", str(checkpoint), "--tokenizer-type",
+                              "NullTokenizer", "--vocab-size", str(VOCAB)]))
+    resumed = build_run(parse_args([*flags, "--load", str(tmp_path / "trained"), "--pretrained-checkpoint",
+                                    str(checkpoint)]))
+    assert resumed.state.iteration == 1 and resumed.companions == run.companions
+
+    found = back(tmp_path / "trained", tmp_path / "found", "--verify")
+    before, after = tensors(source), tensors(found)
+    assert before.keys() == after.keys() and all(not torch.equal(before[name], after[name]) for name in before)
+    assert {path.name for path in source.iterdir() if "model" not in path.name} <= set(os.listdir(found))
+    known, mine = (transformers.AutoTokenizer.from_pretrained(x) for x in (source, found))
+    text = "the lazy fox"
+    assert mine(text) == known(text) and mine.eos_token == known.eos_token
+
+
+def test_a_start_is_named_once(learner, tmp_path, one_rank):
+    source, flags = learner
+    checkpoint = str(there(source, tmp_path / "checkpoint"))
+    for more in (["--pretrained-checkpoint", checkpoint], ["--save", checkpoint]):
+        with pytest.raises(ValueError, match=f"--load .*holds weights alone.*does not go with {more[0]}"):
+            build_run(parse_args([*flags, "--load", checkpoint, *more]))
+
+
+# ---------------------------------------------------------------- verification
+
+
+def test_verification_notices_and_names_the_layer(tmp_path, monkeypatch, capsys):
+    source = hugging_face(tmp_path / "source", "qwen3")
+    checkpoint = there(source, tmp_path / "good", "--verify")
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "verified 64 tokens" in line and "logits differ by at most" in line and "bound" in line
+    read = hf_files.HFWeights.read
+
+    def swapped(weights, name):
+        """Gate and up projection of the third layer, the other way round."""
+        there, back = "layers.2.mlp.gate_proj", "layers.2.mlp.up_proj"
+        return read(weights, name.replace(*((there, back) if there in name else (back, there))))
+
+    monkeypatch.setattr(hf_files.HFWeights, "read", swapped)
+    wrong = there(source, tmp_path / "wrong")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="differ by .*the first to differ is decoder layer 3 of 4; do not use"):
+        verify.verify(str(source), str(wrong), 1e-4)
+    scaled = {name: x * (1 + 1e-2 * (name == "lm_head.weight")) for name, x in tensors(source).items()}
+    save_file(scaled, tmp_path / "model.safetensors", {"format": "pt"})
+    shutil.copy(source / "config.json", tmp_path)
+    with pytest.raises(ValueError, match="the first to differ is the output head"):
+        verify.verify(str(tmp_path), str(checkpoint), 1e-4)
+
+
+# ---------------------------------------------------------------- memory, interruptions
+
+
+def run_tool(name: str, *flags: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(TOOLS / name), *flags], capture_output=True, text=True, timeout=300,
+                          **options)
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+from megatron_ebft.convert import hf_to_megatron, megatron_to_hf
+
+def kilobytes(name):
+    return int(next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name)).split()[1])
+
+folder = sys.argv[1]
+for convert, source, target in ((hf_to_megatron, "", ".c"), (megatron_to_hf, ".c", ".h")):
+    convert(f"{folder}/small{source}", f"{folder}/small{target}")  # what is imported and cached on the way
+    before = kilobytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    convert(f"{folder}/large{source}", f"{folder}/large{target}")
+    print("added", kilobytes("VmHWM") - before)
+"""
+
+
+def test_memory_is_that_of_the_largest_tensor(tmp_path):
+    """Converting a model of 200 MB adds no more than three of its largest tensors, and a little."""
+    hugging_face(tmp_path / "small", "llama 3.1")
+    large = hugging_face(tmp_path / "large", "llama 3.1", torch.bfloat16, "70MB", vocab_size=8192, hidden_size=768,
+                         intermediate_size=2048, num_hidden_layers=14)
+    size = sum(path.stat().st_size for path in large.glob("*.safetensors"))
+    largest = max(x.nbytes for x in tensors(large).values())
+    assert size > 195e6 and len(list(large.glob("*.safetensors"))) == 4 and largest < size / 14
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    added = [int(line.split()[1]) * 1024 for line in done.stdout.splitlines() if line.startswith("added")]
+    assert len(added) == 2, done.stderr
+    assert max(added) <= 3 * largest + 10e6, added
+    assert same(tensors(tmp_path / "large.h"), tensors(large))
+
+
+@pytest.mark.parametrize("tool", ["hf_to_megatron.py", "megatron_to_hf.py"])
+def test_a_full_disk_leaves_nothing_that_looks_whole(tmp_path, tool):
+    source = hugging_face(tmp_path / "source", "llama 2", vocab_size=4096)
+    output = tmp_path / "output"
+    flags = ["--hf-model", str(source)] if tool.startswith("hf") else [
+        "--load", str(there(source, tmp_path / "checkpoint"))]
+
+    def small_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+    done = run_tool(tool, *flags, "--output", str(output), preexec_fn=small_files)
+    assert done.returncode == 1 and f"error: --output {output}: cannot write" in done.stderr, done.stderr
+    assert not output.exists() or latest_iteration(str(output)) is None
+    assert not (output / "config.json").exists()
+    assert run_tool(tool, *flags, "--output", str(output)).returncode == 0
+
+
+def test_too_little_space_is_found_before(tmp_path, monkeypatch):
+    source = hugging_face(tmp_path / "source", "llama 2")
+    checkpoint = there(source, tmp_path / "checkpoint")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+    for convert_it in (lambda: there(source, tmp_path / "x/y"), lambda: back(checkpoint, tmp_path / "x/y")):
+        with pytest.raises(ValueError, match=r"--output .*y: needs 0\.0 GB, and 0\.0 GB are free there"):
+            convert_it()
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_interrupted_conversion_is_not_taken_for_a_whole_one(tmp_path, monkeypatch):
+    source = hugging_face(tmp_path / "source", "llama 2")
+    checkpoint, found = tmp_path / "checkpoint", tmp_path / "found"
+
+    def interrupted(cls):
+        read, calls = cls.read, []
+
+        def stops(self, name):
+            calls.append(name)
+            if len(calls) == 10:
+                raise KeyboardInterrupt
+            return read(self, name)
+
+        monkeypatch.setattr(cls, "read", stops)
+
+    interrupted(hf_files.HFWeights)
+    with pytest.raises(BaseException, match="KeyboardInterrupt|^$"):
+        there(source, checkpoint)
+    monkeypatch.undo()
+    assert latest_iteration(str(checkpoint)) is None and os.listdir(checkpoint) == ["iter_0000000.tmp"]
+    there(source, checkpoint)
+    assert sorted(os.listdir(checkpoint)) == ["iter_0000000", "latest_checkpointed_iteration.txt"]
+    interrupted(convert.CheckpointReader)
+    with pytest.raises(KeyboardInterrupt):
+        back(checkpoint, found)
+    monkeypatch.undo()
+    assert not found.exists()
+    assert same(tensors(back(checkpoint, found)), tensors(source)) and not (tmp_path / "found.tmp").exists()
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def change(folder: Path, **changes) -> None:
+    """Keys of config.json set, or (None) removed."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+
+
+SHARD = "model-00002-of-"
+REFUSED = {  # by name: a family, what is done to its folder, what is said
+    "no folder": ("llama 2", shutil.rmtree, "no config.json there"),
+    "no config": ("llama 2", lambda x: (x / "config.json").unlink(), "no config.json there; name the local folder"),
+    "config is no JSON": ("llama 2", lambda x: (x / "config.json").write_text("{"), "config.json is not JSON"),
+    "architecture": ("llama 2", lambda x: change(x, architectures=["GemmaForCausalLM"]),
+                     "names the architecture GemmaForCausalLM; supported are LlamaForCausalLM, Qwen2"),
+    "two architectures": ("llama 2", lambda x: change(x, architectures=["A", "B"]), "the architecture A, B; supported"),
+    "unknown key": ("llama 2", lambda x: change(x, logit_scale=2.0), "logit_scale = 2.0, which is not understood"),
+    "sliding window": ("mistral", lambda x: change(x, sliding_window=4096), "sliding_window = 4096; supported is nu"),
+    "default window": ("mistral", lambda x: change(x, sliding_window=...), "has no sliding_window, which Mistral"),
+    "used window": ("qwen2", lambda x: change(x, use_sliding_window=True), "use_sliding_window = true; supported is f"),
+    "window layers": ("qwen3", lambda x: change(x, layer_types=["full_attention", "sliding_attention"]), "layer_types"),
+    "rope type": ("llama 2", lambda x: change(x, rope_parameters=dict(rope_type="yarn", factor=4.0)),
+                  "the rope type yarn; supported are default and llama3"),
+    "older rope type": ("llama 2", lambda x: change(x, rope_scaling=dict(type="linear", factor=4.0)),
+                        "the rope type default, linear; supported are"),
+    "rope keys": ("llama 3.1", lambda x: change(x, rope_parameters=LLAMA3 | {"beta": 1}),
+                  "a rope type llama3 that is not understood.*are beta"),
+    "partial rope": ("llama 2", lambda x: change(x, partial_rotary_factor=0.5), "partial_rotary_factor = 0.5"),
+    "biases": ("llama 2", lambda x: change(x, attention_bias=True), "attention_bias = true; supported is false only"),
+    "biases of Qwen3": ("qwen3", lambda x: change(x, attention_bias=True), "attention_bias = true; supported is f"),
+    "MLP biases": ("llama 2", lambda x: change(x, mlp_bias=True), "mlp_bias = true; supported is false only"),
+    "activation": ("llama 2", lambda x: change(x, hidden_act="gelu"), 'hidden_act = "gelu"; supported is "silu" only'),
+    "quantised": ("llama 2", lambda x: change(x, quantization_config={"bits": 4}), "quantization_config = ..bits.: 4}"),
+    "experts": ("qwen3", lambda x: change(x, num_experts=8), "num_experts = 8, which is not understood for Qwen3"),
+    "no size": ("llama 2", lambda x: change(x, hidden_size=...), "has no hidden_size, which LlamaForCausalLM needs"),
+    "size of another type": ("llama 2", lambda x: change(x, hidden_size="32"), 'hidden_size = "32"; it must be a num'),
+    "heads": ("llama 2", lambda x: change(x, num_key_value_heads=3), "4, not a multiple of num_key_value_heads 3"),
+    "shape": ("llama 2", lambda x: change(x, intermediate_size=40),
+              r"gate_proj.weight has the shape \(48, 32\), but config.json says \(40, 32\)"),
+    "more layers": ("llama 2", lambda x: change(x, num_hidden_layers=5), r"tensor model.layers.4.*weight is missing"),
+    "fewer layers": ("llama 2", lambda x: change(x, num_hidden_layers=3), r"tensor model.layers.3.*has no place in"),
+    "a head that should be tied": ("llama 2", lambda x: change(x, tie_word_embeddings=True),
+                                   "the tensor lm_head.weight has no place"),
+    "missing shard": ("llama 2", lambda x: next(x.glob(SHARD + "*")).unlink(), "the shard model-00002-of-.*missing"),
+    "truncated shard": ("llama 2", lambda x: os.truncate(next(x.glob(SHARD + "*")), 5000),
+                        "model-00002-of-.* is no whole safetensors file .*copy it again"),
+    "empty shard": ("llama 2", lambda x: next(x.glob(SHARD + "*")).write_bytes(b""), "is no whole safetensors file"),
+    "damaged index": ("llama 2", lambda x: (x / hf_files.INDEX).write_text("[]"), "index.json is damaged"),
+    "a shard twice": ("llama 2", lambda x: shutil.copy(next(x.glob("model-00001*")), next(x.glob(SHARD + "*"))),
+                      "is in model-00001.* and in model-00002.*; remove"),
+    "pickles": ("llama 2", lambda x: [p.rename(p.with_suffix(".bin")) for p in x.glob("*.safetensors")] and
+                (x / hf_files.INDEX).unlink(), "neither .*; model-.*bin is in torch's pickle format.*save_pretrained"),
+    "dtype": ("llama 2", lambda x: save_file({"x": torch.zeros(1, dtype=torch.int8)}, x / "model.safetensors"),
+              r"x is I8 \(quantised weights\?\); supported are F32, BF16, F16"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_models_are_refused(tmp_path, case):
+    kind, damage, message = REFUSED[case]
+    source = hugging_face(tmp_path / "source", kind)
+    damage(source)
+    with pytest.raises(ValueError, match=f"(?s)^--hf-model .*source.*{message}"):
+        there(source, tmp_path / "checkpoint")
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_bad_checkpoints_are_refused(tmp_path):
+    source = hugging_face(tmp_path / "source", "llama 2")
+    checkpoint = there(source, tmp_path / "checkpoint")
+    output = tmp_path / "output"
+
+    def refused(message: str, *flags: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            back(checkpoint, output, *flags)
+        assert not (output / "config.json").exists()
+
+    with pytest.raises(ValueError, match="--output .*checkpoint: holds checkpoints already; name a new folder"):
+        there(source, checkpoint)
+    output.mkdir()
+    (output / "file").write_text("")
+    refused("--output .*output: is not empty; name a new folder")
+    (output / "file").unlink()
+    other = hugging_face(tmp_path / "other", "qwen2", intermediate_size=64)
+    refused("--hf-template .*other: config.json describes another model.*ffn_hidden_size 64 .checkpoint 48.",
+            "--hf-template", str(other))
+    refused("--hf-template .*nothing: no such folder", "--hf-template", str(tmp_path / "nothing"))
+    refused("--max-shard-size 0.0: must be above 0", "--max-shard-size", "0")
+    refused("--verify-tolerance nan: must be above 0", "--verify-tolerance", "nan")
+    record = checkpoint / "iter_0000000/ebft.json"
+    text = record.read_text()
+    for old, new, message in (('"num_layers": 4', '"num_layers": 5', "another model than the checkpoint: num_layers 4"),
+                              ('"format": 2', '"format": 1', "a checkpoint of format 1, and this version")):
+        record.write_text(text.replace(old, new))
+        refused(message)
+    record.write_text(text)
+    os.truncate(next((checkpoint / "iter_0000000").glob("*_5.distcp")), 100)
+    refused(r"--load .*iter_0000000: the checkpoint is damaged \(__0_5.distcp has 100 bytes instead of")
+
+
+def test_a_checkpoint_that_no_family_has(tmp_path):
+    args = read_model(str(hugging_face(tmp_path, "llama 2")), "--x").architecture
+    for name, value in (("normalization", "LayerNorm"), ("swiglu", False), ("add_bias_linear", True),
+                        ("rotary_percent", 0.5), ("position_embedding_type", "learned_absolute")):
+        with pytest.raises(ValueError, match=f"--load: no supported family has this architecture .*{name} {value}"):
+            describe(ModelArgs(**{**vars(args), name: value}), "--load")
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
+def test_a_written_configuration_is_read_back(tmp_path, family):
+    kind = next(kind for kind, (name, _) in MODELS.items() if family.architecture.startswith(name))
+    model = read_model(str(hugging_face(tmp_path, kind)), "--x")
+    assert parse_config(write_config(model, torch.bfloat16), "x") == model
+
+
+def test_files_are_those_of_the_library(tmp_path):
+    """What SafetensorsWriter makes, read by safetensors; nothing is left of a file that was not finished."""
+    made = {"a": torch.randn(3, 5).bfloat16(), "b": torch.randn(()), "c": torch.arange(7), "d": torch.zeros(0, 4)}
+    kinds = {name: (x.dtype, tuple(x.shape)) for name, x in made.items()}
+    with hf_files.SafetensorsWriter(str(tmp_path / "x"), kinds, {"format": "pt", "key": "välue"}) as writer:
+        for name, x in made.items():
+            writer.write(name, x)
+    assert same(load_file(tmp_path / "x"), made)
+    with safe_open(tmp_path / "x", "pt") as file:
+        assert file.metadata() == {"format": "pt", "key": "välue"}
+    with pytest.raises(AssertionError), hf_files.SafetensorsWriter(str(tmp_path / "y"), kinds, {}) as writer:
+        writer.write("b", made["b"])
+    assert os.listdir(tmp_path) == ["x"]

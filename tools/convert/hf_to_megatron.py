@@ -1,0 +1,44 @@
+"""Convert a Hugging Face model to a Megatron-Core checkpoint, on CPU.
+
+    python tools/convert/hf_to_megatron.py --hf-model path/to/Llama-3.1-8B --output checkpoints/llama-3.1-8b --verify
+
+Reads safetensors one tensor at a time, so that memory holds little more than the largest one. The result is taken by
+--pretrained-checkpoint, --load and --ebft-encoder-load at any parallel layout; --use-checkpoint-args then gives
+architecture and tokenizer. Supported are the families of megatron_ebft/families.py; what a config.json says and cannot
+be converted is refused by its name.
+"""
+
+import argparse
+import os
+import sys
+import warnings
+
+
+def main(argv: list[str]) -> None:
+    warnings.filterwarnings("ignore")
+    import torch
+    import verify
+
+    from megatron_ebft.arguments import Parser
+    from megatron_ebft.convert import hf_to_megatron
+
+    parser = Parser(prog="tools/convert/hf_to_megatron.py", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hf-model", required=True, metavar="DIR", help="local folder of the Hugging Face model")
+    parser.add_argument("--output", required=True, metavar="CKPT", help="folder for the checkpoint, without one yet")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="of the weights; default: as they are")
+    verify.add_flags(parser)
+    args = parser.parse_args(argv)
+    verify.check_flags(args)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}[args.dtype]
+    print(f"saved {hf_to_megatron(args.hf_model, args.output, dtype)}", flush=True)
+    if args.verify:
+        verify.verify(args.hf_model, args.output, args.verify_tolerance)
+
+
+if __name__ == "__main__":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # conversion needs no GPU
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,49 @@
+"""Convert a Megatron-Core checkpoint to a Hugging Face model, on CPU.
+
+    python tools/convert/megatron_to_hf.py --load checkpoints/ebft --output path/to/published --verify
+
+Takes what training saved, at any parallel layout, or what tools/convert/hf_to_megatron.py made. Writes sharded
+safetensors one tensor at a time, with index, config.json, generation_config.json and tokenizer: those the checkpoint
+carries from where it came, or those of --hf-template.
+"""
+
+import argparse
+import os
+import sys
+import warnings
+
+
+def main(argv: list[str]) -> None:
+    warnings.filterwarnings("ignore")
+    import verify
+
+    from megatron_ebft.arguments import Parser
+    from megatron_ebft.convert import megatron_to_hf
+
+    parser = Parser(prog="tools/convert/megatron_to_hf.py", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--load", required=True, metavar="CKPT", help="folder with checkpoints (the latest one is "
+                        "taken), or one iter_* folder")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the Hugging Face model, new or "
+                        "empty")
+    parser.add_argument("--hf-template", metavar="DIR", help="Hugging Face folder whose config.json, "
+                        "generation_config.json and tokenizer are taken, instead of those in the checkpoint")
+    parser.add_argument("--max-shard-size", type=float, default=5.0, metavar="GB", help="largest safetensors file, in "
+                        "10⁹ bytes (default: 5)")
+    verify.add_flags(parser)
+    args = parser.parse_args(argv)
+    verify.check_flags(args)
+    if not args.max_shard_size > 0:
+        raise ValueError(f"--max-shard-size {args.max_shard_size}: must be above 0")
+    megatron_to_hf(args.load, args.output, args.hf_template, int(args.max_shard_size * 1e9))
+    print(f"saved {args.output}", flush=True)
+    if args.verify:
+        verify.verify(args.output, args.load, args.verify_tolerance)
+
+
+if __name__ == "__main__":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # conversion needs no GPU
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"error: {error}")

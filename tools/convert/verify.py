@@ -1,0 +1,160 @@
+"""Logits of a converted model against transformers, both computed from the files, one module's weights at a time.
+
+1. Both models are skeletons without memory. A module's weights are read when it is called and dropped afterwards, so
+   that a model of any size is verified in the memory of its largest tensor (in float32) and some activations.
+2. Both compute in float32 from the weights as the checkpoint stores them: where --dtype rounded, transformers gets the
+   rounded ones, too. So what is compared is the conversion, not the rounding.
+3. The prompts are fixed: random ids, one row at positions 0, 1, 2, …, one spread over all positions the model is for
+   (rotary scaling shows there).
+4. On failure the first layer whose output differs is named.
+"""
+
+import argparse
+import math
+import time
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from megatron_ebft.device import device
+
+TOLERANCE = 1e-4
+PROMPT_LENGTH, SEED = 32, 0
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--verify", action="store_true", help="compare the logits of both models on fixed prompts, "
+                        "in float32 (needs the package transformers, about two passes over the weights)")
+    parser.add_argument("--verify-tolerance", type=float, default=TOLERANCE, metavar="X", help="largest difference of "
+                        "a logit that passes, relative to the largest logit if that is above 1 (default: %(default)s)")
+
+
+def check_flags(args) -> None:
+    """ValueError, before anything is converted, where --verify could not work."""
+    if not (math.isfinite(args.verify_tolerance) and args.verify_tolerance > 0):
+        raise ValueError(f"--verify-tolerance {args.verify_tolerance}: must be above 0")
+    if args.verify:
+        try:
+            import transformers  # noqa: F401
+        except ImportError as error:
+            raise ValueError("--verify needs the package transformers: pip install transformers") from error
+
+
+def verify(hf_folder: str, checkpoint: str, tolerance: float) -> tuple[float, float]:
+    """Print and return the largest and the mean difference of the logits.
+
+    Raises:
+        ValueError: the largest is above `tolerance` × max(1, the largest logit), or is not finite.
+    """
+    from megatron_ebft.convert import CheckpointReader
+    from megatron_ebft.hf_files import HFWeights
+
+    start = time.perf_counter()
+    reader, weights = CheckpointReader(checkpoint, "--load"), HFWeights(hf_folder, "--hf-model")
+    vocab_size = reader.architecture.vocab_size
+    tokens = torch.randint(0, vocab_size, (2, PROMPT_LENGTH), generator=torch.Generator().manual_seed(SEED))
+    last = reader.architecture.max_position_embeddings - 1
+    positions = torch.stack([torch.arange(PROMPT_LENGTH).clamp(max=last),
+                             torch.linspace(0, last, PROMPT_LENGTH).long()])
+    tokens, positions = tokens.to(device()), positions.to(device())
+    with torch.no_grad():
+        expected, expected_layers = _transformers(hf_folder, weights, reader, tokens, positions)
+        found, found_layers = _megatron(reader, tokens, positions)
+    difference = (found - expected).abs()
+    largest, mean, scale = difference.max().item(), difference.mean().item(), expected.abs().max().item()
+    bound = tolerance * max(1.0, scale)
+    print(f"verified {tokens.numel()} tokens in {time.perf_counter() - start:.1f}s: logits differ by at most "
+          f"{largest:.2e}, on average {mean:.2e} (largest logit {scale:.3g}, bound {bound:.1e})", flush=True)
+    if not largest <= bound:
+        layers = [(a - b).abs().max().item() / b.abs().max().item() for a, b in zip(found_layers, expected_layers)]
+        first = next((i for i, x in enumerate(layers, 1) if not x <= tolerance), None)
+        where = "the output head" if first is None else f"decoder layer {first} of {len(layers)}"
+        raise ValueError(f"--verify: logits of {checkpoint} and {hf_folder} differ by {largest:.2e}, more than "
+                         f"{bound:.1e}, and the first to differ is {where}; do not use this conversion")
+    return largest, mean
+
+
+def stream(model: nn.Module, read, kept: tuple[str, ...] = ()) -> None:
+    """Fill each module's own parameters when it is called, `read(name)` giving them, and empty it afterwards.
+
+    Args:
+        kept: names of modules that stay filled, as others use their parameters.
+    """
+    for path, module in model.named_modules():
+        names = list(module._parameters)
+        if not any(module._parameters[name] is not None for name in names):
+            continue
+
+        def fill(module, *_, path=path, names=names):
+            for name in names:
+                if module._parameters[name] is not None and module._parameters[name].is_meta:
+                    tensor = read(f"{path}.{name}").to(device(), torch.float32)
+                    module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+
+        def empty(module, *_, names=names):
+            for name in names:
+                if module._parameters[name] is not None:
+                    module._parameters[name] = nn.Parameter(module._parameters[name].to("meta"), requires_grad=False)
+
+        module.register_forward_pre_hook(fill)
+        if path not in kept:
+            module.register_forward_hook(empty)
+
+
+def _watch(layers) -> list[Tensor]:
+    """Outputs of decoder layers, as they come."""
+    seen = []
+    for layer in layers:
+        layer.register_forward_hook(lambda _m, _i, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    return seen
+
+
+def _transformers(folder: str, weights, reader, tokens: Tensor, positions: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Logits [B, S, V] and the layers' outputs [B, S, H]."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device())  # its buffers are no weights
+    stored = next(iter(reader.dtypes.values()))
+
+    def read(name: str) -> Tensor:
+        name = name if name in weights.shapes else "model.embed_tokens.weight"  # lm_head.weight, where it is tied
+        return weights.read(name).to(stored)
+
+    stream(model, read)
+    layers = _watch(model.model.layers)
+    # With a mask, as jumps of positions would be taken for the starts of packed documents.
+    logits = model(tokens, position_ids=positions, attention_mask=torch.ones_like(tokens), use_cache=False).logits
+    return logits.float(), layers
+
+
+def _megatron(reader, tokens: Tensor, positions: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The same, of the checkpoint."""
+    from megatron.core import parallel_state
+
+    from megatron_ebft.attention import CausalPattern, as_mask
+    from megatron_ebft.families import EMBEDDING, VOCABULARY
+    from megatron_ebft.fingerprint import SHARDING
+    from megatron_ebft.model import build_skeleton
+    from megatron_ebft.parallel import init_parallel, shut_down
+
+    is_alone = not parallel_state.is_initialized()
+    if is_alone:
+        init_parallel(1, 1, seed=1)
+    args = replace(reader.architecture, padded_vocab_size=reader.architecture.vocab_size)
+    model = build_skeleton(args)
+    keys = {name: tensor.key for name, tensor in model.sharded_state_dict(metadata=dict(SHARDING)).items()}
+
+    def read(name: str) -> Tensor:
+        tensor = reader.read(keys[name])
+        return tensor[:args.vocab_size] if keys[name] in VOCABULARY else tensor
+
+    stream(model, read, kept=() if args.untie_embeddings_and_output_weights else (EMBEDDING.removesuffix(".weight"),))
+    layers = _watch(model.decoder.layers)
+    logits = model(tokens, positions, as_mask(CausalPattern(None)), labels=lambda hidden, head, group: head(hidden))
+    if is_alone:
+        shut_down()
+    return logits.transpose(0, 1), [layer.transpose(0, 1) for layer in layers]
