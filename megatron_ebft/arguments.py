@@ -58,10 +58,11 @@ def build_parser() -> argparse.ArgumentParser:
     _add_model(parser.add_argument_group("model"))
     _add_data(parser.add_argument_group("data"))
     _add_optimizer(parser.add_argument_group("optimizer"))
-    _add_machine(parser.add_argument_group("parallelism, precision and memory"))
+    add_machine(parser.add_argument_group("parallelism, precision and memory"))
     _add_checkpoint(parser.add_argument_group("checkpoints"))
     _add_logging(parser.add_argument_group("evaluation and logging"))
     _add_ebft(parser.add_argument_group("EBFT"))
+    _add_steps(parser.add_argument_group("dumped steps"))
     return parser
 
 
@@ -73,6 +74,9 @@ def _add_run(group):
     add("--micro-batch-size", type=int, default=1, help="rows of a micro-batch on one rank; bounds memory")
     add("--global-batch-size", type=int, default=16, help="rows of a step over all ranks")
     add("--seed", type=int, default=1234, help="of initial weights, data order and rollouts")
+    add("--exit-duration-in-mins", type=float, help="save and stop (exit code 75) before the process is this old; "
+        "SIGUSR1 and SIGTERM stop it in the same way")
+    add("--ebft-stop-file", metavar="FILE", help="save and stop (exit code 75) when this file exists")
 
 
 def _add_model(group):
@@ -137,7 +141,8 @@ def _add_optimizer(group):
     add("--clip-grad", type=float, default=1.0, help="largest gradient norm; 0: no clipping")
 
 
-def _add_machine(group):
+def add_machine(group):
+    """Flags of parallelism, precision and memory, which tools that run a model take as well."""
     add = group.add_argument
     add("--tensor-model-parallel-size", type=int, default=1, help="ranks that share each layer")
     add("--sequence-parallel", action="store_true", help="tensor ranks also share the tokens between layers: less "
@@ -168,15 +173,22 @@ def _add_checkpoint(group):
     add = group.add_argument
     add("--save", help="folder for checkpoints")
     add("--save-interval", type=int, default=100, help="steps between checkpoints; there is one at the end, too")
-    add("--load", help="folder to continue from, bit for bit; where it holds none yet, the run starts afresh")
-    add("--pretrained-checkpoint", help="folder with the weights to start from; also the encoder's, by default")
+    add("--async-save", action="store_true", help="training goes on while checkpoints are written")
+    add("--ebft-keep-checkpoints", type=int, default=0, help="the newest so many stay, 0: all")
+    add("--save-retain-interval", type=int, default=0, help="with --ebft-keep-checkpoints, those of every so many steps "
+        "stay as well, 0: none")
+    add("--load", help="folder to continue from, bit for bit; where it holds none yet, the run starts afresh, and "
+        "where it holds weights alone (tools/convert), from these")
+    add("--pretrained-checkpoint", help="folder with the weights to start from, a run's or a converted model's; also "
+        "the encoder's, by default")
     add("--ebft-encoder-load", help="folder with the encoder's weights, where it is not the starting policy (for an "
         "SFT start: the base model)")
     add("--override-opt-param-scheduler", action="store_true", help="on resume, the flags' learning-rate schedule "
         "replaces the checkpoint's; without it a different one is refused")
     add("--use-checkpoint-opt-param-scheduler", action="store_true", help="on resume, keep the checkpoint's schedule")
     add("--use-checkpoint-args", action="store_true",
-        help="take the architecture from --load or --pretrained-checkpoint")
+        help="take the architecture from --load or --pretrained-checkpoint, and the tokenizer unless "
+        "--tokenizer-model names one")
 
 
 def _add_logging(group):
@@ -217,6 +229,22 @@ def _add_ebft(group):
         "function), d²/2, or exp(−d) − 1 + d")
 
 
+def _add_steps(group):
+    add = group.add_argument
+    add("--ebft-dump-steps", metavar="DIR", help="write steps to DIR/step_0000012.safetensors: rows, rollouts and what "
+        "became of them (no features, no gradients: tools/replay.py computes those); also a step that then fails")
+    add("--ebft-dump-interval", type=int, default=1, help="steps between dumps")
+    add("--ebft-replay-steps", metavar="DIR", help="take rows and rollouts from the steps dumped there, instead of the "
+        "next rows of the data and of sampling; the data are still evaluated on")
+
+
+def method_flags(args: argparse.Namespace) -> dict:
+    """Values of the flags that say what an EBFT step computes, by name."""
+    parser = Parser()
+    _add_ebft(parser)
+    return {name: vars(args)[name] for name in ("seq_length", *vars(parser.parse_args([])))}
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and check the flags; raises as `check_args`."""
     return check_args(build_parser().parse_args(argv))
@@ -235,10 +263,11 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
     for flag in ("train_iters", "micro_batch_size", "global_batch_size", "seq_length", "save_interval", "log_interval",
                  "eval_iters", "ebft_eval_length", "distributed_timeout_minutes", "tensor_model_parallel_size",
                  "pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank", "ebft_sample_parallel_size",
-                 "make_vocab_size_divisible_by"):
+                 "make_vocab_size_divisible_by", "ebft_dump_interval"):
         _require(args, flag, lambda x: x >= 1, "must be at least 1")
-    for flag in ("eval_interval", "ebft_blocks_per_microbatch", "ebft_rollout_rows", "ebft_ce_coef", "ebft_kl_coef",
-                 "ebft_rl_coef", "clip_grad", "weight_decay", "lr", "min_lr", "ebft_top_k"):
+    for flag in ("eval_interval", "ebft_keep_checkpoints", "save_retain_interval", "ebft_blocks_per_microbatch",
+                 "ebft_rollout_rows", "ebft_ce_coef", "ebft_kl_coef", "ebft_rl_coef", "clip_grad", "weight_decay", "lr",
+                 "min_lr", "ebft_top_k"):
         _require(args, flag, lambda x: x >= 0, "must be 0 or more")
     for flag in ("ebft_temperature", "ebft_top_p", "rotary_base", "init_method_std", "norm_epsilon"):
         _require(args, flag, lambda x: x > 0, "must be above 0")
@@ -249,6 +278,8 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
                  "decoder_last_pipeline_num_layers"):
         if vars(args)[flag] is not None:
             _require(args, flag, lambda x: x >= 1, "must be at least 1")
+    if args.exit_duration_in_mins is not None:
+        _require(args, "exit_duration_in_mins", lambda x: x > 0, "must be above 0")
     _require(args, "lr_warmup_fraction", lambda x: 0 <= x < 1, "must be in [0, 1)")
     _check_parallelism(args)
     if args.global_batch_size % args.micro_batch_size:
@@ -260,6 +291,9 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
         if args.ebft_num_samples < 2 and args.ebft_advantage != "reinforce":
             raise ValueError(f"--ebft-num-samples {args.ebft_num_samples} with --ebft-advantage {args.ebft_advantage}: "
                              "needs at least 2 rollouts of a block; use --ebft-advantage reinforce for one")
+    for flag in ("ebft_dump_steps", "ebft_replay_steps"):
+        if vars(args)[flag] and args.training_mode == "sft":
+            raise ValueError(f"--{flag.replace('_', '-')}: next-token training has no rollouts, leave it out")
     if args.use_checkpoint_args and not (args.load or args.pretrained_checkpoint):
         raise ValueError("--use-checkpoint-args: needs --load or --pretrained-checkpoint to take them from")
     return args

@@ -1,8 +1,9 @@
 """From flags to a `Run`: tokenizer and data first (cheap to refuse), then models, optimizer and checkpoints.
 
-Starting points. The policy starts from --pretrained-checkpoint (or from the seed). The encoder is --ebft-encoder-load,
-else that same start. The reference is the start. A checkpoint in --load then takes the policy further; the encoder and
-the start it was trained with are recorded in it by content hash, and must be the ones at hand.
+Starting points. The policy starts from --pretrained-checkpoint (or from the seed; a --load that holds weights alone, as
+a conversion makes them, is such a start, too). The encoder is --ebft-encoder-load, else that same start. The reference
+is the start. A checkpoint in --load then takes the policy further; the encoder and the start it was trained with are
+recorded in it by content hash, and must be the ones at hand.
 """
 
 import argparse
@@ -26,15 +27,17 @@ from megatron_ebft.arguments import (
     virtual_stages,
 )
 from megatron_ebft.checkpoint import TrainState, load_checkpoint, load_weights
-from megatron_ebft.checkpoint_files import RECORD, latest_iteration, read_metadata
+from megatron_ebft.checkpoint_files import RECORD, latest_iteration, read_metadata, read_record, resolve
 from megatron_ebft.dataset import build_datasets
 from megatron_ebft.device import have_gpu
 from megatron_ebft.ebft import EBFTConfig
 from megatron_ebft.features import ExchangeBytes, exchange_bytes
 from megatron_ebft.fingerprint import weights_fingerprint
+from megatron_ebft.hf_files import COMPANIONS, SENTENCEPIECE, TOKENIZER_FILES, read_companions
 from megatron_ebft.model import balanced_split, build_encoder, build_frozen, build_policy, copy_weights
 from megatron_ebft.parallel import document_size, dp_size
 from megatron_ebft.relay import idle_fraction, row_groups
+from megatron_ebft.step_dump import check_replay
 from megatron_ebft.tokenizer import build_tokenizer
 from megatron_ebft.training import Run
 
@@ -47,24 +50,28 @@ def build_run(args: argparse.Namespace) -> Run:
     """
     check_batch(args)
     args.tensorboard_dir = args.tensorboard_dir or os.path.join(args.save or ".", "tensorboard")
-    resume = _find_resume(args)
+    resume = find_resume(args)
+    origin = ("--load", args.load) if resume else ("--pretrained-checkpoint", args.pretrained_checkpoint)
     if args.use_checkpoint_args:
-        _restore_architecture(args, "--load" if resume else "--pretrained-checkpoint")
+        restore_architecture(args, *origin)
     tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, args.vocab_size)
     for flag, folder in (("--load", args.load if resume else None), ("--ebft-encoder-load", args.ebft_encoder_load),
                          ("--pretrained-checkpoint", args.pretrained_checkpoint)):
         if folder:
-            _check_tokenizer(read_metadata(folder, flag=flag), tokenizer, flag)
+            check_tokenizer(read_metadata(folder, flag=flag), tokenizer, flag)
     architecture = model_args(args, tokenizer.vocab_size)
     if args.seq_length > architecture.max_position_embeddings:
         raise ValueError(f"--seq-length {args.seq_length}: longer than --max-position-embeddings "
                          f"{architecture.max_position_embeddings}")
     wants_encoder = args.training_mode == "ebft" or args.ebft_encoder_load is not None
     config = ebft_config(args, architecture.num_layers) if wants_encoder else None
-    train_data, valid_data = _build_data(args, tokenizer)
+    train_data, valid_data = build_data(args, tokenizer)
+    if args.ebft_replay_steps:
+        done = read_record(resolve(args.load, "--load"), "--load")["train_state"]["iteration"] if resume else 0
+        check_replay(args, done, tokenizer.vocab_size)
 
     overrides, fields = transformer_overrides(args), dataclasses.asdict(architecture)
-    fixed = {name: value for name, value in fields.items() if name not in _free_fields(fields)}
+    fixed = {name: value for name, value in fields.items() if name not in free_fields(fields)}
     policy = build_policy(architecture, ddp_config(args), **policy_overrides(args))
     if args.pretrained_checkpoint:
         load_weights(args.pretrained_checkpoint, policy, architecture=fixed)
@@ -81,6 +88,7 @@ def build_run(args: argparse.Namespace) -> Run:
         copy_weights(policy, reference)
     optimizer = get_megatron_optimizer(optimizer_config(args), policy)
     scheduler = build_scheduler(args, optimizer)
+    companions = _companions(args, *origin)
     metadata = {
         "architecture": fields, "arguments": vars(args),
         "tokenizer": {"type": args.tokenizer_type, "fingerprint": tokenizer.fingerprint},
@@ -95,7 +103,7 @@ def build_run(args: argparse.Namespace) -> Run:
         state, _ = load_checkpoint(args.load, policy, optimizer, scheduler, architecture=fixed)
         metadata["changed"] = _changed(saved["arguments"], vars(args))
     return Run(args.training_mode, policy, encoder, reference, optimizer, scheduler, config, train_data, valid_data,
-               tokenizer, args, metadata, state)
+               tokenizer, args, metadata, state, companions)
 
 
 def check_batch(args) -> None:
@@ -138,6 +146,8 @@ def describe(run: Run) -> str:
             idle = idle_fraction(groups, stages, layout.rollout_length, virtual)
             lines.append(f"rollouts: {groups} groups of rows over {stages} stages, which idle {idle:.1%} of the time "
                          "if all steps take equally long")
+    if args.ebft_replay_steps:
+        lines.append(f"documents and rollouts are those of the steps in {args.ebft_replay_steps}")
     if run.state.iteration:
         changed = f", with other flags: {', '.join(run.metadata['changed'])}" if run.metadata["changed"] else ""
         lines.append(f"continues {run.args.load} after step {run.state.iteration}{changed}")
@@ -155,28 +165,53 @@ def feature_exchange(args, config: EBFTConfig, hidden_size: int) -> ExchangeByte
         is_sequence_parallel=args.sequence_parallel, pipeline=stages, samples=args.ebft_sample_parallel_size)
 
 
-def _find_resume(args) -> bool:
+def find_resume(args) -> bool:
     """Whether --load holds a checkpoint. None is fine where the run itself will save there."""
     if not args.load:
         return False
+    is_own = bool(args.save) and os.path.abspath(args.load) == os.path.abspath(args.save)
     if os.path.exists(os.path.join(args.load, RECORD)) or latest_iteration(args.load) is not None:
-        return True
-    if args.save and os.path.abspath(args.load) == os.path.abspath(args.save):
+        if read_record(resolve(args.load, "--load"), "--load")["optimizer"] is not None:
+            return True
+        if args.pretrained_checkpoint or is_own:
+            other = "--save" if is_own else "--pretrained-checkpoint"
+            raise ValueError(f"--load {args.load}: holds weights alone, to start from, so it does not go with {other}; "
+                             "give it as --pretrained-checkpoint, and a folder of the run's own for --save and --load")
+        args.pretrained_checkpoint = args.load
+        return False
+    if is_own:
         return False
     raise ValueError(f"--load {args.load}: no checkpoint there; name a folder that --save wrote, or that of --save "
                      "to start afresh and continue from it later")
 
 
-def _restore_architecture(args, flag: str) -> None:
-    metadata = read_metadata(args.load if flag == "--load" else args.pretrained_checkpoint, flag=flag)
-    fields = metadata["architecture"]
+def restore_architecture(args, flag: str, folder: str) -> None:
+    """Set the flags of the architecture, and of the tokenizer if none was named, to what a checkpoint says."""
+    metadata = read_metadata(folder, flag=flag)
+    fields, tokenizer = metadata["architecture"], metadata["tokenizer"]
     for name, value in fields.items():
-        if name in vars(args) and name not in _free_fields(fields):
+        if name in vars(args) and name not in free_fields(fields):
             setattr(args, name, value)
     args.vocab_size = fields["vocab_size"]
+    if tokenizer is None or args.tokenizer_model or args.tokenizer_type == "NullTokenizer":
+        return
+    path = os.path.join(resolve(folder, flag), COMPANIONS)
+    files = {"HuggingFaceTokenizer": path, "SentencePieceTokenizer": os.path.join(path, SENTENCEPIECE)}
+    args.tokenizer_type, args.tokenizer_model = tokenizer["type"], files.get(tokenizer["type"])
 
 
-def _free_fields(architecture: dict) -> set[str]:
+def _companions(args, flag: str, folder: str | None) -> dict[str, bytes]:
+    """Small files that every checkpoint of the run will carry: those of the one it comes from, and the tokenizer's."""
+    found = read_companions(os.path.join(resolve(folder, flag), COMPANIONS)) if folder else {}
+    if args.tokenizer_type == "SentencePieceTokenizer":
+        with open(args.tokenizer_model, "rb") as file:
+            found[SENTENCEPIECE] = file.read()
+    elif args.tokenizer_type == "HuggingFaceTokenizer":
+        found |= read_companions(args.tokenizer_model, TOKENIZER_FILES)
+    return found
+
+
+def free_fields(architecture: dict) -> set[str]:
     """Fields in which a model may differ from the checkpoint whose weights it takes."""
     free = {"init_method_std", "padded_vocab_size"}
     return free | {"max_position_embeddings"} if architecture["position_embedding_type"] == "rope" else free
@@ -188,7 +223,8 @@ def _changed(saved: dict, now: dict) -> list[str]:
             if name in saved and saved[name] != value]
 
 
-def _build_data(args, tokenizer):
+def build_data(args, tokenizer):
+    """The training and validation datasets the flags ask for; ValueError as build_datasets."""
     eval_rows = args.eval_iters * args.global_batch_size if args.eval_interval else 0
     train_data, valid_data, _ = build_datasets(
         seq_length=args.seq_length, seed=args.seed, sizes=[args.train_iters * args.global_batch_size, eval_rows, 0],
@@ -210,9 +246,10 @@ def build_scheduler(args, optimizer) -> OptimizerParamScheduler:
         override_opt_param_scheduler=args.override_opt_param_scheduler)
 
 
-def _check_tokenizer(metadata: dict, tokenizer, flag: str) -> None:
+def check_tokenizer(metadata: dict, tokenizer, flag: str) -> None:
+    """ValueError unless a checkpoint's tokenizer, where its metadata has one, is this one."""
     saved = metadata["tokenizer"]
-    if saved["fingerprint"] != tokenizer.fingerprint:
+    if saved is not None and saved["fingerprint"] != tokenizer.fingerprint:
         raise ValueError(f"--tokenizer-model: {flag} was trained with another tokenizer ({saved['type']} "
                          f"{saved['fingerprint'][:12]}, this is {tokenizer.name} {tokenizer.fingerprint[:12]})")
 

@@ -54,7 +54,7 @@ class FeatureMap:
         return len(self.steps(length)) > 1 and (self.norm == "layer" or stages == 1)
 
 
-class _Catch:
+class Catch:
     """Catches the outputs of this stage's feature layers while in its context."""
 
     def __init__(self, model, layers: list[int]):
@@ -85,7 +85,7 @@ def block_grams(encoder, feature_map: FeatureMap, micro_batches: MicroBatches, l
 
     def forward_step(iterator, model):
         micro_batch = next(iterator)
-        with _Catch(model, feature_map.layers) as catch:
+        with Catch(model, feature_map.layers) as catch:
             out = model(micro_batch.tokens, micro_batch.positions,
                         as_mask(StridedPattern(micro_batch.row, micro_batch.document_BT)))
         grams.extend(x.finish() for x in pending)

@@ -14,6 +14,8 @@ a_k = c + k·s; its gold completion is gold[a_k : a_k+G]; its n rollouts continu
    multiple of `pad_to`. Padding sees nothing, nothing sees it, and nothing is read there.
 6. With a document mask, a gold token sees its own document only, positions restart there, and a block counts
    only if the token before its anchor and its whole completion are in one document.
+7. Files of steps (step_file.py) keep the order of the released code, step-major: a row for every sample of a document,
+   gold tokens first, then the token of block k at step t at T + t·NB + k.
 
 Suffixes of tensor names: B rows, T gold tokens, R rollout tokens of a row, K blocks, N samples, G steps, S row length.
 """
@@ -93,6 +95,33 @@ class StridedLayout:
         """
         size = min(blocks_per_part, self.num_blocks) or self.num_blocks
         return [RowLayout(self, first, size, steps) for first in range(0, self.num_blocks, size)]
+
+    def to_step_major(self, values_BKNG: Tensor, gold_BT: Tensor | None = None) -> Tensor:
+        """Values of rollout tokens in a step file's order [B·n, G·NB], a document's samples in consecutive rows.
+
+        Args:
+            gold_BT: values of gold tokens, which come first in each of their document's rows.
+        """
+        rows = values_BKNG.permute(0, 2, 3, 1).flatten(2).flatten(0, 1)
+        if gold_BT is None:
+            return rows
+        return torch.cat([gold_BT.repeat_interleave(self.num_samples, dim=0), rows], dim=1)
+
+    def from_step_major(self, rows: Tensor) -> Tensor:
+        """The inverse of `to_step_major` without gold tokens: [B·n, G·NB] → [B, NB, n, G]."""
+        by_step = rows.unflatten(1, (-1, self.num_blocks)).unflatten(0, (-1, self.num_samples))
+        return by_step.permute(0, 3, 1, 2)
+
+    def step_major_positions(self, starts_BT: Tensor | None, batch: int) -> Tensor:
+        """Position ids of a step file's rows, int64 [B·n, T + G·NB]; they restart at documents under a document mask.
+
+        Args:
+            starts_BT: `document_starts`, or None without a document mask.
+        """
+        row = self.parts(0, self.rollout_length)[0]
+        gold, rollouts = row.positions(starts_BT, batch)[:, : row.end].tensor_split([self.seq_length], dim=1)
+        shape = (self.num_blocks, self.num_samples, self.rollout_length)
+        return self.to_step_major(rollouts.unflatten(1, shape), gold)
 
 
 def document_starts(document_BT: Tensor) -> Tensor:

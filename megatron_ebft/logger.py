@@ -23,6 +23,23 @@ def clock(seconds: float) -> str:
     return f"{int(seconds // 60)}m{int(seconds % 60):02d}s" if seconds >= 60 else f"{seconds:.1f}s"
 
 
+class Countdown:
+    """Says every 10 seconds how much is done, and how long the rest will take."""
+
+    def __init__(self, what: str, total: int, say):
+        self.what, self.total, self.say, self.done = what, total, say, 0
+        self.start = self.last = time.perf_counter()
+
+    def tick(self, *unused) -> None:
+        """One more is done."""
+        self.done += 1
+        now = time.perf_counter()
+        if now - self.last > 10 and self.done < self.total:
+            self.last = now
+            left = (now - self.start) / self.done * (self.total - self.done)
+            self.say(f"{self.what} {self.done}/{self.total} | left {clock(left)}")
+
+
 class Logger:
     """Console and TensorBoard of one run.
 
@@ -51,13 +68,10 @@ class Logger:
 
     def progress(self, what: str, items: list) -> Iterator:
         """The items, with a line and the time left every 10 seconds."""
-        start = last = time.perf_counter()
-        for done, item in enumerate(items):
-            now = time.perf_counter()
-            if done and now - last > 10:
-                last = now
-                self.print(f"{what} {done}/{len(items)} | left {clock((now - start) / done * (len(items) - done))}")
+        countdown = Countdown(what, len(items), self.print)
+        for item in items:
             yield item
+            countdown.tick()
 
     def step(self, iteration: int, metrics: dict[str, float], seconds: dict[str, float], duration: float) -> None:
         """Log one training step. seconds: by phase; duration: of the whole step."""

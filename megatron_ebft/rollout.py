@@ -51,9 +51,9 @@ class Rollouts:
 
     tokens_BKNG: Tensor
     """int64."""
-    log_probs_BKNG: Tensor
-    """float32, of softmax(logits / τ) before top-p and top-k."""
-    entropy_BKNG: Tensor
+    log_probs_BKNG: Tensor | None
+    """float32, of softmax(logits / τ) before top-p and top-k; None where rollouts came from elsewhere without them."""
+    entropy_BKNG: Tensor | None
     """float32, nats, of that distribution."""
 
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from megatron_ebft.metrics import Means, PhaseTimer
 from megatron_ebft.parallel import document_rank, document_size
 from megatron_ebft.rollout import Rollouts, sample_rollouts
 from megatron_ebft.sft import cross_entropy_pass
+from megatron_ebft.step_dump import StepDump, StepFailed, replayed_step
 
 SELF_CHECK_FLOAT32, SELF_CHECK_BF16 = 1e-3, 5e-2
 """Mean |Δ log-probability| per token above which sampler and trainer, or trainer and start, are not the same model."""
@@ -45,6 +46,8 @@ class Run:
     metadata: dict
     """Recorded in every checkpoint."""
     state: TrainState
+    companions: dict[str, bytes] = field(default_factory=dict)
+    """Small files to keep in every checkpoint (hf_files.py)."""
 
 
 def gold_batch(run: Run, dataset, consumed_samples: int) -> GoldBatch:
@@ -55,6 +58,13 @@ def gold_batch(run: Run, dataset, consumed_samples: int) -> GoldBatch:
         tokens, rows.index.to(device()),
         document_ids(tokens, run.tokenizer.eod) if run.args.ebft_document_mask else None,
         rows.answer_mask.to(device()) if run.args.ebft_answer_only else None)
+
+
+def next_rows(run: Run) -> tuple[GoldBatch, Rollouts | None]:
+    """This rank's rows of the next step; with their rollouts where a dumped step is replayed."""
+    if run.args.ebft_replay_steps:
+        return replayed_step(run.args, run.state.iteration + 1, run.tokenizer.vocab_size).mine()
+    return gold_batch(run, run.train_data, run.state.consumed_samples), None
 
 
 def train(run: Run, log) -> None:
@@ -68,8 +78,8 @@ def train(run: Run, log) -> None:
     while state.iteration < args.train_iters:
         start, timer = time.perf_counter(), PhaseTimer()
         with timer("data"):
-            gold = gold_batch(run, run.train_data, state.consumed_samples)
-        metrics = train_step(run, gold, timer, check=first)
+            gold, rollouts = next_rows(run)
+        metrics = train_step(run, gold, timer, check=first, rollouts=rollouts)
         first = False
         state.iteration += 1
         state.consumed_samples += args.global_batch_size
@@ -79,7 +89,8 @@ def train(run: Run, log) -> None:
         if batches and (state.iteration % args.eval_interval == 0 or is_last):
             log.evaluation(state.iteration, *run_evaluation(run, batches, log))
         if args.save and (state.iteration % args.save_interval == 0 or is_last):
-            log.saved(save_checkpoint(args.save, state, run.policy, run.optimizer, run.scheduler, run.metadata))
+            log.saved(save_checkpoint(args.save, state, run.policy, run.optimizer, run.scheduler, run.metadata,
+                                      run.companions))
 
 
 def run_evaluation(run: Run, batches: list[GoldBatch], log):
@@ -90,42 +101,48 @@ def run_evaluation(run: Run, batches: list[GoldBatch], log):
     return metrics, shown, time.perf_counter() - start
 
 
-def train_step(run: Run, gold: GoldBatch, timer: PhaseTimer, check: bool) -> dict[str, float]:
+def train_step(run: Run, gold: GoldBatch, timer: PhaseTimer, check: bool,
+               rollouts: Rollouts | None = None) -> dict[str, float]:
     """One optimizer step on the global batch; returns its metrics, the same on every rank.
 
     Args:
         check: compare sampler, trainer and start before the optimizer moves anything (first step of a process).
+        rollouts: of these rows, instead of sampling them.
 
     Raises:
-        RuntimeError: a failed self-check, or a loss or gradient that is not finite; the weights are as they were.
+        StepFailed: a failed self-check, or a loss or gradient that is not finite; the weights are as they were.
     """
     means = Means()
     for chunk in run.policy:
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
-    if run.mode == "sft":
-        with timer("train"):
-            cross_entropy_pass(run.policy, gold, run.args.micro_batch_size, means, forward_only=False)
-        coefficients = {"ce_loss": 1.0}
-    else:
-        ebft_gradient(run, gold, timer, means, check)
-        config = run.config
-        coefficients = {"rl_loss": config.rl_coef, "ce_loss": config.ce_coef, "kl_loss": config.kl_coef}
-    metrics = means.reduce()
-    metrics["loss"] = sum(c * metrics[name] for name, c in coefficients.items() if name in metrics)
-    with timer("optimizer"):
-        metrics["grad_norm"] = optimizer_step(run, metrics["loss"])
+    with StepDump(run.args, run.state.iteration + 1) as dump:
+        if run.mode == "sft":
+            with timer("train"):
+                cross_entropy_pass(run.policy, gold, run.args.micro_batch_size, means, forward_only=False)
+            coefficients = {"ce_loss": 1.0}
+        else:
+            dump.hold(gold, *ebft_gradient(run, gold, rollouts, timer, means, check), means)
+            if check:
+                self_check(run, means)
+            config = run.config
+            coefficients = {"rl_loss": config.rl_coef, "ce_loss": config.ce_coef, "kl_loss": config.kl_coef}
+        metrics = means.reduce()
+        metrics["loss"] = sum(c * metrics[name] for name, c in coefficients.items() if name in metrics)
+        with timer("optimizer"):
+            metrics["grad_norm"] = optimizer_step(run, metrics["loss"])
     metrics["lr"] = run.optimizer.param_groups[0]["lr"]
     run.scheduler.step(increment=run.args.global_batch_size)
     return metrics
 
 
-def ebft_gradient(run: Run, gold: GoldBatch, timer: PhaseTimer, means: Means, check: bool) -> None:
+def ebft_gradient(run: Run, gold: GoldBatch, rollouts: Rollouts | None, timer: PhaseTimer, means: Means,
+                  check: bool) -> tuple[Rollouts, Rewards, Scores]:
     """Algorithm 1 up to the optimizer: rollouts → features → rewards → advantages → gradient of the loss."""
     config = run.config
     with timer("rollout"):
-        rollouts = sample_rollouts(run.policy, gold, config.layout, config.sampling, run.state.iteration,
-                                   config.rollout_rows)
+        rollouts = rollouts or sample_rollouts(run.policy, gold, config.layout, config.sampling, run.state.iteration,
+                                               config.rollout_rows)
     with timer("features"):
         rewards = ebft.compute_rewards(run.encoder, gold, rollouts, config)
     start = None
@@ -138,8 +155,7 @@ def ebft_gradient(run: Run, gold: GoldBatch, timer: PhaseTimer, means: Means, ch
     valid_BK = gold.valid_blocks(config.layout)
     measure_rewards(rewards, valid_BK, config, means)
     measure_mismatch(rollouts, scores, start, valid_BK, means)
-    if check:
-        self_check(run, means)
+    return rollouts, rewards, scores
 
 
 def measure_rewards(rewards: Rewards, valid_BK: Tensor, config: EBFTConfig, means: Means) -> None:
@@ -190,19 +206,19 @@ def self_check(run: Run, means: Means) -> None:
         problems.append(f"the policy's log-probabilities differ from the starting policy's by "
                         f"{found['distance_to_start']:.2e} a token before the first step (limit {limit:.0e})")
     if problems:
-        raise RuntimeError("first-step self-check failed; nothing was trained. " + "; ".join(problems))
+        raise StepFailed("first-step self-check failed; nothing was trained. " + "; ".join(problems))
 
 
 def optimizer_step(run: Run, loss: float) -> float:
     """Clip and apply the gradients; returns their norm before clipping.
 
     Raises:
-        RuntimeError: the loss or the norm is not finite; nothing was changed.
+        StepFailed: the loss or the norm is not finite; nothing was changed.
     """
     run.optimizer.prepare_grads()
     norm = float(run.optimizer.get_grad_norm())
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise RuntimeError(
+        raise StepFailed(
             f"step {run.state.iteration + 1}: loss {loss}, gradient norm {norm}: not finite, stopped before the "
             f"optimizer step (samples {run.state.consumed_samples} to "
             f"{run.state.consumed_samples + run.args.global_batch_size - 1}). The last checkpoint is good; lower --lr "

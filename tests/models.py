@@ -16,7 +16,7 @@ from megatron_ebft.batch import GoldBatch, MicroBatch
 from megatron_ebft.dataset import document_ids
 from megatron_ebft.device import device
 from megatron_ebft.ebft import EBFTConfig
-from megatron_ebft.features import FeatureMap, _Catch
+from megatron_ebft.features import Catch, FeatureMap
 from megatron_ebft.fingerprint import SHARDING, sharded_tensors
 from megatron_ebft.layout import StridedLayout
 from megatron_ebft.model import ModelArgs, feature_layers, unwrap
@@ -216,7 +216,7 @@ def block_features(encoder, feature_map: FeatureMap, micro_batch: MicroBatch,
         for each length that completions are cut to, rollouts [b, size, n, D] and references [b, size, D], float32.
     """
     row, found = micro_batch.row, []
-    with _Catch(encoder, feature_map.layers) as catch:
+    with Catch(encoder, feature_map.layers) as catch:
         encoder(micro_batch.tokens, micro_batch.positions, as_mask(StridedPattern(row, micro_batch.document_BT)))
     for length in lengths:
         steps = feature_map.steps(length)

@@ -1,0 +1,236 @@
+"""Recompute one step from its documents and rollouts, with any weights, on any layout of ranks.
+
+    torchrun --nproc-per-node 4 tools/replay.py --hf-model DIR --batch STEP.safetensors --output OUT.safetensors \\
+        --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2
+
+1. STEP is a file of tests/golden, or one that training wrote with --ebft-dump-steps (the format: step_file.py). OUT is
+   in the same format, with features and gradients under Hugging Face names. What STEP holds of the results as well is
+   compared, and if a difference is above --tolerance the exit status is 1: a check of a cluster, a conversion or a
+   layout before a long run, and the way to look into a strange step.
+2. The method is the file's. The flags of parallelism, precision and memory are training's, so that those of a run can
+   be taken over as they are.
+3. To replay step i of a run, --load the checkpoint saved after step i − 1, and give the run's --ebft-encoder-load and
+   --pretrained-checkpoint (for the first step, which has no checkpoint before it: --load what the run started from).
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+import time
+import warnings
+from contextlib import contextmanager
+
+import torch
+from safetensors import safe_open
+
+TOLERANCES = {"float32": 1e-4, "bfloat16": 1e-1}
+
+
+def parse(argv: list[str]):
+    """Training's flags for this step, the step, the model's Hugging Face tensors, and their files where it is one.
+
+    Raises:
+        ValueError: naming the flag or the file.
+    """
+    from megatron_ebft.arguments import Parser, add_machine, check_args
+    from megatron_ebft.checkpoint_files import read_metadata
+    from megatron_ebft.families import describe, read_model
+    from megatron_ebft.hf_files import HFWeights
+    from megatron_ebft.model import ModelArgs
+    from megatron_ebft.step_file import read_step
+
+    parser = Parser(prog="torchrun --nproc-per-node N tools/replay.py", allow_abbrev=False,
+                    description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument_group("replay").add_argument
+    add("--hf-model", metavar="DIR", help="weights of the policy: a Hugging Face folder")
+    add("--load", metavar="DIR", help="or a checkpoint of ours")
+    add("--pretrained-checkpoint", metavar="DIR", help="checkpoint that the run started from: a KL term's reference, "
+        "and by default the encoder; where it is not given, the policy's weights are both")
+    add("--ebft-encoder-load", metavar="DIR", help="checkpoint with the encoder's weights, where they are others")
+    add("--batch", metavar="FILE", required=True, help="the step: documents, rollouts and, in the metadata, the method")
+    add("--output", metavar="FILE", required=True, help="the step with everything that was computed")
+    add("--tolerance", type=float, help="largest difference from what the batch file holds: absolute, of gradients "
+        f"relative to their norm; default: {TOLERANCES['float32']}, with --bf16 {TOLERANCES['bfloat16']}")
+    add("--micro-batch-size", type=int, default=1, help="rows of a micro-batch on one rank; bounds memory")
+    add_machine(parser.add_argument_group("parallelism, precision and memory, as in training"))
+    mine = parser.parse_args(argv)
+    if bool(mine.hf_model) == bool(mine.load):
+        raise ValueError("--hf-model, --load: give one of the two, with the policy's weights")
+    if os.path.abspath(mine.batch) == os.path.abspath(mine.output):
+        raise ValueError(f"--output {mine.output}: is the --batch, name another file")
+    folder = os.path.dirname(os.path.abspath(mine.output))
+    if not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
+        raise ValueError(f"--output {mine.output}: {folder} is no folder that can be written to")
+    if mine.hf_model:
+        hf, weights = read_model(mine.hf_model, "--hf-model"), HFWeights(mine.hf_model, "--hf-model")
+        weights.check(hf)
+    else:
+        weights = None
+        hf = describe(ModelArgs(**read_metadata(mine.load)["architecture"]), f"--load {mine.load}")
+    step = read_step(mine.batch, "--batch", hf.architecture.vocab_size)
+    if step.args.seq_length > hf.architecture.max_position_embeddings:
+        raise ValueError(f"--batch {mine.batch}: has rows of {step.args.seq_length} tokens, and the model is for "
+                         f"{hf.architecture.max_position_embeddings}")
+    if step.args.global_batch_size % max(1, mine.micro_batch_size):
+        raise ValueError(f"--micro-batch-size {mine.micro_batch_size}: does not divide the "
+                         f"{step.args.global_batch_size} documents of --batch {mine.batch}")
+    args, architecture = step.args, dataclasses.asdict(hf.architecture)
+    vars(args).update({name: value for name, value in architecture.items() if name in vars(args)})
+    vars(args).update(vars(mine))
+    if args.tolerance is None:
+        args.tolerance = TOLERANCES["bfloat16" if args.bf16 else "float32"]
+    return check_args(args), step, hf, weights
+
+
+def build(args, hf, weights):
+    """Policy, encoder, and with a KL term the reference, with their weights."""
+    from megatron_ebft.arguments import ddp_config, ebft_config, model_args, policy_overrides, transformer_overrides
+    from megatron_ebft.build import free_fields
+    from megatron_ebft.checkpoint import load_weights
+    from megatron_ebft.convert import load_hf_weights
+    from megatron_ebft.model import build_encoder, build_frozen, build_policy, copy_weights
+
+    architecture, overrides = model_args(args, hf.architecture.vocab_size), transformer_overrides(args)
+    fields = dataclasses.asdict(architecture)
+    fixed = {name: value for name, value in fields.items() if name not in free_fields(fields)}
+    ddp = dataclasses.replace(ddp_config(args), use_distributed_optimizer=False)
+    policy = build_policy(architecture, ddp, **policy_overrides(args))
+    config = ebft_config(args, architecture.num_layers)
+    encoder = build_encoder(architecture, max(config.feature_map.layers), **overrides)
+    reference = build_frozen(architecture, **overrides) if args.ebft_kl_coef else None
+    if weights is not None:
+        load_hf_weights(policy, hf, weights)
+    else:
+        load_weights(args.load, policy, architecture=fixed, flag="--load")
+    flags = ("--ebft-encoder-load", args.ebft_encoder_load), ("--pretrained-checkpoint", args.pretrained_checkpoint)
+    for model, sources in ((encoder, flags), (reference, flags[1:])):
+        flag, folder = next((source for source in sources if source[1]), (None, None))
+        if model is not None and folder:
+            load_weights(folder, model, architecture=fixed, flag=flag)
+        elif model is not None:
+            copy_weights(policy, model)
+    return policy, encoder, reference, config
+
+
+@contextmanager
+def phase(name: str, models: list, passes: int, say):
+    """Says how long the block took, and while it runs how long it will: it takes `passes` forward passes of a rank."""
+    from megatron_ebft.logger import Countdown, clock
+
+    countdown = Countdown(name, passes, say)
+    hooks = [model.register_forward_hook(countdown.tick) for model in models]
+    yield
+    for hook in hooks:
+        hook.remove()
+    say(f"{name} {clock(time.perf_counter() - countdown.start)}")
+
+
+def compute(step, policy: list, encoder, reference, config, say) -> dict[str, torch.Tensor]:
+    """Every result but the gradients, which are left in the policy's buffers; the same on every rank."""
+    from megatron_ebft import ebft
+    from megatron_ebft.batch import MicroBatches
+    from megatron_ebft.metrics import Means
+    from megatron_ebft.parallel import all_documents, all_samples
+    from megatron_ebft.step_file import gather_results
+    from megatron_ebft.whole import whole_features
+
+    gold, rollouts = step.mine()
+    rows = MicroBatches(gold, rollouts.tokens_BKNG, config.layout, config.layout.rollout_length,
+                        config.micro_batch_size, config.blocks_per_microbatch)
+    with phase("features", [encoder], len(rows), say):
+        features_BKND, features_BKD = whole_features(encoder, config.feature_map, rows)
+    with phase("rewards", [encoder], len(rows), say):
+        rewards = ebft.compute_rewards(encoder, gold, rollouts, config)
+    start, means = None, Means()
+    if reference is not None:
+        with phase("reference", [reference], len(rows), say):
+            start = ebft.score(reference, gold, rollouts, config).rollout_BKNG
+    for chunk in policy:
+        chunk.zero_grad_buffer()
+    with phase("gradient", policy, len(rows) * len(policy), say):
+        scores = ebft.policy_gradient(policy, gold, rollouts, rewards.advantage, config, means, start)
+    return {"features_gold": all_documents(features_BKD),
+            "features_rollout": all_documents(all_samples(features_BKND)).transpose(1, 2),
+            **gather_results(step, rewards, scores, means.reduce())}
+
+
+def write(args, step, results: dict, policy: list, hf, say) -> None:
+    """The output file, by rank 0; gradients come to it one at a time."""
+    from megatron_ebft.logger import Countdown
+    from megatron_ebft.step_file import step_writer
+    from megatron_ebft.whole import whole_gradients
+
+    shapes = {f"grad.{name}": shape for entry in hf.entries.values() for name, shape in zip(entry.names, entry.shapes)}
+    gradients, countdown = whole_gradients(policy, hf), Countdown("written", len(shapes), say)
+    if torch.distributed.get_rank() > 0:
+        nothing = list(gradients)
+        assert not nothing
+        return
+    with step_writer(args.output, "--output", step, results, shapes) as writer:
+        for name, gradient in gradients:
+            writer.write(f"grad.{name}", gradient)
+            countdown.tick()
+
+
+def compare(batch: str, output: str, tolerance: float, say) -> list[str]:
+    """Says how far the output is from every result in the batch file; the names of those that are too far, or not
+    there. What is not finite in the same place on both sides is the same."""
+    from megatron_ebft.step_file import INPUTS
+
+    with safe_open(batch, "pt") as given, safe_open(output, "pt") as computed:
+        names, wrong = [key for key in given.keys() if key not in INPUTS], []
+        for key in names:
+            expected = given.get_tensor(key)
+            if key not in computed.keys() or tuple(computed.get_slice(key).get_shape()) != tuple(expected.shape):
+                say(f"{key}: not in the output, or in another shape than {tuple(expected.shape)}")
+                wrong.append(key)
+                continue
+            found = computed.get_tensor(key)
+            difference = (found - expected).where((found != expected) & ~(found.isnan() & expected.isnan()), 0.0)
+            is_gradient = key.startswith("grad.")
+            size = difference.norm() / expected.norm().clamp(min=1e-30) if is_gradient else difference.abs().max()
+            say(f"{key}: {size:.1e}{' of its norm' if is_gradient else ''}")
+            if not size <= tolerance:
+                wrong.append(key)
+    say(f"{len(names) - len(wrong)} of {len(names)} results of {batch} are within {tolerance:.0e}")
+    return wrong
+
+
+def main(argv: list[str]) -> None:
+    """Parse, build, compute, write, compare."""
+    warnings.filterwarnings("ignore")
+    from megatron_ebft.arguments import parallel_sizes
+    from megatron_ebft.build import check_batch
+    from megatron_ebft.parallel import init_parallel, shut_down
+
+    args, step, hf, weights = parse(argv)
+    init_parallel(**parallel_sizes(args))
+
+    def say(line: str) -> None:
+        if torch.distributed.get_rank() == 0:
+            print(line, flush=True)
+
+    try:
+        check_batch(args)
+    except ValueError as error:
+        raise ValueError(f"--batch {args.batch}, whose {args.global_batch_size} documents are the global batch: {error}"
+                         ) from error
+    say(f"step {step.iteration or '(without a number)'} of {args.batch}: {args.global_batch_size} documents of "
+        f"{args.seq_length} tokens, {step.layout.num_blocks} blocks × {args.ebft_num_samples} rollouts × "
+        f"{args.ebft_rollout_length} tokens")
+    policy, *others = build(args, hf, weights)
+    results = compute(step, policy, *others, say)
+    write(args, step, results, policy, hf, say)
+    wrong = compare(args.batch, args.output, args.tolerance, say) if torch.distributed.get_rank() == 0 else []
+    shut_down()
+    if wrong:
+        raise ValueError(f"--batch {args.batch}: {len(wrong)} of its results differ by more than --tolerance "
+                         f"{args.tolerance:.0e}: {', '.join(wrong)}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"error: {error}")
