@@ -13,6 +13,7 @@
 """
 
 import contextlib
+import functools
 import logging
 import os
 import random
@@ -23,6 +24,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedObject
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint import FileSystemReader
@@ -32,14 +34,22 @@ from megatron_ebft import parallel
 from megatron_ebft.checkpoint_files import (
     FORMAT,
     RECORD,
-    check_sizes,
+    check_whole,
     clear_leftovers,
     commit,
+    complete_iterations,
+    drop_old,
     folder_name,
+    hold_space,
+    latest_iteration,
     read_record,
     reading,
+    release_space,
     resolve,
+    resolve_iteration,
+    temporary_name,
     write_json,
+    write_sums,
     writing,
 )
 from megatron_ebft.device import have_gpu
@@ -62,47 +72,138 @@ class TrainState:
     """Rows drawn from the training data, over all ranks."""
 
 
-def save_checkpoint(directory: str, state: TrainState, model: list, optimizer, scheduler, metadata: dict,
-                    companions: dict[str, bytes] | None = None, *, flag: str = "--save") -> str:
-    """Write `<directory>/iter_<iteration>` from all ranks and make it the latest; returns that folder.
+class Saver:
+    """Saves the checkpoints of a run, one at a time: `<directory>/iter_<iteration>`, written by all ranks.
 
     Args:
-        metadata: JSON-able description of the run; `metadata["architecture"]` is what loading compares.
-        companions: small files to keep in the checkpoint, by name (hf_files.py).
+        is_async: training goes on while processes of their own write what was copied to host memory.
+        keep, retain_interval: as checkpoint_files.drop_old, after each save.
+    """
+
+    def __init__(self, directory: str, *, is_async: bool = False, keep: int = 0, retain_interval: int = 0,
+                 flag: str = "--save"):
+        self.directory, self.keep, self.retain_interval, self.flag = directory, keep, retain_interval, flag
+        self._queue = AsyncCallsQueue() if is_async else None
+        self._done: str | None = None
+
+    def save(self, state: TrainState, model: list, optimizer, scheduler, metadata: dict,
+             companions: dict[str, bytes] | None = None) -> None:
+        """Begin a save, after waiting for the one before; without `is_async`, it is whole and the latest on return.
+
+        Args:
+            metadata: JSON-able description of the run; `metadata["architecture"]` is what loading compares.
+            companions: small files to keep in the checkpoint, by name (hf_files.py).
+
+        Raises:
+            ValueError: the directory cannot be written, or is not the same on every rank; older checkpoints are as
+                they were.
+        """
+        self._settle(wait=True)
+        temporary = self._begin(state.iteration)
+        record = {"format": FORMAT, "train_state": asdict(state), "layout": _layout(), "optimizer": _kind(optimizer),
+                  "metadata": metadata}
+        overlapped = [chunk for chunk in model if chunk.ddp_config.overlap_param_gather]
+        for chunk in overlapped:
+            chunk.disable_forward_pre_hook()  # gathers what the next forward pass would have gathered
+        with together(), writing(self.directory, self.flag), torch.no_grad():
+            request = dist_checkpointing.save(_sharded_state(model, optimizer, scheduler, with_rng=True), temporary,
+                                              async_sharded_save=True)
+            request.finalize_fns.insert(0, functools.partial(self._release, temporary))
+            request.finalize_fns.append(functools.partial(self._commit, temporary, state.iteration, record, companions))
+            if request.async_fn is not None:  # this rank has something to write
+                write = functools.partial(_write_and_sum, request.async_fn, temporary, dist.get_rank())
+                request = request._replace(async_fn=write)
+            if self._queue is None:
+                request.execute_sync()
+            else:
+                self._queue.schedule_async_request(request)
+        for chunk in overlapped:
+            chunk.enable_forward_pre_hook()
+
+    def finished(self, wait: bool = False) -> str | None:
+        """The folder of a save that has become whole since this was last asked, on every rank; all must ask.
+
+        Raises:
+            ValueError: the save failed; older checkpoints are as they were.
+        """
+        self._settle(wait)
+        done, self._done = self._done, None
+        return done
+
+    def _settle(self, wait: bool) -> None:
+        if self._queue is not None and self._queue.get_num_unfinalized_calls():
+            with together(), writing(self.directory, self.flag):
+                self._queue.maybe_finalize_async_calls(blocking=wait)
+
+    def _begin(self, iteration: int) -> str:
+        """A new temporary folder, which every rank sees."""
+        name = [temporary_name(iteration)]
+        dist.broadcast_object_list(name)
+        temporary = os.path.join(self.directory, name[0])
+        with together(), writing(self.directory, self.flag):
+            if dist.get_rank() == 0:
+                clear_leftovers(self.directory)
+                os.makedirs(temporary)
+                hold_space(temporary)
+        with together():
+            if not os.path.isdir(temporary):
+                raise ValueError(f"{self.flag} {self.directory}: rank {dist.get_rank()} does not see the folder rank 0 "
+                                 f"made there; name a directory on a filesystem that all ranks share")
+        return temporary
+
+    def _release(self, temporary: str) -> None:
+        if dist.get_rank() == 0:
+            release_space(temporary)
+
+    def _commit(self, temporary: str, iteration: int, record: dict, companions: dict | None) -> None:
+        folder = os.path.join(self.directory, folder_name(iteration))
+        with together(), writing(self.directory, self.flag):
+            if dist.get_rank() == 0:
+                if companions:
+                    write_companions(os.path.join(temporary, COMPANIONS), companions)
+                write_json(os.path.join(temporary, RECORD), record)
+                commit(self.directory, temporary, folder, iteration)
+                drop_old(self.directory, self.keep, self.retain_interval)
+        self._done = folder
+
+
+def _write_and_sum(write, temporary: str, rank: int, *args, **kwargs) -> None:
+    """Megatron-Core's writing of a rank's tensors, which reports its failures itself, and their checksums."""
+    write(*args, **kwargs)
+    with contextlib.suppress(OSError):  # then the commit sums up, or fails
+        write_sums(temporary, rank)
+
+
+def newest_whole(directory: str, flag: str = "--load") -> str:
+    """The folder of the newest whole checkpoint: the one the pointer names or, where it is damaged, one before it.
+
+    Ranks share out the reading. A directory that is an iter_* folder itself is the only candidate.
 
     Raises:
-        ValueError: the directory cannot be written, or is not the same on every rank.
+        ValueError: none is whole; says what is wrong with each.
     """
-    folder = os.path.join(directory, folder_name(state.iteration))
-    temporary = folder + ".tmp"
-    record = {"format": FORMAT, "train_state": asdict(state), "layout": _layout(), "optimizer": _kind(optimizer),
-              "metadata": metadata}
-    with together(), writing(directory, flag):
-        if dist.get_rank() == 0:
-            clear_leftovers(directory)
-            os.makedirs(temporary)
-    with together():
-        if not os.path.isdir(temporary):
-            raise ValueError(f"{flag} {directory}: rank {dist.get_rank()} does not see the folder rank 0 made there; "
-                             f"name a directory on a filesystem that all ranks share")
-    overlapped = [chunk for chunk in model if chunk.ddp_config.overlap_param_gather]
-    for chunk in overlapped:
-        chunk.disable_forward_pre_hook()  # gathers what the next forward pass would have gathered
-    with together(), writing(directory, flag), torch.no_grad():
-        dist_checkpointing.save(_sharded_state(model, optimizer, scheduler, with_rng=True), temporary)
-    for chunk in overlapped:
-        chunk.enable_forward_pre_hook()
-    with together(), writing(directory, flag):
-        if dist.get_rank() == 0:
-            if companions:
-                write_companions(os.path.join(temporary, COMPANIONS), companions)
-            write_json(os.path.join(temporary, RECORD), record)
-            commit(directory, temporary, folder, state.iteration)
-    return folder
+    newest, problems = resolve(directory, flag), []
+    candidates = [newest]
+    if os.path.abspath(newest) != os.path.abspath(directory):
+        before = [number for number in complete_iterations(directory) if number < latest_iteration(directory)]
+        candidates += [resolve_iteration(directory, number) for number in reversed(before)]
+    for folder in candidates:
+        try:
+            with together():
+                read_record(folder, flag)
+                check_whole(folder, flag, dist.get_rank(), dist.get_world_size())
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        if problems and dist.get_rank() == 0:
+            print("\n".join(f"warning: {problem}" for problem in problems), flush=True)
+            print(f"warning: {flag} {directory}: goes back to {folder}, the newest that is whole", flush=True)
+        return folder
+    raise ValueError(f"{flag} {directory}: no checkpoint there is whole: {'; '.join(problems)}")
 
 
 def load_checkpoint(directory: str, model: list, optimizer, scheduler, *, architecture: dict | None = None,
-                    flag: str = "--load") -> tuple[TrainState, dict]:
+                    is_whole: bool = False, flag: str = "--load") -> tuple[TrainState, dict]:
     """Restore weights, optimizer, scheduler and, where the layout is unchanged, every rank's random states.
 
     The layout (tensor-, pipeline- and data-parallel sizes, virtual stages, padding of the vocabulary) is free.
@@ -110,6 +211,7 @@ def load_checkpoint(directory: str, model: list, optimizer, scheduler, *, archit
     Args:
         directory: one with a latest pointer, or an `iter_*` folder itself.
         architecture: fields that must equal those of the checkpoint's `metadata["architecture"]`.
+        is_whole: the folder is one that newest_whole found; its files are not read once more.
 
     Returns:
         The progress and the metadata that were saved.
@@ -117,7 +219,7 @@ def load_checkpoint(directory: str, model: list, optimizer, scheduler, *, archit
     Raises:
         ValueError: nothing to load, a damaged file, or a checkpoint of another architecture, optimizer or format.
     """
-    folder, record = _open(directory, architecture, flag)
+    folder, record = _open(directory, architecture, flag, is_whole)
     if record["optimizer"] is None:
         raise ValueError(f"{flag} {folder}: holds weights alone; give it as --pretrained-checkpoint")
     if record["optimizer"] != _kind(optimizer):
@@ -299,13 +401,13 @@ def _layout() -> dict:
             "sample_parallel_size": parallel.sample_size()}
 
 
-def _open(directory: str, architecture: dict | None, flag: str) -> tuple[str, dict]:
+def _open(directory: str, architecture: dict | None, flag: str, is_whole: bool = False) -> tuple[str, dict]:
     """Find the folder, check its files and its architecture; returns the folder and its ebft.json."""
     with together():
         folder = resolve(directory, flag)
         record = read_record(folder, flag)
-        if dist.get_rank() == 0:
-            check_sizes(folder, flag)
+        if not is_whole:
+            check_whole(folder, flag, dist.get_rank(), dist.get_world_size())
         saved = record["metadata"].get("architecture", {})
         differ = [f"{field} (saved {saved.get(field)!r}, now {value!r})"
                   for field, value in (architecture or {}).items() if field not in saved or saved[field] != value]

@@ -1,20 +1,28 @@
-"""Checkpoint folders: names, the latest pointer, what is whole and what is damaged, and how a save becomes visible."""
+"""Checkpoint folders: names, the latest pointer, what is whole and what is damaged, and how a save becomes visible.
+
+A checkpoint is whole when every file has the size and the checksum (CRC-32, which notices any flipped byte) that its
+manifest says. Ranks sum up the files they wrote themselves, and share out the reading when one is checked.
+"""
 
 import contextlib
 import json
 import os
 import pickle
 import re
+import secrets
 import shutil
 import zipfile
+import zlib
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
 POINTER, RECORD, MANIFEST = "latest_checkpointed_iteration.txt", "ebft.json", "manifest.json"
-FORMAT = 2
-"""Of a checkpoint, as its record says; 1 kept the optimizer's state as it lay on the ranks."""
+FORMAT = 3
+"""Of a checkpoint, as its record says; 1 kept the optimizer's state as it lay on the ranks, 2 had no checksums."""
+SPARE, SPARE_BYTES = "spare", 1 << 25
+"""A file that holds room, while tensors are written, for the small files that make a checkpoint whole."""
 UNREADABLE = (CheckpointingException, CheckpointException, pickle.UnpicklingError, zipfile.BadZipFile, EOFError,
               OSError, RuntimeError, KeyError, ValueError, AttributeError, IndexError, ImportError, TypeError)
 """What damaged files make torch and Megatron-Core raise."""
@@ -82,6 +90,11 @@ def resolve(directory: str, flag: str) -> str:
     if iteration is None:
         raise ValueError(f"{flag} {directory}: no complete checkpoint there (no iter_* folder with {MANIFEST}); name a "
                          f"directory that --save wrote")
+    return resolve_iteration(directory, iteration)
+
+
+def resolve_iteration(directory: str, iteration: int) -> str:
+    """The folder of a complete checkpoint."""
     folder = os.path.join(directory, folder_name(iteration))
     return folder if os.path.isdir(folder) else folder + ".old"
 
@@ -92,19 +105,49 @@ def clear_leftovers(directory: str) -> None:
     for name in os.listdir(directory):
         path = os.path.join(directory, name)
         final = path.removesuffix(".old")
-        if re.fullmatch(r"iter_\d{7,}\.tmp", name) or re.fullmatch(r"iter_\d{7,}\.old", name) and os.path.isdir(final):
-            shutil.rmtree(path)
+        is_replaced = re.fullmatch(r"iter_\d{7,}\.old", name) and os.path.isdir(final)
+        if re.fullmatch(r"iter_\d{7,}\.tmp\.\w+", name) or is_replaced:
+            shutil.rmtree(path, ignore_errors=True)  # a killed rank's writing process may still be at work there
         elif re.fullmatch(r"iter_\d{7,}\.old", name):
             os.rename(path, final)
 
 
+def temporary_name(iteration: int) -> str:
+    """Where a save is written: no other save, of this process or a killed one, writes there."""
+    return f"{folder_name(iteration)}.tmp.{secrets.token_hex(4)}"
+
+
+def hold_space(temporary: str) -> None:
+    """Reserve room for the small files; released by `release_space`."""
+    with open(os.path.join(temporary, SPARE), "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, SPARE_BYTES)
+
+
+def release_space(temporary: str) -> None:
+    os.remove(os.path.join(temporary, SPARE))
+
+
+def write_sums(folder: str, rank: int) -> None:
+    """Leave the checksums of the tensors that a rank wrote, for the commit."""
+    names = [name for name in os.listdir(folder) if name.startswith(f"__{rank}_")]
+    write_json(os.path.join(folder, f"sums_{rank}.json"), {name: _sum(os.path.join(folder, name)) for name in names})
+
+
 def commit(directory: str, temporary: str, folder: str, iteration: int) -> None:
     """Make a finished temporary folder the checkpoint of its iteration, then the latest one."""
-    sizes = {os.path.relpath(os.path.join(parent, name), temporary): os.path.getsize(os.path.join(parent, name))
-             for parent, _, names in os.walk(temporary) for name in sorted(names)}
-    for name in sizes:
-        sync(os.path.join(temporary, name))
-    write_json(os.path.join(temporary, MANIFEST), sizes)
+    sums = {}
+    for name in os.listdir(temporary):
+        if re.fullmatch(r"sums_\d+\.json", name):
+            with open(os.path.join(temporary, name)) as file:
+                sums |= json.load(file)
+            os.remove(os.path.join(temporary, name))
+    paths = [os.path.join(parent, name) for parent, _, names in os.walk(temporary) for name in sorted(names)]
+    manifest = {}
+    for path in paths:
+        sync(path)
+        name = os.path.relpath(path, temporary)
+        manifest[name] = {"bytes": os.path.getsize(path), "crc32": sums.get(name) or _sum(path)}
+    write_json(os.path.join(temporary, MANIFEST), manifest)
     for parent, _, _ in os.walk(temporary):
         sync(parent)
     if os.path.isdir(folder):
@@ -118,6 +161,24 @@ def commit(directory: str, temporary: str, folder: str, iteration: int) -> None:
     os.replace(pointer + ".tmp", pointer)
     sync(directory)
     shutil.rmtree(folder + ".old", ignore_errors=True)
+
+
+def drop_old(directory: str, keep: int, retain_interval: int) -> None:
+    """Remove all but the `keep` newest checkpoints (0: all are kept) and those of every `retain_interval` steps."""
+    for iteration in complete_iterations(directory)[:-keep] if keep else []:
+        if not retain_interval or iteration % retain_interval:
+            doomed = os.path.join(directory, temporary_name(iteration))  # from now on no checkpoint
+            os.rename(resolve_iteration(directory, iteration), doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _sum(path: str) -> str:
+    """CRC-32 of a file, hexadecimal."""
+    total = 0
+    with open(path, "rb") as file:
+        while part := file.read(1 << 24):
+            total = zlib.crc32(part, total)
+    return f"{total:08x}"
 
 
 def sync(path: str) -> None:
@@ -140,14 +201,23 @@ def read_json(folder: str, name: str, flag: str) -> dict:
         return json.load(file)
 
 
-def check_sizes(folder: str, flag: str) -> None:
-    """ValueError, naming the file, unless every file of a checkpoint has the size its manifest says."""
-    for name, size in read_json(folder, MANIFEST, flag).items():
+def check_whole(folder: str, flag: str, part: int = 0, parts: int = 1) -> None:
+    """ValueError, naming the file, unless the files of a checkpoint are what its manifest says.
+
+    Args:
+        part, parts: look at this share of the files only.
+    """
+    manifest = read_json(folder, MANIFEST, flag)
+    with reading(folder, flag):
+        files = sorted(((entry["bytes"], name, entry["crc32"]) for name, entry in manifest.items()), reverse=True)
+    for size, name, crc32 in files[part::parts]:
         path = os.path.join(folder, name)
         there = os.path.getsize(path) if os.path.exists(path) else None
         if there != size:
             raise damaged(folder, flag, f"{name} is missing" if there is None else
                           f"{name} has {there} bytes instead of {size}")
+        if _sum(path) != crc32:
+            raise damaged(folder, flag, f"{name} is not what was written: its checksum differs")
 
 
 def damaged(folder: str, flag: str, what: str) -> ValueError:

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from megatron_ebft.checkpoint_files import (
     FORMAT,
     RECORD,
-    check_sizes,
+    check_whole,
     clear_leftovers,
     commit,
     complete_iterations,
@@ -35,6 +35,7 @@ from megatron_ebft.checkpoint_files import (
     reading,
     resolve,
     sync,
+    temporary_name,
     write_json,
     writing,
 )
@@ -134,7 +135,7 @@ def hf_to_megatron(hf_folder: str, output: str, dtype: torch.dtype | None = None
         return tensor
 
     folder = os.path.join(output, folder_name(0))
-    temporary = folder + ".tmp"
+    temporary = os.path.join(output, temporary_name(0))
     with writing(output, "--output"):
         clear_leftovers(output)
         # One file a tensor: torch keeps what it writes to a file in memory until the file is closed.
@@ -199,7 +200,7 @@ class CheckpointReader:
     def __init__(self, directory: str, flag: str):
         self.flag, self.folder = flag, resolve(directory, flag)
         self.architecture = ModelArgs(**read_record(self.folder, flag)["metadata"]["architecture"])
-        check_sizes(self.folder, flag)
+        check_whole(self.folder, flag)
         with reading(self.folder, flag):
             self._reader = FileSystemReader(self.folder)
             self._metadata = self._reader.read_metadata()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_ebft import ebft, energy
 from megatron_ebft.batch import GoldBatch
-from megatron_ebft.checkpoint import TrainState, save_checkpoint
+from megatron_ebft.checkpoint import Saver, TrainState
 from megatron_ebft.dataset import document_ids, rows_for_step
 from megatron_ebft.device import device
 from megatron_ebft.ebft import EBFTConfig, Rewards, Scores
@@ -89,8 +89,9 @@ def train(run: Run, log) -> None:
         if batches and (state.iteration % args.eval_interval == 0 or is_last):
             log.evaluation(state.iteration, *run_evaluation(run, batches, log))
         if args.save and (state.iteration % args.save_interval == 0 or is_last):
-            log.saved(save_checkpoint(args.save, state, run.policy, run.optimizer, run.scheduler, run.metadata,
-                                      run.companions))
+            saver = Saver(args.save)
+            saver.save(state, run.policy, run.optimizer, run.scheduler, run.metadata, run.companions)
+            log.saved(saver.finished())
 
 
 def run_evaluation(run: Run, batches: list[GoldBatch], log):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import shutil
 from pathlib import Path
 
@@ -18,8 +19,8 @@ from ranks import run_ranks
 
 from megatron_ebft import fingerprint, parallel
 from megatron_ebft.attention import CausalPattern, as_mask
-from megatron_ebft.checkpoint import TrainState, load_checkpoint, load_weights, save_checkpoint
-from megatron_ebft.checkpoint_files import MANIFEST, POINTER, latest_iteration, read_metadata
+from megatron_ebft.checkpoint import Saver, TrainState, load_checkpoint, load_weights, newest_whole
+from megatron_ebft.checkpoint_files import MANIFEST, POINTER, complete_iterations, latest_iteration, read_metadata
 from megatron_ebft.device import device
 from megatron_ebft.fingerprint import weights_fingerprint
 from megatron_ebft.model import ModelArgs, build_encoder, build_frozen, build_policy, unwrap
@@ -77,7 +78,9 @@ class Run:
         return {name: p.detach().clone() for name, p in unwrap(self.model[0]).named_parameters()}
 
     def save(self, directory, iteration: int) -> str:
-        return save_checkpoint(str(directory), TrainState(iteration, 2 * iteration), *self.parts, META)
+        saver = Saver(str(directory))
+        saver.save(TrainState(iteration, 2 * iteration), *self.parts, META)
+        return saver.finished()
 
 
 def same(a: dict, b: dict) -> bool:
@@ -257,7 +260,7 @@ def test_a_killed_save_leaves_the_older_checkpoint(copy, saved, monkeypatch):
     run, rename = saved[1], os.rename
 
     def killed_before(source, target):
-        if str(source).endswith("4.tmp"):
+        if os.path.basename(source).startswith("iter_0000004.tmp"):
             raise KeyboardInterrupt
         rename(source, target)
 
@@ -265,17 +268,17 @@ def test_a_killed_save_leaves_the_older_checkpoint(copy, saved, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run.save(copy, 4)
     monkeypatch.undo()
-    assert (copy / "iter_0000004.tmp").is_dir() and latest_iteration(str(copy)) == 3
+    assert len(list(copy.glob("iter_0000004.tmp.*"))) == 1 and latest_iteration(str(copy)) == 3
     load_checkpoint(str(copy), *Run().parts)
     run.save(copy, 5)
-    assert not (copy / "iter_0000004.tmp").exists() and latest_iteration(str(copy)) == 5
+    assert not list(copy.glob("*.tmp*")) and latest_iteration(str(copy)) == 5
 
 
 def test_a_save_over_an_iteration_is_safe(copy, saved, monkeypatch):
     run, rename = saved[1], os.rename
 
     def killed_between(source, target):
-        if str(source).endswith("3.tmp"):
+        if os.path.basename(source).startswith("iter_0000003.tmp"):
             raise KeyboardInterrupt
         rename(source, target)
 
@@ -302,6 +305,56 @@ def test_a_directory_that_cannot_be_written(tmp_path, saved):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="--save .*file: cannot write"):
         saved[1].save(tmp_path / "file", 1)
+
+
+def test_old_checkpoints_are_removed(saved, tmp_path):
+    run = saved[1]
+    saver = Saver(str(tmp_path), keep=2, retain_interval=4)
+    for iteration in range(1, 8):
+        saver.save(TrainState(iteration), *run.parts, META)
+    assert complete_iterations(str(tmp_path)) == [4, 6, 7] and latest_iteration(str(tmp_path)) == 7
+    assert sorted(os.listdir(tmp_path)) == [*(f"iter_000000{i}" for i in (4, 6, 7)), POINTER]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
+    run, saver = Run().train(2), Saver(str(tmp_path), is_async=True)
+    weights = run.weights()
+    saver.save(TrainState(2), *run.parts, META)
+    assert latest_iteration(str(tmp_path)) is None
+    run.train(2)
+    saver.save(TrainState(4), *run.parts, META)  # waits for the first
+    assert latest_iteration(str(tmp_path)) == 2 and saver.finished() is not None
+    while (folder := saver.finished()) is None:
+        run.train(1)
+    assert folder == str(tmp_path / "iter_0000004") and saver.finished() is None
+    (tmp_path / POINTER).write_text("2")
+    loaded = Run()
+    load_checkpoint(str(tmp_path), *loaded.parts)
+    assert same(loaded.weights(), weights) and not same(run.weights(), weights)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_full_disk_leaves_the_older_checkpoint(copy, saved, is_async):
+    run, saver = saved[1], Saver(str(copy), is_async=is_async)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save():
+        saver.save(TrainState(4), *run.parts, META)
+        return saver.finished(wait=True)
+
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000_000, unlimited[1]))
+        assert save() is not None
+        os.rename(copy / "iter_0000004", copy / "iter_0000001")
+        (copy / POINTER).write_text("3")
+        for bytes_left in (10_000, 1000):  # tensors do not fit; nor does the room for small files
+            resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, unlimited[1]))
+            with pytest.raises(ValueError, match="--save .*: cannot write the checkpoint .*Earlier checkpoints are un"):
+                save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert latest_iteration(str(copy)) == 3 and load_checkpoint(str(copy), *Run().parts)[0].iteration == 3
+    assert save() == str(copy / "iter_0000004") and not list(copy.glob("*.tmp*"))
 
 
 # --- errors of loading -----------------------------------------------------------------------------------------------
@@ -333,6 +386,33 @@ def test_damaged_files_are_named(copy):
     refused(folder, f"damaged .{data.name} is missing")
 
 
+def test_any_flipped_byte_or_cut_is_noticed(copy, capfd):
+    """Thirty of them, in files of any kind: each time the checkpoint before is taken, and the file is named."""
+    generator, folder = random.Random(0), copy / "iter_0000003"
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for _ in range(30):
+        path = generator.choice(files)
+        content = path.read_bytes()
+        place = generator.randrange(len(content))
+        if generator.random() < 0.5:
+            path.write_bytes(content[:place])
+        else:
+            path.write_bytes(content[:place] + bytes([content[place] ^ 1 << generator.randrange(8)]) +
+                             content[place + 1:])
+        assert newest_whole(str(copy)) == str(copy / "iter_0000002")
+        said = capfd.readouterr().out
+        assert "warning: --load" in said and "goes back to" in said
+        assert path.name in said or "metadata" in said or path.name in ("ebft.json", MANIFEST), said
+        with pytest.raises(ValueError, match="no checkpoint there is whole: .*iter_0000003"):
+            newest_whole(str(folder))
+        path.write_bytes(content)
+    assert newest_whole(str(copy)) == str(folder)
+    for number in (2, 3):
+        os.truncate(copy / f"iter_000000{number}" / MANIFEST, 10)
+    with pytest.raises(ValueError, match="no checkpoint there is whole: .*iter_0000003.*damaged.*iter_0000002.*damag"):
+        newest_whole(str(copy))
+
+
 @pytest.mark.parametrize("name", [".metadata", "ebft.json", "manifest.json", "metadata.json"])
 def test_garbage_of_the_right_size_is_named(copy, name):
     path = copy / "iter_0000003" / name
@@ -353,10 +433,10 @@ def test_another_architecture(saved):
 
 def test_another_format(copy):
     path = copy / "iter_0000003" / "ebft.json"
-    path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
-    sizes = json.loads((copy / "iter_0000003" / MANIFEST).read_text())
-    assert sizes["ebft.json"] == path.stat().st_size
-    refused(copy, "--load .*iter_0000003: a checkpoint of format 1, and this version reads format 2")
+    path.write_text(path.read_text().replace('"format": 3', '"format": 1'))
+    manifest = json.loads((copy / "iter_0000003" / MANIFEST).read_text())
+    assert manifest["ebft.json"]["bytes"] == path.stat().st_size
+    refused(copy, "--load .*iter_0000003: a checkpoint of format 1, and this version reads format 3")
     with pytest.raises(ValueError, match="--pretrained-checkpoint .*format 1"):
         read_metadata(str(copy), flag="--pretrained-checkpoint")
 

@@ -35,8 +35,8 @@ from megatron_ebft.arguments import parse_args
 from megatron_ebft.attention import CausalPattern, as_mask
 from megatron_ebft.batch import GoldBatch, GoldMicroBatches, run_schedule
 from megatron_ebft.build import build_run
-from megatron_ebft.checkpoint import TrainState, load_weights, save_checkpoint
-from megatron_ebft.checkpoint_files import latest_iteration, read_metadata
+from megatron_ebft.checkpoint import Saver, TrainState, load_weights
+from megatron_ebft.checkpoint_files import commit, latest_iteration, read_metadata
 from megatron_ebft.device import device, init_device
 from megatron_ebft.families import FAMILIES, describe, parse_config, read_model, write_config
 from megatron_ebft.metrics import PhaseTimer
@@ -90,6 +90,13 @@ def same(found: dict, expected: dict) -> bool:
         found[name].dtype == x.dtype and torch.equal(found[name], x) for name, x in expected.items())
 
 
+def seal(folder: Path) -> None:
+    """Make a manifest for what is in a checkpoint's folder now."""
+    os.rename(folder, folder.with_suffix(".changed"))
+    (folder.with_suffix(".changed") / "manifest.json").unlink()
+    commit(str(folder.parent), str(folder.with_suffix(".changed")), str(folder), 0)
+
+
 def there(source: Path, output: Path, *flags: str) -> Path:
     hf_to_megatron.main(["--hf-model", str(source), "--output", str(output), *flags])
     return output
@@ -126,9 +133,7 @@ def test_a_configuration_made_from_the_architecture_alone(tmp_path, kind):
     source = hugging_face(tmp_path / "source", kind)
     checkpoint = there(source, tmp_path / "checkpoint")
     shutil.rmtree(checkpoint / "iter_0000000/hugging_face")
-    manifest = checkpoint / "iter_0000000/manifest.json"
-    sizes = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps({name: size for name, size in sizes.items() if "hugging_face" not in name}))
+    seal(checkpoint / "iter_0000000")
     found = back(checkpoint, tmp_path / "found", "--verify")
     assert same(tensors(found), tensors(source)) and (found / "generation_config.json").exists()
     mine, known = read_model(str(found), "--x"), read_model(str(source), "--x")
@@ -208,7 +213,7 @@ def four_ranks(folder: str) -> dict:
             out, expected = logits(run.model, tokens), torch.load(f"{folder}/{kind}.logits")
             found[f"{kind} {tp} {pp}"] = 0.0 if out is None else (out - expected).abs().max().item()
             if (tp, pp) == (2, 2):
-                save_checkpoint(f"{checkpoint} 2 2", TrainState(3, 6), *run.parts,
+                Saver(f"{checkpoint} 2 2").save(TrainState(3, 6), *run.parts,
                                 {"architecture": asdict(args), "tokenizer": None})
         parallel_state.destroy_model_parallel()
     return found
@@ -272,7 +277,7 @@ def test_training_needs_nothing_but_the_checkpoint(learner, tmp_path, one_rank, 
         run.encoder).named_parameters())
     rows = torch.stack([run.train_data[i]["tokens"] for i in range(2)]).to(device())
     train_step(run, GoldBatch(rows, torch.arange(2, device=device())), PhaseTimer(), check=True)
-    save_checkpoint(str(tmp_path / "trained"), TrainState(1, 2), run.policy, run.optimizer, run.scheduler, run.metadata,
+    Saver(str(tmp_path / "trained")).save(TrainState(1, 2), run.policy, run.optimizer, run.scheduler, run.metadata,
                     run.companions)
 
     with pytest.raises(ValueError, match="--tokenizer-model: --pretrained-checkpoint was trained with another"):
@@ -413,7 +418,7 @@ def test_an_interrupted_conversion_is_not_taken_for_a_whole_one(tmp_path, monkey
     with pytest.raises(BaseException, match="KeyboardInterrupt|^$"):
         there(source, checkpoint)
     monkeypatch.undo()
-    assert latest_iteration(str(checkpoint)) is None and os.listdir(checkpoint) == ["iter_0000000.tmp"]
+    assert latest_iteration(str(checkpoint)) is None and [x[:16] for x in os.listdir(checkpoint)] == ["iter_0000000.tmp"]
     there(source, checkpoint)
     assert sorted(os.listdir(checkpoint)) == ["iter_0000000", "latest_checkpointed_iteration.txt"]
     interrupted(convert.CheckpointReader)
@@ -518,10 +523,12 @@ def test_bad_checkpoints_are_refused(tmp_path):
     record = checkpoint / "iter_0000000/ebft.json"
     text = record.read_text()
     for old, new, message in (('"num_layers": 4', '"num_layers": 5', "another model than the checkpoint: num_layers 4"),
-                              ('"format": 2', '"format": 1', "a checkpoint of format 1, and this version")):
+                              ('"format": 3', '"format": 1', "a checkpoint of format 1, and this version")):
         record.write_text(text.replace(old, new))
+        seal(checkpoint / "iter_0000000")
         refused(message)
     record.write_text(text)
+    seal(checkpoint / "iter_0000000")
     os.truncate(next((checkpoint / "iter_0000000").glob("*_5.distcp")), 100)
     refused(r"--load .*iter_0000000: the checkpoint is damaged \(__0_5.distcp has 100 bytes instead of")
 

@@ -22,7 +22,7 @@ from test_checkpoint import ARGS, META, Run
 
 from megatron_ebft import checkpoint, parallel
 from megatron_ebft.attention import CausalPattern, as_mask
-from megatron_ebft.checkpoint import TrainState, load_checkpoint, load_weights, save_checkpoint
+from megatron_ebft.checkpoint import Saver, TrainState, load_checkpoint, load_weights
 from megatron_ebft.device import device
 from megatron_ebft.fingerprint import sharded_tensors, weights_fingerprint
 from megatron_ebft.model import build_encoder, build_frozen
@@ -140,7 +140,7 @@ def begin(folder: str, name: str) -> dict:
     run, place = StepRun(name), f"{folder}/{FIRST}, {name}"
     for number in range(STEPS):
         run.step(number)
-    save_checkpoint(place, TrainState(iteration=STEPS), *run.parts, META)
+    Saver(place).save(TrainState(iteration=STEPS), *run.parts, META)
     found = {"saved": run.state(), "fingerprints": fingerprints(run, place)}
     return found | run.step(STEPS) | {"next": run.state()}
 
@@ -156,7 +156,7 @@ def move(folder: str, layout: str, name: str, expected: dict, save: bool) -> dic
     steps = {float(x["step"]) for x in run.optimizer.chained_optimizers[0].optimizer.state.values()}
     assert steps == {STEPS}
     if save:
-        save_checkpoint(f"{folder}/{layout}, {name}", TrainState(iteration=STEPS), *run.parts, META)
+        Saver(f"{folder}/{layout}, {name}").save(TrainState(iteration=STEPS), *run.parts, META)
     return found | run.step(STEPS) | {"next": differences(run.state(), expected["next"])}
 
 

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_ebft import rollout
 from megatron_ebft.arguments import parse_args
 from megatron_ebft.build import build_run
-from megatron_ebft.checkpoint import load_weights, save_checkpoint
+from megatron_ebft.checkpoint import Saver, load_weights
 from megatron_ebft.checkpoint_files import read_metadata
 from megatron_ebft.evaluation import evaluate
 from megatron_ebft.logger import Logger
@@ -156,7 +156,7 @@ def start(args) -> tuple:
 
 def save(run, folder) -> None:
     """A checkpoint of the run as it is."""
-    save_checkpoint(str(folder), run.state, run.policy, run.optimizer, run.scheduler, run.metadata)
+    Saver(str(folder)).save(run.state, run.policy, run.optimizer, run.scheduler, run.metadata)
 
 
 def test_every_metric_is_logged(arguments, tmp_path, one_rank, capsys):
