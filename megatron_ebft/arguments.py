@@ -175,8 +175,8 @@ def _add_checkpoint(group):
     add("--save-interval", type=int, default=100, help="steps between checkpoints; there is one at the end, too")
     add("--async-save", action="store_true", help="training goes on while checkpoints are written")
     add("--ebft-keep-checkpoints", type=int, default=0, help="the newest so many stay, 0: all")
-    add("--save-retain-interval", type=int, default=0, help="with --ebft-keep-checkpoints, those of every so many steps "
-        "stay as well, 0: none")
+    add("--save-retain-interval", type=int, default=0, help="with --ebft-keep-checkpoints, those of every so many "
+        "steps stay as well, 0: none")
     add("--load", help="folder to continue from, bit for bit; where it holds none yet, the run starts afresh, and "
         "where it holds weights alone (tools/convert), from these")
     add("--pretrained-checkpoint", help="folder with the weights to start from, a run's or a converted model's; also "
@@ -294,6 +294,8 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
     for flag in ("ebft_dump_steps", "ebft_replay_steps"):
         if vars(args)[flag] and args.training_mode == "sft":
             raise ValueError(f"--{flag.replace('_', '-')}: next-token training has no rollouts, leave it out")
+    if args.ebft_dump_steps and args.ebft_dump_steps == args.ebft_replay_steps:
+        raise ValueError(f"--ebft-dump-steps {args.ebft_dump_steps}: would write over what --ebft-replay-steps reads")
     if args.use_checkpoint_args and not (args.load or args.pretrained_checkpoint):
         raise ValueError("--use-checkpoint-args: needs --load or --pretrained-checkpoint to take them from")
     return args

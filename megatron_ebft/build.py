@@ -26,7 +26,7 @@ from megatron_ebft.arguments import (
     transformer_overrides,
     virtual_stages,
 )
-from megatron_ebft.checkpoint import TrainState, load_checkpoint, load_weights
+from megatron_ebft.checkpoint import TrainState, load_checkpoint, load_weights, newest_whole
 from megatron_ebft.checkpoint_files import RECORD, latest_iteration, read_metadata, read_record, resolve
 from megatron_ebft.dataset import build_datasets
 from megatron_ebft.device import have_gpu
@@ -34,10 +34,11 @@ from megatron_ebft.ebft import EBFTConfig
 from megatron_ebft.features import ExchangeBytes, exchange_bytes
 from megatron_ebft.fingerprint import weights_fingerprint
 from megatron_ebft.hf_files import COMPANIONS, SENTENCEPIECE, TOKENIZER_FILES, read_companions
-from megatron_ebft.model import balanced_split, build_encoder, build_frozen, build_policy, copy_weights
+from megatron_ebft.model import balanced_split, build_encoder, build_frozen, build_policy, copy_weights, free_fields
 from megatron_ebft.parallel import document_size, dp_size
 from megatron_ebft.relay import idle_fraction, row_groups
 from megatron_ebft.step_dump import check_replay
+from megatron_ebft.stopping import Stopper
 from megatron_ebft.tokenizer import build_tokenizer
 from megatron_ebft.training import Run
 
@@ -50,12 +51,12 @@ def build_run(args: argparse.Namespace) -> Run:
     """
     check_batch(args)
     args.tensorboard_dir = args.tensorboard_dir or os.path.join(args.save or ".", "tensorboard")
-    resume = find_resume(args)
-    origin = ("--load", args.load) if resume else ("--pretrained-checkpoint", args.pretrained_checkpoint)
+    resume = newest_whole(args.load) if find_resume(args) else None
+    origin = ("--load", resume) if resume else ("--pretrained-checkpoint", args.pretrained_checkpoint)
     if args.use_checkpoint_args:
         restore_architecture(args, *origin)
     tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, args.vocab_size)
-    for flag, folder in (("--load", args.load if resume else None), ("--ebft-encoder-load", args.ebft_encoder_load),
+    for flag, folder in (("--load", resume), ("--ebft-encoder-load", args.ebft_encoder_load),
                          ("--pretrained-checkpoint", args.pretrained_checkpoint)):
         if folder:
             check_tokenizer(read_metadata(folder, flag=flag), tokenizer, flag)
@@ -67,7 +68,7 @@ def build_run(args: argparse.Namespace) -> Run:
     config = ebft_config(args, architecture.num_layers) if wants_encoder else None
     train_data, valid_data = build_data(args, tokenizer)
     if args.ebft_replay_steps:
-        done = read_record(resolve(args.load, "--load"), "--load")["train_state"]["iteration"] if resume else 0
+        done = read_record(resume, "--load")["train_state"]["iteration"] if resume else 0
         check_replay(args, done, tokenizer.vocab_size)
 
     overrides, fields = transformer_overrides(args), dataclasses.asdict(architecture)
@@ -98,12 +99,12 @@ def build_run(args: argparse.Namespace) -> Run:
                     "fingerprint": weights_fingerprint(encoder)} if encoder is not None else None}
     state = TrainState()
     if resume:
-        saved = read_metadata(args.load)
+        saved = read_metadata(resume)
         _check_origins(saved, metadata, args)
-        state, _ = load_checkpoint(args.load, policy, optimizer, scheduler, architecture=fixed)
+        state, _ = load_checkpoint(resume, policy, optimizer, scheduler, architecture=fixed, is_whole=True)
         metadata["changed"] = _changed(saved["arguments"], vars(args))
     return Run(args.training_mode, policy, encoder, reference, optimizer, scheduler, config, train_data, valid_data,
-               tokenizer, args, metadata, state, companions)
+               tokenizer, args, metadata, state, companions, Stopper(args.exit_duration_in_mins, args.ebft_stop_file))
 
 
 def check_batch(args) -> None:
@@ -209,12 +210,6 @@ def _companions(args, flag: str, folder: str | None) -> dict[str, bytes]:
     elif args.tokenizer_type == "HuggingFaceTokenizer":
         found |= read_companions(args.tokenizer_model, TOKENIZER_FILES)
     return found
-
-
-def free_fields(architecture: dict) -> set[str]:
-    """Fields in which a model may differ from the checkpoint whose weights it takes."""
-    free = {"init_method_std", "padded_vocab_size"}
-    return free | {"max_position_embeddings"} if architecture["position_embedding_type"] == "rope" else free
 
 
 def _changed(saved: dict, now: dict) -> list[str]:

@@ -1,9 +1,10 @@
 """Checkpoints on disk: Megatron's folders, written whole or not at all, and checked before they are believed.
 
 1. `<dir>/iter_0000100/` holds Megatron-Core's torch_dist files, `ebft.json` (readable: progress, layout, the caller's
-   metadata) and `manifest.json` (the size of every file). `<dir>/latest_checkpointed_iteration.txt` names the latest.
-2. A save writes `iter_0000100.tmp`, renames it when all ranks are done, then replaces the pointer: a killed save leaves
-   the older checkpoint latest. A save over an iteration keeps the old folder as `.old` until the new one stands.
+   metadata), small companions, and `manifest.json` (size and checksum of every file).
+   `<dir>/latest_checkpointed_iteration.txt` names the latest.
+2. A save writes a folder of its own, renames it when all ranks are done, then replaces the pointer: a killed save
+   leaves the older checkpoint latest. A save over an iteration keeps the old folder as `.old` until the new one stands.
 3. Tensors, the optimizer's too, are stored whole and layer by layer: another tensor-, pipeline- or data-parallel size,
    other virtual stages and a truncated encoder take the parts they need. The rows that pad the vocabulary belong to a
    layout: they load as zeros where there are more of them (weights and optimizer alike).
@@ -36,17 +37,18 @@ from megatron_ebft.checkpoint_files import (
     RECORD,
     check_whole,
     clear_leftovers,
-    commit,
     complete_iterations,
     drop_old,
     folder_name,
     hold_space,
     latest_iteration,
+    publish,
     read_record,
     reading,
     release_space,
     resolve,
     resolve_iteration,
+    seal,
     temporary_name,
     write_json,
     write_sums,
@@ -57,6 +59,7 @@ from megatron_ebft.fingerprint import SHARDING, real_vocab_size, sharded_tensors
 from megatron_ebft.hf_files import COMPANIONS, write_companions
 from megatron_ebft.model import unwrap
 from megatron_ebft.parallel import together
+from megatron_ebft.stopping import shielded
 
 # Megatron-Core 0.19 remarks at each load that a converted checkpoint has its common state where 0.16 looks for it, too.
 logging.getLogger("megatron.core.dist_checkpointing.strategies.common").setLevel(logging.ERROR)
@@ -70,6 +73,15 @@ class TrainState:
     """Optimizer steps done."""
     consumed_samples: int = 0
     """Rows drawn from the training data, over all ranks."""
+    evaluated: int = -1
+    """The last iteration after which there was an evaluation."""
+    reached: float = 0.0
+    """Unix time at which the iteration was done."""
+    restarts: int = 0
+    lost_to_restarts: float = 0.0
+    """Seconds from `reached` to the first step of the process that went on there, over all restarts."""
+    lost_to_saves: float = 0.0
+    """Seconds in which training waited for checkpoints."""
 
 
 class Saver:
@@ -105,7 +117,7 @@ class Saver:
         overlapped = [chunk for chunk in model if chunk.ddp_config.overlap_param_gather]
         for chunk in overlapped:
             chunk.disable_forward_pre_hook()  # gathers what the next forward pass would have gathered
-        with together(), writing(self.directory, self.flag), torch.no_grad():
+        with together(), writing(self.directory, self.flag), shielded(), torch.no_grad():
             request = dist_checkpointing.save(_sharded_state(model, optimizer, scheduler, with_rng=True), temporary,
                                               async_sharded_save=True)
             request.finalize_fns.insert(0, functools.partial(self._release, temporary))
@@ -113,6 +125,10 @@ class Saver:
             if request.async_fn is not None:  # this rank has something to write
                 write = functools.partial(_write_and_sum, request.async_fn, temporary, dist.get_rank())
                 request = request._replace(async_fn=write)
+        with together(), writing(self.directory, self.flag):
+            if dist.get_rank() == 0:
+                hold_space(temporary)
+        with together(), writing(self.directory, self.flag):
             if self._queue is None:
                 request.execute_sync()
             else:
@@ -144,7 +160,6 @@ class Saver:
             if dist.get_rank() == 0:
                 clear_leftovers(self.directory)
                 os.makedirs(temporary)
-                hold_space(temporary)
         with together():
             if not os.path.isdir(temporary):
                 raise ValueError(f"{self.flag} {self.directory}: rank {dist.get_rank()} does not see the folder rank 0 "
@@ -162,7 +177,8 @@ class Saver:
                 if companions:
                     write_companions(os.path.join(temporary, COMPANIONS), companions)
                 write_json(os.path.join(temporary, RECORD), record)
-                commit(self.directory, temporary, folder, iteration)
+                seal(temporary)
+                publish(self.directory, temporary, iteration)
                 drop_old(self.directory, self.keep, self.retain_interval)
         self._done = folder
 

@@ -18,6 +18,8 @@ import torch
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_ebft.countdown import Countdown, gigabytes
+
 POINTER, RECORD, MANIFEST = "latest_checkpointed_iteration.txt", "ebft.json", "manifest.json"
 FORMAT = 3
 """Of a checkpoint, as its record says; 1 kept the optimizer's state as it lay on the ranks, 2 had no checksums."""
@@ -26,6 +28,9 @@ SPARE, SPARE_BYTES = "spare", 1 << 25
 UNREADABLE = (CheckpointingException, CheckpointException, pickle.UnpicklingError, zipfile.BadZipFile, EOFError,
               OSError, RuntimeError, KeyError, ValueError, AttributeError, IndexError, ImportError, TypeError)
 """What damaged files make torch and Megatron-Core raise."""
+UNWRITABLE = ("iostream error", "PytorchStreamWriter", "inline_container", "Worker failure", "results_queue",
+              "Incomplete worker results")
+"""In the messages of RuntimeErrors that mean an OSError, or a writing process that is gone."""
 
 
 def read_metadata(directory: str, *, flag: str = "--load") -> dict:
@@ -133,8 +138,8 @@ def write_sums(folder: str, rank: int) -> None:
     write_json(os.path.join(folder, f"sums_{rank}.json"), {name: _sum(os.path.join(folder, name)) for name in names})
 
 
-def commit(directory: str, temporary: str, folder: str, iteration: int) -> None:
-    """Make a finished temporary folder the checkpoint of its iteration, then the latest one."""
+def seal(temporary: str) -> None:
+    """Write the manifest of a finished temporary folder, and everything to the disk."""
     sums = {}
     for name in os.listdir(temporary):
         if re.fullmatch(r"sums_\d+\.json", name):
@@ -150,6 +155,11 @@ def commit(directory: str, temporary: str, folder: str, iteration: int) -> None:
     write_json(os.path.join(temporary, MANIFEST), manifest)
     for parent, _, _ in os.walk(temporary):
         sync(parent)
+
+
+def publish(directory: str, temporary: str, iteration: int) -> None:
+    """Make a sealed folder the checkpoint of its iteration, then the latest one."""
+    folder = os.path.join(directory, folder_name(iteration))
     if os.path.isdir(folder):
         os.rename(folder, folder + ".old")
     os.rename(temporary, folder)
@@ -176,7 +186,7 @@ def _sum(path: str) -> str:
     """CRC-32 of a file, hexadecimal."""
     total = 0
     with open(path, "rb") as file:
-        while part := file.read(1 << 24):
+        while part := file.read(1 << 20):
             total = zlib.crc32(part, total)
     return f"{total:08x}"
 
@@ -201,16 +211,19 @@ def read_json(folder: str, name: str, flag: str) -> dict:
         return json.load(file)
 
 
-def check_whole(folder: str, flag: str, part: int = 0, parts: int = 1) -> None:
+def check_whole(folder: str, flag: str, part: int = 0, parts: int = 1, say=lambda line: None) -> None:
     """ValueError, naming the file, unless the files of a checkpoint are what its manifest says.
 
     Args:
         part, parts: look at this share of the files only.
+        say: is told how far it is, every ten seconds.
     """
     manifest = read_json(folder, MANIFEST, flag)
     with reading(folder, flag):
         files = sorted(((entry["bytes"], name, entry["crc32"]) for name, entry in manifest.items()), reverse=True)
-    for size, name, crc32 in files[part::parts]:
+    mine = files[part::parts]
+    countdown = Countdown("checked", sum(size for size, _, _ in mine), say, gigabytes)
+    for size, name, crc32 in mine:
         path = os.path.join(folder, name)
         there = os.path.getsize(path) if os.path.exists(path) else None
         if there != size:
@@ -218,6 +231,7 @@ def check_whole(folder: str, flag: str, part: int = 0, parts: int = 1) -> None:
                           f"{name} has {there} bytes instead of {size}")
         if _sum(path) != crc32:
             raise damaged(folder, flag, f"{name} is not what was written: its checksum differs")
+        countdown.add(size)
 
 
 def damaged(folder: str, flag: str, what: str) -> ValueError:
@@ -239,10 +253,26 @@ def reading(folder: str, flag: str):
 
 
 @contextlib.contextmanager
-def writing(directory: str, flag: str):
-    """Turn what a full or forbidden disk raises into a ValueError that names the directory."""
+def writing(directory: str, flag: str, otherwise: str = "Earlier checkpoints are untouched"):
+    """Turn what a full or forbidden disk raises into a ValueError that names the directory; what else was raised while
+    tensors were made or written comes out of torch's and Megatron-Core's wrappers as it was."""
     try:
         yield
-    except (OSError, CheckpointException, CheckpointingException) as error:
-        raise ValueError(f"{flag} {directory}: cannot write the checkpoint ({error}); free space or name another "
-                         f"directory. Earlier checkpoints are untouched") from error
+    except (OSError, RuntimeError, CheckpointException, CheckpointingException) as error:
+        cause = _cause(error)
+        if not (isinstance(cause, OSError) or any(text in str(cause) for text in UNWRITABLE)):
+            raise cause from (error if cause is not error else None)
+        raise ValueError(f"{flag} {directory}: cannot write there ({cause}); free space or name another directory. "
+                         f"{otherwise}") from error
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What a failed save failed of."""
+    while True:
+        if isinstance(error, CheckpointException) and error.failures:
+            error = next(iter(error.failures.values()))[0]
+            continue
+        within = error.__cause__ or error.__context__  # torch's writer hides an OSError behind its own trouble
+        if not isinstance(error, RuntimeError | CheckpointingException) or within is None:
+            return error
+        error = within

@@ -68,17 +68,27 @@ COMMON = {"hidden_size": "hidden_size", "intermediate_size": "ffn_hidden_size", 
           "num_attention_heads": "num_attention_heads", "vocab_size": "vocab_size", "rms_norm_eps": "norm_epsilon",
           "max_position_embeddings": "max_position_embeddings"}
 """Keys every config.json must have, and our names for them."""
-OPTIONAL = ("num_key_value_heads", "head_dim", "tie_word_embeddings", "initializer_range", "rope_theta", "rope_scaling",
-            "rope_parameters")
+OPTIONAL = ("architectures", "model_type", "num_key_value_heads", "head_dim", "tie_word_embeddings",
+            "initializer_range", "rope_theta", "rope_scaling", "rope_parameters")
 """Keys understood everywhere; transformers fills in those that are absent (see `_architecture`)."""
 ONLY = {"hidden_act": ("silu",), "attention_dropout": (0, None), "partial_rotary_factor": (1,),
-        "is_decoder": (False, True), "add_cross_attention": (False,), "is_encoder_decoder": (False,)}
+        "add_cross_attention": (False,), "is_encoder_decoder": (False,)}
 """Keys every family may have, and the values we compute."""
-NO_EFFECT = {"architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "use_cache", "bos_token_id",
-             "eos_token_id", "pad_token_id", "unk_token_id", "pretraining_tp", "max_window_layers", "_name_or_path",
-             "_from_model_config", "return_dict", "output_attentions", "output_hidden_states", "_attn_implementation",
-             "id2label", "label2id", "chunk_size_feed_forward"}
+NO_EFFECT = set(
+    # Of the file, the tokenizer, the way transformers runs the model, and training that we do not do.
+    "transformers_version torch_dtype dtype use_cache pretraining_tp max_window_layers _name_or_path "
+    "_from_model_config _attn_implementation _attn_implementation_autoset attn_implementation bos_token_id "
+    "eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id tokenizer_class is_decoder "
+    "return_dict output_attentions output_hidden_states torchscript use_bfloat16 tf_legacy_loss id2label label2id "
+    "problem_type finetuning_task task_specific_params prefix chunk_size_feed_forward "
+    # Of generation, as transformers before 4.50 wrote them here.
+    "max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k "
+    "top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size "
+    "bad_words_ids num_return_sequences output_scores return_dict_in_generate forced_bos_token_id "
+    "forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens "
+    "begin_suppress_tokens".split())
 """Keys that change nothing in what is computed here."""
+HINTS = {"sliding_window": "; rows of no more tokens than the window never notice it: for these, set it to null"}
 LLAMA3_ROPE = {"factor": "rope_scaling_factor", "low_freq_factor": "rope_low_freq_factor",
                "high_freq_factor": "rope_high_freq_factor",
                "original_max_position_embeddings": "rope_original_max_position_embeddings"}
@@ -178,27 +188,28 @@ def read_config(folder: str, flag: str) -> dict:
 
 def parse_config(config: dict, where: str) -> HFModel:
     """The model a config.json describes; ValueErrors begin with `where`."""
-    classes = config.get("architectures") or []
+    classes = config.get("architectures")
     family = next((family for family in FAMILIES if classes == [family.architecture]), None)
     if family is None:
-        raise ValueError(f"{where} names the architecture {', '.join(map(str, classes)) or '(none)'}; supported are "
+        raise ValueError(f"{where} names the architecture {_short(classes)}; supported are "
                          f"{', '.join(family.architecture for family in FAMILIES)}")
+    if config.get("model_type", family.model_type) != family.model_type:
+        raise ValueError(f"{where} has model_type = {_short(config['model_type'])}, and {family.architecture} is of "
+                         f"type {family.model_type}")
     allowed = {**ONLY, **family.only}
     known = {*COMMON, *OPTIONAL, *NO_EFFECT, *allowed}
     for key, value in config.items():
         if key not in known:
             raise ValueError(f"{where} has {key} = {_short(value)}, which is not understood for {family.architecture}, "
                              "so the converted model might compute something else; remove the key if it has no effect")
-        values = value if isinstance(value, list) else [value]
-        if allowed.get(key) is not None and not all(x in allowed[key] for x in values):
-            raise ValueError(f"{where} has {key} = {_short(value)}; supported is {_short(allowed[key][0])} only")
+        values = value if key == "layer_types" and value else [value]
+        if allowed.get(key) is not None and not all(_is_one_of(x, allowed[key]) for x in values):
+            raise ValueError(f"{where} has {key} = {_short(value)}; supported is {_short(allowed[key][0])} only"
+                             f"{HINTS.get(key, '')}")
     for key in (*COMMON, *family.required):
         if key not in config:
             raise ValueError(f"{where} has no {key}, which {family.architecture} needs")
-    try:
-        return _model(family, _architecture(family, config, where))
-    except (TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"{where} has a value of the wrong type ({error})") from error
+    return _model(family, _architecture(family, config, where))
 
 
 def describe(architecture: ModelArgs, where: str) -> HFModel:
@@ -214,8 +225,13 @@ def describe(architecture: ModelArgs, where: str) -> HFModel:
                      f"({', '.join(f'{name} {vars(architecture)[name]}' for name in names)})")
 
 
-def write_config(model: HFModel, dtype: torch.dtype) -> dict:
-    """config.json of a model whose own is not known: `parse_config` gives the model back."""
+def write_config(model: HFModel, dtype: torch.dtype, eos: int | None) -> dict:
+    """config.json of a model whose own is not known: `parse_config` gives the model back.
+
+    Args:
+        eos: id that ends a document. Ids are always written, null if need be: transformers has values of its own for
+            those that are absent.
+    """
     args, family = model.architecture, model.family
     scaling = {"rope_type": "llama3", **{key: vars(args)[name] for key, name in LLAMA3_ROPE.items()}}
     return {
@@ -226,6 +242,7 @@ def write_config(model: HFModel, dtype: torch.dtype) -> dict:
         "rope_scaling": scaling if args.use_rope_scaling else None,
         "tie_word_embeddings": not args.untie_embeddings_and_output_weights,
         **{key: values[0] for key, values in family.only.items() if values and key != "layer_types"},
+        "bos_token_id": None, "eos_token_id": eos, "pad_token_id": None,
         "torch_dtype": str(dtype).removeprefix("torch."), "use_cache": True}
 
 
@@ -234,30 +251,54 @@ def _short(value) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def _is_one_of(value, allowed: tuple) -> bool:
+    """Equal to one of them, and a bool or a list only where that one is (True == 1 otherwise)."""
+    return any(value == x and isinstance(value, bool) == isinstance(x, bool) for x in allowed)
+
+
+def _number(config: dict, key: str, where: str, kind: type = float, otherwise=None):
+    """A number above 0 out of a configuration; `otherwise` where it is absent or null."""
+    value = config.get(key)
+    if value is None and otherwise is not None:
+        return otherwise
+    if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float) or not value > 0:
+        raise ValueError(f"{where} has {key} = {_short(value)}; it must be a{' whole' * (kind is int)} number above 0")
+    return kind(value)
+
+
 def _architecture(family: Family, config: dict, where: str) -> ModelArgs:
-    heads = config["num_attention_heads"]
-    fields = {name: config[key] for key, name in COMMON.items()}
-    for key, name in COMMON.items():
-        if not (isinstance(config[key], int) or name == "norm_epsilon") or not config[key] > 0:
-            raise ValueError(f"{where} has {key} = {_short(config[key])}; it must be a number above 0")
-    if config.get("head_dim") is None and config["hidden_size"] % heads:
-        raise ValueError(f"{where} has hidden_size {config['hidden_size']}, not a multiple of num_attention_heads "
-                         f"{heads}, and no head_dim")
-    groups = config.get("num_key_value_heads") or heads
+    fields = {name: _number(config, key, where, float if name == "norm_epsilon" else int)
+              for key, name in COMMON.items()}
+    heads, hidden = fields["num_attention_heads"], fields["hidden_size"]
+    head = _number(config, "head_dim", where, int, otherwise=-1)
+    if head < 0 and hidden % heads:
+        raise ValueError(f"{where} has hidden_size {hidden}, not a multiple of num_attention_heads {heads}, and no "
+                         "head_dim")
+    groups = _number(config, "num_key_value_heads", where, int, otherwise=heads)
     if heads % groups:
         raise ValueError(f"{where} has num_attention_heads {heads}, not a multiple of num_key_value_heads {groups}")
+    tied = config.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        raise ValueError(f"{where} has tie_word_embeddings = {_short(tied)}; it must be true or false")
     return ModelArgs(
-        **fields, num_query_groups=groups, kv_channels=config.get("head_dim") or config["hidden_size"] // heads,
-        padded_vocab_size=config["vocab_size"], init_method_std=config.get("initializer_range", 0.02),
-        untie_embeddings_and_output_weights=not config.get("tie_word_embeddings", False), **family.sets,
-        **_rope(config, where))
+        **fields, num_query_groups=groups, kv_channels=head if head > 0 else hidden // heads,
+        padded_vocab_size=fields["vocab_size"],
+        init_method_std=_number(config, "initializer_range", where, otherwise=0.02),
+        untie_embeddings_and_output_weights=not tied, **family.sets, **_rope(config, where))
 
 
 def _rope(config: dict, where: str) -> dict:
     """ModelArgs fields of the rotary embedding."""
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    base = rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
-    kinds = {rope.pop(key) for key in ("type", "rope_type") if key in rope} or {"default"}
+    spelled = {key: config[key] for key in ("rope_scaling", "rope_parameters") if config.get(key) is not None}
+    if len(spelled) > 1 or not all(isinstance(value, dict) for value in spelled.values()):
+        raise ValueError(f"{where} has {' and '.join(f'{key} = {_short(value)}' for key, value in spelled.items())}; "
+                         "there must be one of them, a JSON object")
+    rope = dict(*spelled.values())
+    if "rope_theta" in rope and config.get("rope_theta", rope["rope_theta"]) != rope["rope_theta"]:
+        raise ValueError(f"{where} has two values of rope_theta, {config['rope_theta']} and {rope['rope_theta']}")
+    base = _number({"rope_theta": config.get("rope_theta")} | rope, "rope_theta", where, otherwise=10000.0)
+    rope.pop("rope_theta", None)
+    kinds = {str(rope.pop(key)) for key in ("type", "rope_type") if key in rope} or {"default"}
     if rope.pop("partial_rotary_factor", 1) != 1:
         raise ValueError(f"{where} has a partial_rotary_factor; supported is 1 only")
     wanted = {"default": {}, "llama3": LLAMA3_ROPE}
@@ -269,8 +310,9 @@ def _rope(config: dict, where: str) -> dict:
         differing = ", ".join(sorted(rope.keys() ^ wanted[kind].keys()))
         raise ValueError(f"{where} has a rope type {kind} that is not understood: its keys should be "
                          f"{', '.join(wanted[kind]) or 'none'}; missing or unknown are {differing}")
-    return dict(rotary_base=float(base), use_rope_scaling=kind == "llama3",
-                **{name: rope[key] for key, name in wanted[kind].items()})
+    numbers = {name: _number(rope, key, where, int if "original" in key else float)
+               for key, name in wanted[kind].items()}
+    return dict(rotary_base=base, use_rope_scaling=kind == "llama3", **numbers)
 
 
 def _model(family: Family, args: ModelArgs) -> HFModel:

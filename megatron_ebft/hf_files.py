@@ -25,7 +25,7 @@ GENERATION_CONFIG = "generation_config.json"
 SENTENCEPIECE = "tokenizer.model"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "vocab.json", "merges.txt", "vocab.txt", SENTENCEPIECE, "tokenizer.model.v3", "spiece.model",
-                   "chat_template.jinja", "chat_template.json")
+                   "chat_template.jinja", "chat_template.json", "tekken.json")
 COMPANIONS = "hugging_face"
 """Folder of the companions in a checkpoint."""
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -52,7 +52,7 @@ class HFWeights:
         for file in sorted(set(promised.values())) or [SINGLE]:
             self._scan(folder, file)
         for name, file in promised.items():
-            if os.path.basename(self._paths.get(name, "")) != file:
+            if self._paths.get(name) != os.path.join(folder, file):
                 raise ValueError(f"{self.where}: {INDEX} says that {name} is in {file}, where it is not; copy both "
                                  "again")
 
@@ -68,8 +68,9 @@ class HFWeights:
             raise ValueError(f"{self.where}: neither {SINGLE} nor {INDEX} there{advice}")
         try:
             with open(path) as file:
-                return dict(json.load(file)["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
+                files = json.load(file)["weight_map"]
+            return {name: os.path.normpath(file) for name, file in files.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.where}: {INDEX} is damaged ({error!r}); copy it again") from error
 
     def _scan(self, folder: str, name: str) -> None:
@@ -141,8 +142,7 @@ class SafetensorsWriter:
 
     def __init__(self, path: str, tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str]):
         self.path, self.tensors = path, tensors
-        names = {dtype: name for name, dtype in DTYPES.items()} | {torch.int64: "I64", torch.int32: "I32",
-                                                                   torch.bool: "BOOL"}
+        names = {dtype: name for name, dtype in DTYPES.items()} | {torch.int64: "I64"}
         header, end = {"__metadata__": metadata}, 0
         for name, (dtype, shape) in tensors.items():
             begin, end = end, end + tensor_bytes(dtype, shape)
@@ -163,18 +163,20 @@ class SafetensorsWriter:
         self._file.write(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
 
     def __exit__(self, kind, *exc):
+        is_whole = False
         try:
             if kind is None:
                 assert next(self._left, None) is None
                 self._file.flush()
                 os.fsync(self._file.fileno())
+                os.replace(self.path + ".tmp", self.path)
+                is_whole = True
         finally:
-            self._file.close()
-        if kind is None:
-            os.replace(self.path + ".tmp", self.path)
-            sync(os.path.dirname(os.path.abspath(self.path)))
-        else:
-            os.remove(self.path + ".tmp")
+            with contextlib.suppress(OSError):  # of closing: what could not be written was reported
+                self._file.close()
+            if not is_whole:
+                os.remove(self.path + ".tmp")
+        sync(os.path.dirname(os.path.abspath(self.path)))
 
 
 def tensor_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
+from megatron_ebft.countdown import Countdown, clock
 from megatron_ebft.evaluation import EvaluationRollouts
 
 CONSOLE = {"loss": "loss {:.4f}", "ce_loss": "ce {:.4f}", "reward": "reward {:+.4f}", "alignment": "align {:.4f}",
@@ -14,30 +15,6 @@ CONSOLE = {"loss": "loss {:.4f}", "ce_loss": "ce {:.4f}", "reward": "reward {:+.
 EVALUATION = {"ce_loss": "ce {:.4f}", "cfm": "cfm {:.4f}", "alignment": "align {:.4f}", "kl_to_start": "kl {:.4f}",
               "entropy": "H {:.2f}"}
 SHOWN_BLOCKS, SHOWN_CONTEXT = 3, 32
-
-
-def clock(seconds: float) -> str:
-    """1h02m, 3m20s or 12.3s."""
-    if seconds >= 3600:
-        return f"{int(seconds // 3600)}h{int(seconds % 3600 // 60):02d}m"
-    return f"{int(seconds // 60)}m{int(seconds % 60):02d}s" if seconds >= 60 else f"{seconds:.1f}s"
-
-
-class Countdown:
-    """Says every 10 seconds how much is done, and how long the rest will take."""
-
-    def __init__(self, what: str, total: int, say):
-        self.what, self.total, self.say, self.done = what, total, say, 0
-        self.start = self.last = time.perf_counter()
-
-    def tick(self, *unused) -> None:
-        """One more is done."""
-        self.done += 1
-        now = time.perf_counter()
-        if now - self.last > 10 and self.done < self.total:
-            self.last = now
-            left = (now - self.start) / self.done * (self.total - self.done)
-            self.say(f"{self.what} {self.done}/{self.total} | left {clock(left)}")
 
 
 class Logger:
@@ -73,8 +50,9 @@ class Logger:
             yield item
             countdown.tick()
 
-    def step(self, iteration: int, metrics: dict[str, float], seconds: dict[str, float], duration: float) -> None:
-        """Log one training step. seconds: by phase; duration: of the whole step."""
+    def step(self, iteration: int, metrics: dict[str, float], seconds: dict[str, float], duration: float,
+             totals: dict[str, float]) -> None:
+        """Log one training step. seconds: by phase; duration: of the whole step; totals: of the run so far."""
         if not self.is_main:
             return
         self.durations = [*self.durations[-19:], duration]
@@ -83,6 +61,8 @@ class Logger:
             self.writer.add_scalar(f"train/{name}", value, iteration)
         for name, value in seconds.items():
             self.writer.add_scalar(f"seconds/{name}", value, iteration)
+        for name, value in totals.items():
+            self.writer.add_scalar(f"run/{name}", value, iteration)
         self.writer.add_scalar("seconds/step", duration, iteration)
         self.writer.add_scalar("train/tokens_per_second", self.tokens_per_step / duration, iteration)
         numbers = " ".join(form.format(metrics[name]) for name, form in CONSOLE.items() if name in metrics)
@@ -107,9 +87,15 @@ class Logger:
         numbers = " ".join(form.format(metrics[name]) for name, form in EVALUATION.items() if name in metrics)
         self.print(f"eval {iteration}/{self.train_iters} | {numbers} | {clock(seconds)}")
 
-    def saved(self, folder: str) -> None:
-        """Say that a checkpoint is whole."""
-        self.print(f"saved {folder}")
+    def flush(self) -> None:
+        """Leave nothing in memory: what a checkpoint has behind it must not be lost with the process."""
+        if self.is_main:
+            self.writer.flush()
+
+    def saved(self, folder: str | None) -> None:
+        """Say that a checkpoint is whole, if one is."""
+        if folder is not None:
+            self.print(f"saved {folder}")
 
     def _rollout_text(self, shown: EvaluationRollouts) -> str:
         """Context, gold completion and rollouts of a few blocks of the first row, as Markdown."""
@@ -128,8 +114,8 @@ class Logger:
     def _code(self, ids) -> str:
         return "\n```\n" + self.tokenizer.detokenize(ids.tolist()) + "\n```"
 
-    def close(self, start: float) -> None:
+    def close(self, start: float, is_done: bool = True) -> None:
         """Last line and files closed. start: time.perf_counter() at the run's start."""
         if self.is_main:
             self.writer.close()
-            self.print(f"done in {clock(time.perf_counter() - start)}")
+            self.print(f"{'done' if is_done else 'stopped'} in {clock(time.perf_counter() - start)}")

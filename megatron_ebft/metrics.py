@@ -42,13 +42,19 @@ class Means:
 
 
 class PhaseTimer:
-    """Wall-clock seconds of the phases of a step."""
+    """Wall-clock seconds of the phases of a step.
 
-    def __init__(self):
+    Args:
+        on_enter: called with the name of each phase that begins.
+    """
+
+    def __init__(self, on_enter=lambda phase: None):
         self.seconds: dict[str, float] = defaultdict(float)
+        self.on_enter = on_enter
 
     @contextmanager
     def __call__(self, phase: str):
+        self.on_enter(phase)
         synchronize()
         start = time.perf_counter()
         yield

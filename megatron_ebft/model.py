@@ -64,6 +64,12 @@ class ModelArgs:
     init_method_std: float = 0.02
 
 
+def free_fields(architecture: dict) -> set[str]:
+    """Fields of an architecture in which a model may differ from the checkpoint whose weights it takes."""
+    free = {"init_method_std", "padded_vocab_size"}
+    return free | {"max_position_embeddings"} if architecture["position_embedding_type"] == "rope" else free
+
+
 class PositionRotary(torch.nn.Module):
     """Rotary angles at explicit positions, with Llama 3's frequency scaling where asked for.
 

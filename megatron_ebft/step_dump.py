@@ -16,15 +16,14 @@ from megatron_ebft.metrics import Means
 from megatron_ebft.parallel import together
 from megatron_ebft.rollout import Rollouts
 from megatron_ebft.step_file import Step, gather_results, gather_step, read_step, step_writer
+from megatron_ebft.stopping import StepFailed
 
 DUMP, REPLAY = "--ebft-dump-steps", "--ebft-replay-steps"
+FAILED = "failed_steps"
+"""Folder in --save for steps that failed, where no other is named."""
 MUST_AGREE = ("seq_length", "global_batch_size", "ebft_num_samples", "ebft_stride", "ebft_context_length",
               "ebft_rollout_length", "ebft_temperature", "ebft_document_mask", "ebft_answer_only")
 """Flags that rollouts were drawn by. Others may differ: what would another whitening have made of this step?"""
-
-
-class StepFailed(RuntimeError):
-    """A step was stopped before it changed the weights; raised on every rank."""
 
 
 class StepDump:
@@ -39,7 +38,7 @@ class StepDump:
 
     def hold(self, gold: GoldBatch, rollouts: Rollouts, rewards: Rewards, scores: Scores, means: Means) -> None:
         """What a step consists of; this rank's part."""
-        if self.args.ebft_dump_steps:
+        if self.args.ebft_dump_steps or self.args.save:
             self.held = (gold, rollouts, rewards, scores, means)
 
     def __enter__(self):
@@ -48,22 +47,23 @@ class StepDump:
     def __exit__(self, kind, *exc):
         if not self.held:
             return
+        folder = self.args.ebft_dump_steps
         if kind is StepFailed:
             try:
-                self._write()
+                self._write(folder or os.path.join(self.args.save, FAILED))
             except ValueError as error:  # must not hide why the step failed
                 if dist.get_rank() == 0:
                     print(error, flush=True)
-        elif kind is None and self.iteration % self.args.ebft_dump_interval == 0:
-            self._write()
+        elif kind is None and folder and self.iteration % self.args.ebft_dump_interval == 0:
+            self._write(folder)
 
-    def _write(self) -> None:
+    def _write(self, folder: str) -> None:
         gold, rollouts, rewards, scores, means = self.held
         step = gather_step(self.args, self.iteration, gold, rollouts)
         results = gather_results(step, rewards, scores, means.reduce())
         with together():
             if dist.get_rank() == 0:
-                with step_writer(step_path(self.args.ebft_dump_steps, self.iteration), DUMP, step, results, {}):
+                with step_writer(step_path(folder, self.iteration), DUMP, step, results, {}):
                     pass  # gradients are spread over the ranks
 
 

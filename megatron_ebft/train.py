@@ -1,5 +1,7 @@
 """Entry point: torchrun --nproc-per-node N -m megatron_ebft.train --help
 
+The exit code says what to do next (stopping.py): 0 finished, 75 stopped after saving (start again), 64 wrong flags or
+files, 65 a step that was not finite, 70 a rank that hangs.
 Imports wait until `main`: saving a checkpoint starts a process that imports this file again.
 """
 
@@ -7,9 +9,11 @@ import sys
 import time
 import warnings
 
+from megatron_ebft import stopping
 
-def main(argv: list[str] | None = None) -> None:
-    """Parse, build, train, close."""
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, build, train, close; returns the exit code."""
     # Megatron-Core's own: no Transformer Engine or apex, deprecations, and a probe of .grad by its optimizer.
     warnings.filterwarnings("ignore", module="megatron|torch")
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
@@ -18,21 +22,38 @@ def main(argv: list[str] | None = None) -> None:
     from megatron_ebft.logger import Logger
     from megatron_ebft.parallel import init_parallel, shut_down
     from megatron_ebft.training import train
+    from megatron_ebft.watchdog import Watchdog
 
     start = time.perf_counter()
     args = parse_args(argv)
+    watchdog = Watchdog(0.9 * 60 * args.distributed_timeout_minutes)
     init_parallel(**parallel_sizes(args))
+    watchdog.watch()
     run = build_run(args)
+    run.watchdog = watchdog
+    for model in filter(None, (*run.policy, run.encoder, run.reference)):
+        model.register_forward_pre_hook(watchdog.move)
     log = Logger(args.tensorboard_dir, run.state.iteration, args.train_iters, args.global_batch_size * args.seq_length,
                  args.ebft_rollout_length, run.tokenizer)
     log.print(describe(run))
-    train(run, log)
-    log.close(start)
+    is_done = train(run, log)
+    stopping.ignore_signals()
+    log.close(start, is_done)
     shut_down()
+    return 0 if is_done else stopping.EXIT_RESUME
+
+
+def fail(error: Exception, code: int) -> None:
+    """The last words of a run."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 if __name__ == "__main__":
+    stopping.install_handlers()
     try:
-        main()
+        sys.exit(main())
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        fail(error, stopping.EXIT_USAGE)
+    except stopping.StepFailed as error:
+        fail(error, stopping.EXIT_STEP_FAILED)

@@ -2,6 +2,7 @@
 
 import math
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +19,9 @@ from megatron_ebft.metrics import Means, PhaseTimer
 from megatron_ebft.parallel import document_rank, document_size
 from megatron_ebft.rollout import Rollouts, sample_rollouts
 from megatron_ebft.sft import cross_entropy_pass
-from megatron_ebft.step_dump import StepDump, StepFailed, replayed_step
+from megatron_ebft.step_dump import StepDump, replayed_step
+from megatron_ebft.stopping import StepFailed, StopAsked, Stopper
+from megatron_ebft.watchdog import Watchdog
 
 SELF_CHECK_FLOAT32, SELF_CHECK_BF16 = 1e-3, 5e-2
 """Mean |Δ log-probability| per token above which sampler and trainer, or trainer and start, are not the same model."""
@@ -48,6 +51,8 @@ class Run:
     state: TrainState
     companions: dict[str, bytes] = field(default_factory=dict)
     """Small files to keep in every checkpoint (hf_files.py)."""
+    stopper: Stopper = field(default_factory=Stopper)
+    watchdog: Watchdog = field(default_factory=Watchdog)
 
 
 def gold_batch(run: Run, dataset, consumed_samples: int) -> GoldBatch:
@@ -67,39 +72,123 @@ def next_rows(run: Run) -> tuple[GoldBatch, Rollouts | None]:
     return gold_batch(run, run.train_data, run.state.consumed_samples), None
 
 
-def train(run: Run, log) -> None:
-    """Train from run.state to --train-iters, evaluating, logging and saving on the way."""
+def train(run: Run, log) -> bool:
+    """Train from run.state to --train-iters, evaluating, logging and saving on the way.
+
+    Returns:
+        whether it came so far; else it was asked to stop (stopping.py), and what was done is saved.
+    """
     args, state = run.args, run.state
     batches = [gold_batch(run, run.valid_data, i * args.global_batch_size)
                for i in range(args.eval_iters)] if run.valid_data is not None else []
-    if batches and state.iteration == 0:
-        log.evaluation(0, *run_evaluation(run, batches, log))
-    first = True
-    while state.iteration < args.train_iters:
-        start, timer = time.perf_counter(), PhaseTimer()
-        with timer("data"):
-            gold, rollouts = next_rows(run)
-        metrics = train_step(run, gold, timer, check=first, rollouts=rollouts)
-        first = False
-        state.iteration += 1
-        state.consumed_samples += args.global_batch_size
-        is_last = state.iteration == args.train_iters
-        if state.iteration % args.log_interval == 0 or is_last:
-            log.step(state.iteration, metrics, timer.seconds, time.perf_counter() - start)
-        if batches and (state.iteration % args.eval_interval == 0 or is_last):
-            log.evaluation(state.iteration, *run_evaluation(run, batches, log))
-        if args.save and (state.iteration % args.save_interval == 0 or is_last):
-            saver = Saver(args.save)
-            saver.save(state, run.policy, run.optimizer, run.scheduler, run.metadata, run.companions)
-            log.saved(saver.finished())
+    saves = Saves(run, log) if args.save else None
+    if state.iteration:
+        state.restarts += 1
+        state.lost_to_restarts += time.time() - state.reached
+    try:
+        if batches and state.evaluated < state.iteration and is_due(state.iteration, args.eval_interval, args):
+            run_evaluation(run, batches, log)
+        first = True
+        while state.iteration < args.train_iters:
+            run.stopper.check()
+            start = time.perf_counter()
+            timer = PhaseTimer(lambda phase: run.watchdog.enter(f"{phase} of step {state.iteration + 1}"))
+            with timer("data"):
+                gold, rollouts = next_rows(run)
+            metrics = train_step(run, gold, timer, check=first, rollouts=rollouts)
+            first = False
+            state.iteration += 1
+            state.consumed_samples += args.global_batch_size
+            state.reached, duration = time.time(), time.perf_counter() - start
+            run.stopper.longest_step = max(run.stopper.longest_step, duration)
+            if is_due(state.iteration, args.log_interval, args):
+                log.step(state.iteration, metrics, timer.seconds, duration, {
+                    "restarts": state.restarts, "lost_to_restarts": state.lost_to_restarts,
+                    "lost_to_saves": state.lost_to_saves})
+            if batches and is_due(state.iteration, args.eval_interval, args):
+                run_evaluation(run, batches, log)
+            if saves is not None:
+                saves.poll()
+                if is_due(state.iteration, args.save_interval, args):
+                    saves.save()
+    except StopAsked as reason:
+        log.print(f"stopping after step {state.iteration}/{args.train_iters}: {reason}")
+    if saves is not None:
+        saves.finish()
+    return state.iteration == args.train_iters
 
 
-def run_evaluation(run: Run, batches: list[GoldBatch], log):
-    """Metrics, rollouts to show, and seconds."""
-    start = time.perf_counter()
-    metrics, shown = evaluate(run.policy, run.encoder, run.reference, log.progress("evaluation", batches), run.config,
-                              run.args.ebft_eval_length, run.args.micro_batch_size)
-    return metrics, shown, time.perf_counter() - start
+def is_due(iteration: int, interval: int, args) -> bool:
+    """Whether something that is done every `interval` steps, and at both ends, is to be done."""
+    return iteration % interval == 0 or iteration == args.train_iters
+
+
+class Saves:
+    """The checkpoints of a run with --save: one that fails costs a warning, unless it is the last."""
+
+    def __init__(self, run: Run, log):
+        args = run.args
+        self.run, self.log = run, log
+        self.saver = Saver(args.save, is_async=args.async_save, keep=args.ebft_keep_checkpoints,
+                           retain_interval=args.save_retain_interval)
+        self.last: tuple[int, int] | None = self._place()
+        """Progress at the last save that has not failed, or that was loaded."""
+
+    def _place(self) -> tuple[int, int]:
+        return self.run.state.iteration, self.run.state.evaluated
+
+    def save(self) -> None:
+        """Begin a checkpoint of the run as it is."""
+        run = self.run
+        self.log.flush()
+        with self._attempt():
+            self.saver.save(run.state, run.policy, run.optimizer, run.scheduler, run.metadata, run.companions)
+            self.last = self._place()
+        self.poll()
+
+    def poll(self, wait: bool = False) -> None:
+        """Say when a checkpoint has become whole."""
+        with self._attempt():
+            self.log.saved(self.saver.finished(wait))
+
+    def finish(self) -> None:
+        """A checkpoint of the end, unless there is one; raises RuntimeError where it cannot be written."""
+        self.poll(wait=True)
+        if self.last != self._place():
+            self.save()
+            self.poll(wait=True)
+        if self.last != self._place():
+            raise RuntimeError(f"--save {self.run.args.save}: the run's end, step {self.run.state.iteration}, could "
+                               "not be saved; make room there and start the same command again")
+
+    @contextmanager
+    def _attempt(self):
+        start, state = time.perf_counter(), self.run.state
+        self.run.watchdog.enter(f"saving after step {state.iteration}")
+        try:
+            yield
+        except ValueError as error:
+            self.log.print(f"warning: {error}. Training goes on")
+            self.last = None
+        seconds = time.perf_counter() - start
+        state.lost_to_saves += seconds
+        self.run.stopper.longest_save = max(self.run.stopper.longest_save, seconds)
+
+
+def run_evaluation(run: Run, batches: list[GoldBatch], log) -> None:
+    """Evaluate and log; raises StopAsked between batches."""
+    start, iteration = time.perf_counter(), run.state.iteration
+    run.watchdog.enter(f"evaluation after step {iteration}")
+
+    def checked():
+        for batch in log.progress("evaluation", batches):
+            run.stopper.check()
+            yield batch
+
+    found = evaluate(run.policy, run.encoder, run.reference, checked(), run.config, run.args.ebft_eval_length,
+                     run.args.micro_batch_size)
+    run.state.evaluated = iteration
+    log.evaluation(iteration, *found, time.perf_counter() - start)
 
 
 def train_step(run: Run, gold: GoldBatch, timer: PhaseTimer, check: bool,
@@ -144,6 +233,7 @@ def ebft_gradient(run: Run, gold: GoldBatch, rollouts: Rollouts | None, timer: P
     with timer("rollout"):
         rollouts = rollouts or sample_rollouts(run.policy, gold, config.layout, config.sampling, run.state.iteration,
                                                config.rollout_rows)
+    run.stopper.check(steps=0)
     with timer("features"):
         rewards = ebft.compute_rewards(run.encoder, gold, rollouts, config)
     start = None

@@ -5,6 +5,7 @@ import os
 import random
 import resource
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy
@@ -251,7 +252,7 @@ def test_folder_layout(saved):
     assert (directory / POINTER).read_text() == "3" and latest_iteration(str(directory)) == 3
     record = json.loads((directory / "iter_0000003/ebft.json").read_text())
     assert record["metadata"] == META == read_metadata(str(directory))
-    assert record["train_state"] == {"iteration": 3, "consumed_samples": 6}
+    assert record["train_state"] == asdict(TrainState(3, 6))
     assert record["optimizer"] == {"class": "DistributedOptimizer", "sharding": "fully_reshardable"}
     assert set(record["layout"].values()) == {1}
 
@@ -303,7 +304,7 @@ def test_a_lost_pointer_means_the_newest(copy, tmp_path):
 
 def test_a_directory_that_cannot_be_written(tmp_path, saved):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="--save .*file: cannot write"):
+    with pytest.raises(ValueError, match="--save .*file: cannot write there"):
         saved[1].save(tmp_path / "file", 1)
 
 
@@ -349,7 +350,7 @@ def test_a_full_disk_leaves_the_older_checkpoint(copy, saved, is_async):
         (copy / POINTER).write_text("3")
         for bytes_left in (10_000, 1000):  # tensors do not fit; nor does the room for small files
             resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, unlimited[1]))
-            with pytest.raises(ValueError, match="--save .*: cannot write the checkpoint .*Earlier checkpoints are un"):
+            with pytest.raises(ValueError, match="--save .*: cannot write there .*Earlier checkpoints are untouched"):
                 save()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)

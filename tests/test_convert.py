@@ -9,6 +9,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -30,15 +31,16 @@ from safetensors.torch import load_file, save_file
 from test_checkpoint import Run
 from test_data import hugging_face_folder, sentences  # noqa: F401
 
-from megatron_ebft import convert, hf_files, parallel
+from megatron_ebft import hf_files, parallel
 from megatron_ebft.arguments import parse_args
 from megatron_ebft.attention import CausalPattern, as_mask
 from megatron_ebft.batch import GoldBatch, GoldMicroBatches, run_schedule
 from megatron_ebft.build import build_run
 from megatron_ebft.checkpoint import Saver, TrainState, load_weights
-from megatron_ebft.checkpoint_files import commit, latest_iteration, read_metadata
+from megatron_ebft.checkpoint_files import latest_iteration, read_metadata, seal
+from megatron_ebft.checkpoint_reader import CheckpointReader
 from megatron_ebft.device import device, init_device
-from megatron_ebft.families import FAMILIES, describe, parse_config, read_model, write_config
+from megatron_ebft.families import FAMILIES, Entry, describe, parse_config, read_model, write_config
 from megatron_ebft.metrics import PhaseTimer
 from megatron_ebft.model import ModelArgs, unwrap
 from megatron_ebft.training import train_step
@@ -90,11 +92,10 @@ def same(found: dict, expected: dict) -> bool:
         found[name].dtype == x.dtype and torch.equal(found[name], x) for name, x in expected.items())
 
 
-def seal(folder: Path) -> None:
+def reseal(folder: Path) -> None:
     """Make a manifest for what is in a checkpoint's folder now."""
-    os.rename(folder, folder.with_suffix(".changed"))
-    (folder.with_suffix(".changed") / "manifest.json").unlink()
-    commit(str(folder.parent), str(folder.with_suffix(".changed")), str(folder), 0)
+    (folder / "manifest.json").unlink()
+    seal(str(folder))
 
 
 def there(source: Path, output: Path, *flags: str) -> Path:
@@ -133,7 +134,7 @@ def test_a_configuration_made_from_the_architecture_alone(tmp_path, kind):
     source = hugging_face(tmp_path / "source", kind)
     checkpoint = there(source, tmp_path / "checkpoint")
     shutil.rmtree(checkpoint / "iter_0000000/hugging_face")
-    seal(checkpoint / "iter_0000000")
+    reseal(checkpoint / "iter_0000000")
     found = back(checkpoint, tmp_path / "found", "--verify")
     assert same(tensors(found), tensors(source)) and (found / "generation_config.json").exists()
     mine, known = read_model(str(found), "--x"), read_model(str(source), "--x")
@@ -308,27 +309,45 @@ def test_a_start_is_named_once(learner, tmp_path, one_rank):
 
 
 def test_verification_notices_and_names_the_layer(tmp_path, monkeypatch, capsys):
+    """In both directions; what was wrong is not left behind."""
     source = hugging_face(tmp_path / "source", "qwen3")
     checkpoint = there(source, tmp_path / "good", "--verify")
-    line = capsys.readouterr().out.splitlines()[-1]
-    assert "verified 64 tokens" in line and "logits differ by at most" in line and "bound" in line
-    read = hf_files.HFWeights.read
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("verified"))
+    assert "64 tokens" in line and "logits differ by at most" in line and "bound" in line
+    join, split = Entry.join, Entry.split
 
-    def swapped(weights, name):
+    def swapped(entry) -> bool:
         """Gate and up projection of the third layer, the other way round."""
-        there, back = "layers.2.mlp.gate_proj", "layers.2.mlp.up_proj"
-        return read(weights, name.replace(*((there, back) if there in name else (back, there))))
+        return "model.layers.2.mlp.gate_proj.weight" in entry.names
 
-    monkeypatch.setattr(hf_files.HFWeights, "read", swapped)
-    wrong = there(source, tmp_path / "wrong")
+    monkeypatch.setattr(Entry, "join", lambda entry, parts: join(entry, parts[::-1] if swapped(entry) else parts))
+    with pytest.raises(ValueError, match="differ by .*the first to differ is decoder layer 3 of 4"):
+        there(source, tmp_path / "wrong", "--verify")
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="differ by .*the first to differ is decoder layer 3 of 4; do not use"):
-        verify.verify(str(source), str(wrong), 1e-4)
+    assert os.listdir(tmp_path / "wrong") == []
+    monkeypatch.setattr(Entry, "split", lambda entry, x: split(entry, x)[::-1 if swapped(entry) else 1])
+    with pytest.raises(ValueError, match="differ by .*the first to differ is decoder layer 3 of 4"):
+        back(checkpoint, tmp_path / "found", "--verify")
+    monkeypatch.undo()
+    assert sorted(os.listdir(tmp_path)) == ["good", "source", "wrong"]
     scaled = {name: x * (1 + 1e-2 * (name == "lm_head.weight")) for name, x in tensors(source).items()}
     save_file(scaled, tmp_path / "model.safetensors", {"format": "pt"})
     shutil.copy(source / "config.json", tmp_path)
     with pytest.raises(ValueError, match="the first to differ is the output head"):
-        verify.verify(str(tmp_path), str(checkpoint), 1e-4)
+        verify.verify(str(tmp_path), hf_files.HFWeights(str(tmp_path), "--x"), CheckpointReader(str(checkpoint), "--x"),
+                      1e-4)
+
+
+def test_tensors_keep_a_dtype_of_their_own(tmp_path):
+    """Norms in float32 beside weights in bf16: nothing is rounded, and verification does not think so."""
+    source = hugging_face(tmp_path / "source", "llama 2", shard="1GB")
+    mixed = {name: x if x.dim() == 1 else x.bfloat16() for name, x in tensors(source).items()}
+    save_file(mixed, source / "model.safetensors", {"format": "pt"})
+    assert same(tensors(back(there(source, tmp_path / "a", "--verify"), tmp_path / "b", "--verify")), mixed)
+    name = "model.layers.1.self_attn.k_proj.weight"
+    save_file(mixed | {name: mixed[name].float()}, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"{name}, .* have several dtypes, and become one tensor; give --dtype"):
+        there(source, tmp_path / "c")
 
 
 # ---------------------------------------------------------------- memory, interruptions
@@ -383,9 +402,9 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(tmp_path, tool):
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 
     done = run_tool(tool, *flags, "--output", str(output), preexec_fn=small_files)
-    assert done.returncode == 1 and f"error: --output {output}: cannot write" in done.stderr, done.stderr
-    assert not output.exists() or latest_iteration(str(output)) is None
-    assert not (output / "config.json").exists()
+    assert done.returncode == 1 and f"error: --output {output}: cannot write there" in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1 and "Nothing was left there" in done.stderr
+    assert not output.exists() or os.listdir(output) == []
     assert run_tool(tool, *flags, "--output", str(output)).returncode == 0
 
 
@@ -394,7 +413,7 @@ def test_too_little_space_is_found_before(tmp_path, monkeypatch):
     checkpoint = there(source, tmp_path / "checkpoint")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
     for convert_it in (lambda: there(source, tmp_path / "x/y"), lambda: back(checkpoint, tmp_path / "x/y")):
-        with pytest.raises(ValueError, match=r"--output .*y: needs 0\.0 GB, and 0\.0 GB are free there"):
+        with pytest.raises(ValueError, match="--output .*y: needs 0.000158 GB, and 1e-06 GB are free"):
             convert_it()
     assert not (tmp_path / "x").exists()
 
@@ -415,18 +434,44 @@ def test_an_interrupted_conversion_is_not_taken_for_a_whole_one(tmp_path, monkey
         monkeypatch.setattr(cls, "read", stops)
 
     interrupted(hf_files.HFWeights)
-    with pytest.raises(BaseException, match="KeyboardInterrupt|^$"):
+    with pytest.raises(KeyboardInterrupt):
         there(source, checkpoint)
     monkeypatch.undo()
-    assert latest_iteration(str(checkpoint)) is None and [x[:16] for x in os.listdir(checkpoint)] == ["iter_0000000.tmp"]
+    assert os.listdir(checkpoint) == []
     there(source, checkpoint)
     assert sorted(os.listdir(checkpoint)) == ["iter_0000000", "latest_checkpointed_iteration.txt"]
-    interrupted(convert.CheckpointReader)
+    interrupted(CheckpointReader)
     with pytest.raises(KeyboardInterrupt):
         back(checkpoint, found)
     monkeypatch.undo()
-    assert not found.exists()
-    assert same(tensors(back(checkpoint, found)), tensors(source)) and not (tmp_path / "found.tmp").exists()
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint", "source"]
+    assert same(tensors(back(checkpoint, found)), tensors(source))
+    for tool, flags in (("hf_to_megatron.py", ["--hf-model", str(source)]),
+                        ("megatron_to_hf.py", ["--load", str(checkpoint)])):
+        killed(tool, *flags, "--output", str(tmp_path / tool))
+        assert not (tmp_path / tool / "config.json").exists()
+        assert not (tmp_path / tool).exists() or latest_iteration(str(tmp_path / tool)) is None
+        assert run_tool(tool, *flags, "--output", str(tmp_path / tool)).returncode == 0
+
+
+KILLED = """
+import os, runpy, sys, torch
+from megatron_ebft import checkpoint_reader, hf_files
+for cls in (hf_files.HFWeights, checkpoint_reader.CheckpointReader):
+    def read(self, name, read=cls.read, calls=[]):
+        calls.append(name)
+        return read(self, name) if len(calls) < 10 else os.kill(os.getpid(), 9)
+    cls.read = read
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def killed(tool: str, *flags: str) -> None:
+    """SIGKILL at the tenth tensor."""
+    done = subprocess.run([sys.executable, "-c", KILLED, str(TOOLS / tool), *flags], capture_output=True, timeout=300)
+    assert done.returncode == -9, done.stderr
 
 
 # ---------------------------------------------------------------- refusals
@@ -445,17 +490,28 @@ REFUSED = {  # by name: a family, what is done to its folder, what is said
     "no config": ("llama 2", lambda x: (x / "config.json").unlink(), "no config.json there; name the local folder"),
     "config is no JSON": ("llama 2", lambda x: (x / "config.json").write_text("{"), "config.json is not JSON"),
     "architecture": ("llama 2", lambda x: change(x, architectures=["GemmaForCausalLM"]),
-                     "names the architecture GemmaForCausalLM; supported are LlamaForCausalLM, Qwen2"),
-    "two architectures": ("llama 2", lambda x: change(x, architectures=["A", "B"]), "the architecture A, B; supported"),
+                     "names the architecture ..GemmaForCausalLM..; supported are LlamaForCausalLM, Qwen2"),
+    "two architectures": ("llama 2", lambda x: change(x, architectures=["A", "B"]), "architecture ..A., .B..; supp"),
+    "architecture of another type": ("llama 2", lambda x: change(x, architectures=3), "the architecture 3; supported"),
+    "another model type": ("llama 2", lambda x: change(x, model_type="mistral"), "model_type = .mistral., and Llama"),
     "unknown key": ("llama 2", lambda x: change(x, logit_scale=2.0), "logit_scale = 2.0, which is not understood"),
-    "sliding window": ("mistral", lambda x: change(x, sliding_window=4096), "sliding_window = 4096; supported is nu"),
+    "sliding window": ("mistral", lambda x: change(x, sliding_window=4096),
+                       "sliding_window = 4096; supported is null only; rows of no more tokens than the window never"),
     "default window": ("mistral", lambda x: change(x, sliding_window=...), "has no sliding_window, which Mistral"),
     "used window": ("qwen2", lambda x: change(x, use_sliding_window=True), "use_sliding_window = true; supported is f"),
-    "window layers": ("qwen3", lambda x: change(x, layer_types=["full_attention", "sliding_attention"]), "layer_types"),
+    "window layers": ("qwen3", lambda x: change(x, layer_types=["full_attention", "sliding_attention"]),
+                      "layer_types = .*; supported is .full_attention. only"),
     "rope type": ("llama 2", lambda x: change(x, rope_parameters=dict(rope_type="yarn", factor=4.0)),
                   "the rope type yarn; supported are default and llama3"),
-    "older rope type": ("llama 2", lambda x: change(x, rope_scaling=dict(type="linear", factor=4.0)),
-                        "the rope type default, linear; supported are"),
+    "older rope type": ("llama 2", lambda x: change(x, rope_parameters=dict(type="linear", factor=4.0)),
+                        "the rope type linear; supported are"),
+    "two rope types": ("llama 2", lambda x: change(x, rope_parameters=dict(rope_type="default", type="llama3")),
+                       "the rope type default, llama3; supported are"),
+    "two spellings of rope": ("llama 3.1", lambda x: change(x, rope_scaling=LLAMA3 | {"factor": 4.0}),
+                              "there must be one of them"),
+    "two bases": ("llama 3.1", lambda x: change(x, rope_theta=5.0), "two values of rope_theta, 5.0 and 10000.0"),
+    "base": ("llama 2", lambda x: change(x, rope_parameters=None, rope_theta=0), "rope_theta = 0; it must be a number"),
+    "rope number": ("llama 3.1", lambda x: change(x, rope_parameters=LLAMA3 | {"factor": "8"}), 'factor = "8"; it mus'),
     "rope keys": ("llama 3.1", lambda x: change(x, rope_parameters=LLAMA3 | {"beta": 1}),
                   "a rope type llama3 that is not understood.*are beta"),
     "partial rope": ("llama 2", lambda x: change(x, partial_rotary_factor=0.5), "partial_rotary_factor = 0.5"),
@@ -466,7 +522,17 @@ REFUSED = {  # by name: a family, what is done to its folder, what is said
     "quantised": ("llama 2", lambda x: change(x, quantization_config={"bits": 4}), "quantization_config = ..bits.: 4}"),
     "experts": ("qwen3", lambda x: change(x, num_experts=8), "num_experts = 8, which is not understood for Qwen3"),
     "no size": ("llama 2", lambda x: change(x, hidden_size=...), "has no hidden_size, which LlamaForCausalLM needs"),
-    "size of another type": ("llama 2", lambda x: change(x, hidden_size="32"), 'hidden_size = "32"; it must be a num'),
+    "size of another type": ("llama 2", lambda x: change(x, hidden_size="32"), 'size = "32"; it must be a whole'),
+    "layers of another type": ("llama 2", lambda x: change(x, num_hidden_layers=True), "layers = true; it must be a"),
+    "head groups of another type": ("llama 2", lambda x: change(x, num_key_value_heads=2.0), "heads = 2.0; it must be"),
+    "tied by a word": ("llama 2", lambda x: change(x, tie_word_embeddings="false"), "= .false.; it must be true or fa"),
+    "empty list": ("llama 2", lambda x: change(x, hidden_act=[]), r"hidden_act = \[\]; supported is .silu. only"),
+    "empty window": ("mistral", lambda x: change(x, sliding_window=[]), r"sliding_window = \[\]; supported is null"),
+    "no heads of Qwen2": ("qwen2", lambda x: change(x, num_key_value_heads=...), "has no num_key_value_heads, which Q"),
+    "no heads of Mistral": ("mistral", lambda x: change(x, num_key_value_heads=...), "has no num_key_value_heads, wh"),
+    "no head size of Qwen3": ("qwen3", lambda x: change(x, head_dim=...), "has no head_dim, which Qwen3ForCausalLM n"),
+    "mrope": ("qwen2", lambda x: change(x, use_mrope=True), "use_mrope = true; supported is false only"),
+    "cross attention": ("llama 2", lambda x: change(x, add_cross_attention=True), "add_cross_attention = true; supp"),
     "heads": ("llama 2", lambda x: change(x, num_key_value_heads=3), "4, not a multiple of num_key_value_heads 3"),
     "shape": ("llama 2", lambda x: change(x, intermediate_size=40),
               r"gate_proj.weight has the shape \(48, 32\), but config.json says \(40, 32\)"),
@@ -479,6 +545,10 @@ REFUSED = {  # by name: a family, what is done to its folder, what is said
                         "model-00002-of-.* is no whole safetensors file .*copy it again"),
     "empty shard": ("llama 2", lambda x: next(x.glob(SHARD + "*")).write_bytes(b""), "is no whole safetensors file"),
     "damaged index": ("llama 2", lambda x: (x / hf_files.INDEX).write_text("[]"), "index.json is damaged"),
+    "index of numbers": ("llama 2", lambda x: (x / hf_files.INDEX).write_text('{"weight_map": {"a": 3}}'), "damaged"),
+    "index of other places": ("llama 2", lambda x: (x / hf_files.INDEX).write_text(re.sub(
+        r'("lm_head.weight": "model-)\d{5}', r"\g<1>00001", (x / hf_files.INDEX).read_text())),
+        "index.json says that lm_head.weight is in model-00001-of-.*, where it is not; copy both again"),
     "a shard twice": ("llama 2", lambda x: shutil.copy(next(x.glob("model-00001*")), next(x.glob(SHARD + "*"))),
                       "is in model-00001.* and in model-00002.*; remove"),
     "pickles": ("llama 2", lambda x: [p.rename(p.with_suffix(".bin")) for p in x.glob("*.safetensors")] and
@@ -517,7 +587,23 @@ def test_bad_checkpoints_are_refused(tmp_path):
     other = hugging_face(tmp_path / "other", "qwen2", intermediate_size=64)
     refused("--hf-template .*other: config.json describes another model.*ffn_hidden_size 64 .checkpoint 48.",
             "--hf-template", str(other))
-    refused("--hf-template .*nothing: no such folder", "--hf-template", str(tmp_path / "nothing"))
+    refused("--hf-template .*nothing: no config.json there", "--hf-template", str(tmp_path / "nothing"))
+    (other / "config.json").write_text("{")
+    refused("--hf-template .*other: config.json is not JSON", "--hf-template", str(other))
+    with pytest.raises(ValueError, match="--output .*config.json: .*config.json is a file; name a folder"):
+        back(checkpoint, hugging_face(tmp_path / "third", "llama 2") / "config.json")
+    foreign = tmp_path / "foreign"
+    (foreign / "iter_0005000/mp_rank_00").mkdir(parents=True)
+    with pytest.raises(ValueError, match="--output .*foreign: holds checkpoints already"):
+        there(source, foreign)
+    beside = tmp_path / "output.tmp"
+    beside.mkdir()
+    (beside / "precious").write_text("")
+    (tmp_path / "link").symlink_to(output)
+    back(checkpoint, tmp_path / "link")
+    assert (beside / "precious").exists() and same(tensors(output), tensors(source))
+    shutil.rmtree(output)
+    output.mkdir()
     refused("--max-shard-size 0.0: must be above 0", "--max-shard-size", "0")
     refused("--verify-tolerance nan: must be above 0", "--verify-tolerance", "nan")
     record = checkpoint / "iter_0000000/ebft.json"
@@ -525,12 +611,89 @@ def test_bad_checkpoints_are_refused(tmp_path):
     for old, new, message in (('"num_layers": 4', '"num_layers": 5', "another model than the checkpoint: num_layers 4"),
                               ('"format": 3', '"format": 1', "a checkpoint of format 1, and this version")):
         record.write_text(text.replace(old, new))
-        seal(checkpoint / "iter_0000000")
+        reseal(checkpoint / "iter_0000000")
         refused(message)
     record.write_text(text)
-    seal(checkpoint / "iter_0000000")
+    reseal(checkpoint / "iter_0000000")
     os.truncate(next((checkpoint / "iter_0000000").glob("*_5.distcp")), 100)
     refused(r"--load .*iter_0000000: the checkpoint is damaged \(__0_5.distcp has 100 bytes instead of")
+
+
+def test_the_template_has_its_own_tokenizer(learner, tmp_path):
+    source, _ = learner
+    checkpoint = there(source, tmp_path / "checkpoint")
+    template = hugging_face(tmp_path / "template", "llama 3.2")
+    (template / "tokenizer.model").write_text("another kind of tokenizer")
+    (template / "generation_config.json").write_text('{"temperature": 0.5}')
+    found = back(checkpoint, tmp_path / "found", "--hf-template", str(template))
+    assert (found / "tokenizer.model").exists() and not (found / "tokenizer.json").exists()
+    assert json.loads((found / "generation_config.json").read_text()) == {"temperature": 0.5}
+    (source / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="--hf-model .*source: its tokenizer cannot be used"):
+        there(source, tmp_path / "a")
+
+
+def test_a_tokenizer_with_more_ids_than_the_model(tmp_path, hugging_face_folder):  # noqa: F811
+    source = hugging_face(tmp_path / "source", "llama 2", vocab_size=50)
+    for path in hugging_face_folder(eos_token="<eos>").iterdir():
+        shutil.copy(path, source)
+    with pytest.raises(ValueError, match="--hf-model .*: its tokenizer has 60 ids, and the model knows 50; remove"):
+        there(source, tmp_path / "checkpoint")
+
+
+COMMON = dict(attention_dropout=0.0, hidden_act="silu", initializer_range=0.02, rms_norm_eps=1e-5, use_cache=True)
+PUBLISHED = {  # config.json as on the hub, less what is in COMMON; then what must come of it
+    "Llama-2-7b-hf": (dict(
+        _name_or_path="meta-llama/Llama-2-7b-hf", architectures=["LlamaForCausalLM"], bos_token_id=1, eos_token_id=2,
+        hidden_size=4096, intermediate_size=11008, max_position_embeddings=4096, model_type="llama",
+        num_attention_heads=32, num_hidden_layers=32, num_key_value_heads=32, pretraining_tp=1, rope_scaling=None,
+        tie_word_embeddings=False, torch_dtype="float16", transformers_version="4.31.0.dev0", vocab_size=32000),
+        dict(num_query_groups=32, kv_channels=128, rotary_base=10000.0, use_rope_scaling=False)),
+    "Llama-3.1-8B": (dict(
+        architectures=["LlamaForCausalLM"], attention_bias=False, bos_token_id=128000, eos_token_id=[128001, 128008],
+        hidden_size=4096, intermediate_size=14336, max_position_embeddings=131072, mlp_bias=False, model_type="llama",
+        num_attention_heads=32, num_hidden_layers=32, num_key_value_heads=8, pretraining_tp=1, rope_theta=500000.0,
+        rope_scaling=dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, rope_type="llama3",
+                          original_max_position_embeddings=8192), tie_word_embeddings=False, torch_dtype="bfloat16",
+        transformers_version="4.46.0", vocab_size=128256, _attn_implementation_autoset=True),
+        dict(num_query_groups=8, rotary_base=500000.0, use_rope_scaling=True, rope_scaling_factor=8.0)),
+    "Llama-3.2-1B": (dict(
+        architectures=["LlamaForCausalLM"], attention_bias=False, bos_token_id=128000, eos_token_id=128001, head_dim=64,
+        hidden_size=2048, intermediate_size=8192, max_position_embeddings=131072, mlp_bias=False, model_type="llama",
+        num_attention_heads=32, num_hidden_layers=16, num_key_value_heads=8, pretraining_tp=1, rope_theta=500000.0,
+        rope_scaling=dict(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, rope_type="llama3",
+                          original_max_position_embeddings=8192), tie_word_embeddings=True, torch_dtype="bfloat16",
+        transformers_version="4.45.0.dev0", vocab_size=128256),
+        dict(kv_channels=64, rope_scaling_factor=32.0, untie_embeddings_and_output_weights=False)),
+    "Qwen2.5-1.5B": (dict(
+        architectures=["Qwen2ForCausalLM"], bos_token_id=151643, eos_token_id=151643, hidden_size=1536,
+        intermediate_size=8960, max_position_embeddings=131072, max_window_layers=28, model_type="qwen2",
+        num_attention_heads=12, num_hidden_layers=28, num_key_value_heads=2, rope_theta=1000000.0,
+        sliding_window=131072, tie_word_embeddings=True, torch_dtype="bfloat16", transformers_version="4.40.1",
+        use_mrope=False, use_sliding_window=False, vocab_size=151936),
+        dict(add_qkv_bias=True, num_query_groups=2, kv_channels=128, rotary_base=1000000.0)),
+    "Qwen3-0.6B": (dict(
+        architectures=["Qwen3ForCausalLM"], attention_bias=False, bos_token_id=151643, eos_token_id=151645,
+        head_dim=128, hidden_size=1024, intermediate_size=3072, max_position_embeddings=40960, max_window_layers=28,
+        model_type="qwen3", num_attention_heads=16, num_hidden_layers=28, num_key_value_heads=8, rope_scaling=None,
+        rope_theta=1000000, sliding_window=None, tie_word_embeddings=True, torch_dtype="bfloat16",
+        transformers_version="4.51.0", use_sliding_window=False, vocab_size=151936),
+        dict(qk_layernorm=True, add_qkv_bias=False, kv_channels=128, num_query_groups=8)),
+    "Mistral-7B-v0.3": (dict(
+        architectures=["MistralForCausalLM"], bos_token_id=1, eos_token_id=2, hidden_size=4096, intermediate_size=14336,
+        max_position_embeddings=32768, model_type="mistral", num_attention_heads=32, num_hidden_layers=32,
+        num_key_value_heads=8, rope_theta=1000000.0, sliding_window=None, tie_word_embeddings=False,
+        torch_dtype="bfloat16", transformers_version="4.42.0.dev0", vocab_size=32768),
+        dict(num_query_groups=8, rotary_base=1000000.0, qk_layernorm=False, add_qkv_bias=False)),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations(name):
+    config, expected = PUBLISHED[name]
+    found = vars(parse_config(COMMON | config, "x").architecture)
+    assert {key: found[key] for key in expected} == expected
+    assert (found["hidden_size"], found["vocab_size"]) == (config["hidden_size"], config["vocab_size"])
 
 
 def test_a_checkpoint_that_no_family_has(tmp_path):
@@ -545,7 +708,8 @@ def test_a_checkpoint_that_no_family_has(tmp_path):
 def test_a_written_configuration_is_read_back(tmp_path, family):
     kind = next(kind for kind, (name, _) in MODELS.items() if family.architecture.startswith(name))
     model = read_model(str(hugging_face(tmp_path, kind)), "--x")
-    assert parse_config(write_config(model, torch.bfloat16), "x") == model
+    config = write_config(model, torch.bfloat16, 7)
+    assert parse_config(config, "x") == model and config["eos_token_id"] == 7
 
 
 def test_files_are_those_of_the_library(tmp_path):

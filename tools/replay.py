@@ -83,13 +83,26 @@ def parse(argv: list[str]):
     return check_args(args), step, hf, weights
 
 
+@torch.no_grad()
+def load_hf_weights(policy: list, hf, weights) -> None:
+    """Set this rank's part of a policy from Hugging Face tensors; padding of the vocabulary becomes 0."""
+    from megatron_ebft.families import VOCABULARY
+    from megatron_ebft.fingerprint import sharded_tensors, sharded_weights
+
+    for tensor in sharded_tensors(sharded_weights(policy)):
+        entry = hf.entries[tensor.key]
+        whole = entry.join([weights.read(name) for name in entry.names])
+        if tensor.key in VOCABULARY:
+            whole = torch.nn.functional.pad(whole, (0, 0, 0, tensor.global_shape[0] - len(whole)))
+        place = tensor.global_offset[tensor.prepend_axis_num:]
+        tensor.data.copy_(whole[tuple(slice(first, first + size) for first, size in zip(place, tensor.data.shape))])
+
+
 def build(args, hf, weights):
     """Policy, encoder, and with a KL term the reference, with their weights."""
     from megatron_ebft.arguments import ddp_config, ebft_config, model_args, policy_overrides, transformer_overrides
-    from megatron_ebft.build import free_fields
     from megatron_ebft.checkpoint import load_weights
-    from megatron_ebft.convert import load_hf_weights
-    from megatron_ebft.model import build_encoder, build_frozen, build_policy, copy_weights
+    from megatron_ebft.model import build_encoder, build_frozen, build_policy, copy_weights, free_fields
 
     architecture, overrides = model_args(args, hf.architecture.vocab_size), transformer_overrides(args)
     fields = dataclasses.asdict(architecture)
@@ -116,7 +129,7 @@ def build(args, hf, weights):
 @contextmanager
 def phase(name: str, models: list, passes: int, say):
     """Says how long the block took, and while it runs how long it will: it takes `passes` forward passes of a rank."""
-    from megatron_ebft.logger import Countdown, clock
+    from megatron_ebft.countdown import Countdown, clock
 
     countdown = Countdown(name, passes, say)
     hooks = [model.register_forward_hook(countdown.tick) for model in models]
@@ -157,7 +170,7 @@ def compute(step, policy: list, encoder, reference, config, say) -> dict[str, to
 
 def write(args, step, results: dict, policy: list, hf, say) -> None:
     """The output file, by rank 0; gradients come to it one at a time."""
-    from megatron_ebft.logger import Countdown
+    from megatron_ebft.countdown import Countdown
     from megatron_ebft.step_file import step_writer
     from megatron_ebft.whole import whole_gradients
 

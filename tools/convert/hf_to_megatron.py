@@ -9,6 +9,7 @@ be converted is refused by its name.
 """
 
 import argparse
+import functools
 import os
 import sys
 import warnings
@@ -28,12 +29,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output", required=True, metavar="CKPT", help="folder for the checkpoint, without one yet")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="of the weights; default: as they are")
     verify.add_flags(parser)
-    args = parser.parse_args(argv)
+    args, say = parser.parse_args(argv), functools.partial(print, flush=True)
     verify.check_flags(args)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}[args.dtype]
-    print(f"saved {hf_to_megatron(args.hf_model, args.output, dtype)}", flush=True)
-    if args.verify:
-        verify.verify(args.hf_model, args.output, args.verify_tolerance)
+    print("saved", hf_to_megatron(args.hf_model, args.output, dtype, say, verify.verifier(args, say)), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ carries from where it came, or those of --hf-template.
 """
 
 import argparse
+import functools
 import os
 import sys
 import warnings
@@ -31,14 +32,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--max-shard-size", type=float, default=5.0, metavar="GB", help="largest safetensors file, in "
                         "10⁹ bytes (default: 5)")
     verify.add_flags(parser)
-    args = parser.parse_args(argv)
+    args, say = parser.parse_args(argv), functools.partial(print, flush=True)
     verify.check_flags(args)
     if not args.max_shard_size > 0:
         raise ValueError(f"--max-shard-size {args.max_shard_size}: must be above 0")
-    megatron_to_hf(args.load, args.output, args.hf_template, int(args.max_shard_size * 1e9))
-    print(f"saved {args.output}", flush=True)
-    if args.verify:
-        verify.verify(args.output, args.load, args.verify_tolerance)
+    megatron_to_hf(args.load, args.output, args.hf_template, int(args.max_shard_size * 1e9), say,
+                   verify.verifier(args, say))
+    print("saved", args.output, flush=True)
 
 
 if __name__ == "__main__":

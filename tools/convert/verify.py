@@ -10,6 +10,7 @@
 """
 
 import argparse
+import functools
 import math
 import time
 from dataclasses import replace
@@ -17,6 +18,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from megatron_ebft.countdown import Countdown, clock
 from megatron_ebft.device import device
 
 TOLERANCE = 1e-4
@@ -25,7 +27,8 @@ PROMPT_LENGTH, SEED = 32, 0
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verify", action="store_true", help="compare the logits of both models on fixed prompts, "
-                        "in float32 (needs the package transformers, about two passes over the weights)")
+                        "in float32, before the output appears, which it does not where they differ (needs the package "
+                        "transformers)")
     parser.add_argument("--verify-tolerance", type=float, default=TOLERANCE, metavar="X", help="largest difference of "
                         "a logit that passes, relative to the largest logit if that is above 1 (default: %(default)s)")
 
@@ -41,38 +44,42 @@ def check_flags(args) -> None:
             raise ValueError("--verify needs the package transformers: pip install transformers") from error
 
 
-def verify(hf_folder: str, checkpoint: str, tolerance: float) -> tuple[float, float]:
-    """Print and return the largest and the mean difference of the logits.
+def verifier(args, say):
+    """What convert.py calls with both sides, or None without --verify."""
+    return functools.partial(verify, tolerance=args.verify_tolerance, say=say) if args.verify else None
+
+
+def verify(hf_folder: str, weights, reader, tolerance: float, say=print) -> None:
+    """Compare the logits, and say how far they are apart.
+
+    Args:
+        hf_folder: with the configuration of the Hugging Face model.
+        weights: HFWeights of that model. reader: CheckpointReader of the other.
 
     Raises:
-        ValueError: the largest is above `tolerance` × max(1, the largest logit), or is not finite.
+        ValueError: the largest difference is above `tolerance` × max(1, the largest logit), or is not finite.
     """
-    from megatron_ebft.convert import CheckpointReader
-    from megatron_ebft.hf_files import HFWeights
-
-    start = time.perf_counter()
-    reader, weights = CheckpointReader(checkpoint, "--load"), HFWeights(hf_folder, "--hf-model")
     vocab_size = reader.architecture.vocab_size
     tokens = torch.randint(0, vocab_size, (2, PROMPT_LENGTH), generator=torch.Generator().manual_seed(SEED))
     last = reader.architecture.max_position_embeddings - 1
     positions = torch.stack([torch.arange(PROMPT_LENGTH).clamp(max=last),
                              torch.linspace(0, last, PROMPT_LENGTH).long()])
     tokens, positions = tokens.to(device()), positions.to(device())
+    countdown = Countdown("verified", 2 * reader.architecture.num_layers, say)
     with torch.no_grad():
-        expected, expected_layers = _transformers(hf_folder, weights, reader, tokens, positions)
-        found, found_layers = _megatron(reader, tokens, positions)
+        expected, expected_layers = _transformers(hf_folder, weights, reader, tokens, positions, countdown)
+        found, found_layers = _megatron(reader, tokens, positions, countdown)
     difference = (found - expected).abs()
     largest, mean, scale = difference.max().item(), difference.mean().item(), expected.abs().max().item()
     bound = tolerance * max(1.0, scale)
-    print(f"verified {tokens.numel()} tokens in {time.perf_counter() - start:.1f}s: logits differ by at most "
-          f"{largest:.2e}, on average {mean:.2e} (largest logit {scale:.3g}, bound {bound:.1e})", flush=True)
+    say(f"verified {tokens.numel()} tokens in {clock(time.perf_counter() - countdown.start)}: logits differ by at most "
+        f"{largest:.2e}, on average {mean:.2e} (largest logit {scale:.3g}, bound {bound:.1e})")
     if not largest <= bound:
         layers = [(a - b).abs().max().item() / b.abs().max().item() for a, b in zip(found_layers, expected_layers)]
         first = next((i for i, x in enumerate(layers, 1) if not x <= tolerance), None)
         where = "the output head" if first is None else f"decoder layer {first} of {len(layers)}"
-        raise ValueError(f"--verify: logits of {checkpoint} and {hf_folder} differ by {largest:.2e}, more than "
-                         f"{bound:.1e}, and the first to differ is {where}; do not use this conversion")
-    return largest, mean
+        raise ValueError(f"--verify: logits differ by {largest:.2e}, more than {bound:.1e}, and the first to differ is "
+                         f"{where}: a mistake in this program, or weights that are not what {hf_folder} says")
 
 
 def stream(model: nn.Module, read, kept: tuple[str, ...] = ()) -> None:
@@ -102,36 +109,41 @@ def stream(model: nn.Module, read, kept: tuple[str, ...] = ()) -> None:
             module.register_forward_hook(empty)
 
 
-def _watch(layers) -> list[Tensor]:
+def _watch(layers, countdown: Countdown) -> list[Tensor]:
     """Outputs of decoder layers, as they come."""
     seen = []
     for layer in layers:
         layer.register_forward_hook(lambda _m, _i, out: seen.append(out[0] if isinstance(out, tuple) else out))
+        layer.register_forward_hook(countdown.tick)
     return seen
 
 
-def _transformers(folder: str, weights, reader, tokens: Tensor, positions: Tensor) -> tuple[Tensor, list[Tensor]]:
+def _transformers(folder: str, weights, reader, tokens: Tensor, positions: Tensor,
+                  countdown: Countdown) -> tuple[Tensor, list[Tensor]]:
     """Logits [B, S, V] and the layers' outputs [B, S, H]."""
     from transformers import AutoConfig, AutoModelForCausalLM
+
+    from megatron_ebft.families import parse_config, read_config
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device())  # its buffers are no weights
-    stored = next(iter(reader.dtypes.values()))
+    entries = parse_config(read_config(folder, "--hf-model"), folder).entries
+    stored = {name: reader.dtypes[key] for key, entry in entries.items() for name in entry.names}
 
     def read(name: str) -> Tensor:
-        name = name if name in weights.shapes else "model.embed_tokens.weight"  # lm_head.weight, where it is tied
-        return weights.read(name).to(stored)
+        name = name if name in stored else "model.embed_tokens.weight"  # lm_head.weight, where it is tied
+        return weights.read(name).to(stored[name])
 
     stream(model, read)
-    layers = _watch(model.model.layers)
+    layers = _watch(model.model.layers, countdown)
     # With a mask, as jumps of positions would be taken for the starts of packed documents.
     logits = model(tokens, position_ids=positions, attention_mask=torch.ones_like(tokens), use_cache=False).logits
     return logits.float(), layers
 
 
-def _megatron(reader, tokens: Tensor, positions: Tensor) -> tuple[Tensor, list[Tensor]]:
+def _megatron(reader, tokens: Tensor, positions: Tensor, countdown: Countdown) -> tuple[Tensor, list[Tensor]]:
     """The same, of the checkpoint."""
     from megatron.core import parallel_state
 
@@ -153,7 +165,7 @@ def _megatron(reader, tokens: Tensor, positions: Tensor) -> tuple[Tensor, list[T
         return tensor[:args.vocab_size] if keys[name] in VOCABULARY else tensor
 
     stream(model, read, kept=() if args.untie_embeddings_and_output_weights else (EMBEDDING.removesuffix(".weight"),))
-    layers = _watch(model.decoder.layers)
+    layers = _watch(model.decoder.layers, countdown)
     logits = model(tokens, positions, as_mask(CausalPattern(None)), labels=lambda hidden, head, group: head(hidden))
     if is_alone:
         shut_down()
