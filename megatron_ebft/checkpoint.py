@@ -19,6 +19,7 @@ import logging
 import os
 import random
 from dataclasses import asdict, dataclass
+from inspect import signature
 
 import numpy
 import torch
@@ -61,8 +62,12 @@ from megatron_ebft.model import unwrap
 from megatron_ebft.parallel import together
 from megatron_ebft.stopping import shielded
 
-# Megatron-Core 0.19 remarks at each load that a converted checkpoint has its common state where 0.16 looks for it, too.
-logging.getLogger("megatron.core.dist_checkpointing.strategies.common").setLevel(logging.ERROR)
+# Megatron-Core 0.19 offers a package of NVIDIA's for saving; its own way, which all versions have, is enough here.
+STRATEGY = {"async_strategy": "mcore"} if "async_strategy" in signature(dist_checkpointing.save).parameters else {}
+for module, remark in (("torch", "async save is deprecated"),
+                       ("common", "load_common is deprecated")):  # where converted checkpoints suit all versions
+    logging.getLogger(f"megatron.core.dist_checkpointing.strategies.{module}").addFilter(
+        lambda record, remark=remark: remark not in record.getMessage())
 
 
 @dataclass
@@ -119,7 +124,7 @@ class Saver:
             chunk.disable_forward_pre_hook()  # gathers what the next forward pass would have gathered
         with together(), writing(self.directory, self.flag), shielded(), torch.no_grad():
             request = dist_checkpointing.save(_sharded_state(model, optimizer, scheduler, with_rng=True), temporary,
-                                              async_sharded_save=True)
+                                              async_sharded_save=True, **STRATEGY)
             request.finalize_fns.insert(0, functools.partial(self._release, temporary))
             request.finalize_fns.append(functools.partial(self._commit, temporary, state.iteration, record, companions))
             if request.async_fn is not None:  # this rank has something to write
