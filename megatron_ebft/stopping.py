@@ -86,7 +86,8 @@ class Stopper:
         if asked.item():
             reasons = [None] * dist.get_world_size()
             dist.all_gather_object(reasons, reason)
-            raise StopAsked(next(filter(None, reasons)))
+            for asking in filter(None, reasons):
+                raise StopAsked(asking)
 
     def _reason(self, steps: int) -> str | None:
         import torch.distributed as dist

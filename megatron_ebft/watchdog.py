@@ -1,6 +1,6 @@
 """Finds the rank that others wait for, when one hangs: a collective's timeout alone says only that somebody waited.
 
-1. Every rank reports into the run's store, from a thread of its own: the number and name of its phase, when it last
+1. Every rank reports into a store that rank 0 keeps, from a thread of its own: the number and name of its phase, when it last
    moved (a phase began, a model was called), and where its main thread is.
 2. When a rank has not moved for nine tenths of the collectives' timeout, a rank that is alive prints who is to blame,
    and all exit. To blame are ranks whose thread is silent as well (stopped, swapped out, their node lost), else those
@@ -54,12 +54,18 @@ class Watchdog(threading.Thread):
         self._number, self._phase, self._moved = 0, "start", time.time()
 
     def watch(self) -> None:
-        """Begin, once the process groups have started by torchrun's environment variables."""
+        """Begin, on all ranks, once the process groups have started."""
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         if self.world_size > 1:
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            # A connection of its own: the main thread may be waiting on the process groups' one.
-            self.store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=self.period))
+            # A store of its own: the main thread may be waiting on that of the process groups.
+            host, usual = os.environ.get("MASTER_ADDR", "localhost"), timedelta(seconds=60)
+            if self.rank == 0:
+                self.store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=usual)
+            port = [self.store.port if self.rank == 0 else None]
+            dist.broadcast_object_list(port)
+            if self.rank > 0:
+                self.store = dist.TCPStore(host, port[0], is_master=False, timeout=usual)
+            self.store.set_timeout(timedelta(seconds=self.period))
             self._report()
             self.start()
 
