@@ -203,12 +203,8 @@ def newest_whole(directory: str, flag: str = "--load") -> str:
     Raises:
         ValueError: none is whole; says what is wrong with each.
     """
-    newest, problems = resolve(directory, flag), []
-    candidates = [newest]
-    if os.path.abspath(newest) != os.path.abspath(directory):
-        before = [number for number in complete_iterations(directory) if number < latest_iteration(directory)]
-        candidates += [resolve_iteration(directory, number) for number in reversed(before)]
-    for folder in candidates:
+    problems = []
+    for folder in newest_first(directory, flag):
         try:
             with together():
                 read_record(folder, flag)

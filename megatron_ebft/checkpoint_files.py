@@ -104,6 +104,15 @@ def resolve_iteration(directory: str, iteration: int) -> str:
     return folder if os.path.isdir(folder) else folder + ".old"
 
 
+def newest_first(directory: str, flag: str) -> list[str]:
+    """The folders a run may continue from: the one meant by the directory, and those of the iterations before it."""
+    newest = resolve(directory, flag)
+    if os.path.abspath(newest) == os.path.abspath(directory):
+        return [newest]
+    before = [number for number in complete_iterations(directory) if number < latest_iteration(directory)]
+    return [newest, *(resolve_iteration(directory, number) for number in reversed(before))]
+
+
 def clear_leftovers(directory: str) -> None:
     """Remove what killed saves left; a replaced checkpoint whose successor never came gets its name back."""
     os.makedirs(directory, exist_ok=True)
@@ -211,25 +220,37 @@ def read_json(folder: str, name: str, flag: str) -> dict:
         return json.load(file)
 
 
-def check_whole(folder: str, flag: str, part: int = 0, parts: int = 1, say=lambda line: None) -> None:
-    """ValueError, naming the file, unless the files of a checkpoint are what its manifest says.
+def check_sizes(folder: str, flag: str, part: int = 0, parts: int = 1) -> list[tuple[int, str, str]]:
+    """ValueError, naming the file, unless the files of a checkpoint have the sizes its manifest says.
 
     Args:
         part, parts: look at this share of the files only.
-        say: is told how far it is, every ten seconds.
+
+    Returns:
+        bytes, name and checksum of each, the largest first.
     """
     manifest = read_json(folder, MANIFEST, flag)
     with reading(folder, flag):
         files = sorted(((entry["bytes"], name, entry["crc32"]) for name, entry in manifest.items()), reverse=True)
-    mine = files[part::parts]
-    countdown = Countdown("checked", sum(size for size, _, _ in mine), say, gigabytes)
-    for size, name, crc32 in mine:
+    for size, name, _ in files[part::parts]:
         path = os.path.join(folder, name)
         there = os.path.getsize(path) if os.path.exists(path) else None
         if there != size:
             raise damaged(folder, flag, f"{name} is missing" if there is None else
                           f"{name} has {there} bytes instead of {size}")
-        if _sum(path) != crc32:
+    return files[part::parts]
+
+
+def check_whole(folder: str, flag: str, part: int = 0, parts: int = 1, say=lambda line: None) -> None:
+    """The same for the content of the files, by their checksums.
+
+    Args:
+        say: is told how far it is, every ten seconds.
+    """
+    files = check_sizes(folder, flag, part, parts)
+    countdown = Countdown("checked", sum(size for size, _, _ in files), say, gigabytes)
+    for size, name, crc32 in files:
+        if _sum(os.path.join(folder, name)) != crc32:
             raise damaged(folder, flag, f"{name} is not what was written: its checksum differs")
         countdown.add(size)
 

@@ -1,7 +1,7 @@
 """Finds the rank that others wait for, when one hangs: a collective's timeout alone says only that somebody waited.
 
-1. Every rank reports into a store that rank 0 keeps, from a thread of its own: the number and name of its phase, when it last
-   moved (a phase began, a model was called), and where its main thread is.
+1. Every rank reports into a store that rank 0 keeps, from a thread of its own: the number and name of its phase, when
+   it last moved (a phase began, a model was called), and where its main thread is.
 2. When a rank has not moved for nine tenths of the collectives' timeout, a rank that is alive prints who is to blame,
    and all exit. To blame are ranks whose thread is silent as well (stopped, swapped out, their node lost), else those
    in the earliest phase, else those that are in no collective while others are, else the one that stood still first.

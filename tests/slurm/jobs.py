@@ -1,0 +1,302 @@
+"""The job scripts of slurm/ on a real SLURM of two pretended nodes: bash tests/slurm/run.sh [pytest arguments]
+
+1. Jobs whose ranks are played (stub.py) take seconds and go through every ending, signal and error, at the same time.
+2. Jobs that train (a model of 70 thousand parameters, two ranks on each of two nodes, gloo) are interrupted in each
+   way, and must end with the weights of a job that was not, to the last bit.
+"""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from compare_runs import COLUMNS
+from preprocess_data import main as preprocess
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_ebft.checkpoint_reader import CheckpointReader
+
+REPO = Path(__file__).parents[2]
+SCRIPT, STUB = REPO / "slurm/ebft_8b.sh", REPO / "tests/slurm/stub.py"
+VOCAB = 64
+SMALL = ["--seq-length", "24", "--ebft-rollout-length", "4", "--ebft-stride", "4", "--ebft-context-length", "4",
+         "--ebft-eval-length", "8", "--eval-iters", "1", "--split", "80,20,0", "--global-batch-size", "2"]
+STEPS = 14
+RUN = [*SMALL, "--train-iters", str(STEPS), "--save-interval", "4", "--eval-interval", "5", "--lr", "1e-2",
+       "--distributed-timeout-minutes", "2"]
+NODES = ["--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1", "--gpus-per-node=0"]
+
+
+class Cluster:
+    """Two nodes in namespaces of their own."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.control = folder, folder / "slurm"
+        self.base, self.data = folder / "base", folder / "set_text_document"
+
+    def manage(self, command: str, *arguments: str, **options) -> str:
+        return subprocess.run(["bash", str(REPO / "tests/slurm/cluster.sh"), command, str(self.control), *arguments],
+                              check=True, text=True, stdout=subprocess.PIPE, **options).stdout.strip()
+
+    def run(self, *command: str, **options) -> str:
+        return self.manage("run", *command, **options)
+
+    def submit(self, name: str, *flags: str, script: Path = SCRIPT, options: list[str] = NODES, time: str = "30",
+               cwd: Path = REPO, **environment: str) -> "Job":
+        """sbatch with the settings and flags of a small run. environment: over these settings."""
+        run = self.folder / name
+        settings = dict(BASE=str(self.base), DATA=str(self.data), RUN=str(run), PYTHON=sys.executable, RETRY_PAUSE="1")
+        output = self.folder / f"{name}-%a.out" if any("--array" in option for option in options) else f"{run}.out"
+        number = self.run("sbatch", "--parsable", f"--output={output}", f"--time={time}", *options, str(script), *flags,
+                          cwd=cwd, env=os.environ | settings | environment)
+        return Job(self, number, Path(output), run)
+
+
+class Job:
+    """A job that was submitted."""
+
+    def __init__(self, cluster: Cluster, number: str, output: Path, run: Path):
+        self.cluster, self.number, self.output, self.run = cluster, number, output, run
+
+    def show(self, name: str) -> str:
+        """A field of scontrol's; of an array, the one of its first task."""
+        found = re.search(rf"\b{name}=(\S*)", self.cluster.run("scontrol", "show", "-o", "job", self.number))
+        return found[1]
+
+    def text(self) -> str:
+        return self.output.read_text() if self.output.exists() else ""
+
+    def until(self, pattern: str, timeout: float = 180) -> None:
+        """Wait for a line of the output."""
+        end = time.monotonic() + timeout
+        while not re.search(pattern, self.text()):
+            state = self.show("JobState")
+            assert time.monotonic() < end and state not in ("FAILED", "TIMEOUT", "CANCELLED"), (
+                f"no {pattern!r}; the job is {state}:\n{self.text()}")
+            time.sleep(0.1)
+
+    def ends(self, timeout: float = 180) -> str:
+        """Wait until the job has ended for good; its state and exit code."""
+        end = time.monotonic() + timeout
+        while (state := self.show("JobState")) in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "PREEMPTED"):
+            assert time.monotonic() < end, f"still {state}:\n{self.text()}"
+            time.sleep(0.2)
+        return f"{state} {self.show('ExitCode').split(':')[0]}"
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    cluster = Cluster(tmp_path_factory.mktemp("cluster"))
+    cluster.folder.chmod(0o755)
+    cluster.manage("up")
+    yield cluster
+    cluster.manage("down")
+
+
+# --- Played ranks
+
+PLAYED = {  # name: (what the starts of the ranks do, the end, lines of the output)
+    "finished": ("0", "COMPLETED 0", ["finished"]),
+    "wrong": ("64", "FAILED 64", ["FAILED: wrong flags or files"]),
+    "not_finite": ("65", "FAILED 65", ["FAILED: a step failed by a number that is not finite"]),
+    "crashing": ("1 1 1 0", "FAILED 1", ["crash 1 .* ended first, with 1", "FAILED: 3 crashes in a row"]),
+    "recovering": ("1 1 save-1 1 0", "COMPLETED 0", ["crash 2 after the checkpoint of step 0", "crash 1 .* step 3",
+                                                     "crash 2 .* step 3", "attempt 5"]),
+    "killed": ("kill 0", "COMPLETED 0", ["crash 1 .* rank 3 ended first, with 137", "attempt 2"]),
+    "stopped": ("75 0", "COMPLETED 0", ["requeued", "start 2, attempt 1"]),
+    "circling": ("75 75 75 75", "FAILED 1", ["FAILED: the job requeued itself 2 times without a newer checkpoint"]),
+    "signalled": ("signal-75 0", "COMPLETED 0", ["got SIGUSR1", "rank 0 got .*SIGUSR1", "start 2"]),
+    "terminated": ("signal-75 0", "COMPLETED 0", ["rank 0 got .*SIGTERM", "start 2"]),
+    "terminated_with_batch": ("signal-75 0", "COMPLETED 0", ["got SIGTERM", "rank 0 got .*SIGUSR1", "start 2"]),
+    "early": ("signal-75 0", "COMPLETED 0", ["got SIGUSR1", "start 2"]),
+    "late": ("signal-0", "COMPLETED 0", ["got SIGUSR1", "rank 0 got .*SIGUSR1", "finished"]),
+    "cancelled": ("signal-75 0", "CANCELLED 0", []),
+    "requeued": ("signal-75 0", "COMPLETED 0", ["start 2"]),
+}
+PLAYED_OPTIONS = {"circling": dict(MAX_REQUEUES="2"), "early": dict(PREFLIGHT_SECONDS="4")}
+SIGNALS = {  # what is done once the text is in the output
+    "signalled": ("rank 0 of", ["scancel", "--batch", "--signal=USR1"]),
+    "terminated": ("rank 0 of", ["scancel", "--signal=TERM"]),
+    "terminated_with_batch": ("rank 0 of", ["scancel", "--batch", "--signal=TERM"]),
+    "early": ("job", ["scancel", "--batch", "--signal=USR1"]),
+    "late": ("rank 0 of", ["scancel", "--batch", "--signal=USR1"]),
+    "cancelled": ("rank 0 of", ["scancel"]),
+    "requeued": ("rank 0 of", ["scontrol", "requeue"]),
+}
+
+
+@pytest.fixture(scope="module")
+def played(cluster):
+    """All of them, submitted at once and signalled."""
+    jobs = {name: cluster.submit(name, PYTHON=str(STUB), ENDINGS=endings, **PLAYED_OPTIONS.get(name, {}))
+            for name, (endings, _, _) in PLAYED.items()}
+    for name, (text, command) in SIGNALS.items():
+        jobs[name].until(text)
+        cluster.run(*command, jobs[name].number)
+    return jobs
+
+
+@pytest.mark.parametrize("name", PLAYED)
+def test_every_ending(played, name):
+    job, (endings, end, lines) = played[name], PLAYED[name]
+    assert job.ends() == end, job.text()
+    for line in lines:
+        assert re.search(line, job.text()), f"no {line!r} in\n{job.text()}"
+    starts = {"cancelled": 1, "crashing": 3, "circling": 3}.get(name, len(endings.split()))
+    assert job.text().count("attempt") >= starts and f"rank 0 of 4: {starts + 1}:" not in job.text()
+    assert all((job.run / "logs").glob("*.*.*/rank-3.log"))
+
+
+def test_time_limit(cluster):
+    """The signal that SLURM itself sends before a limit of one minute (up to half a minute earlier than asked for)."""
+    job = cluster.submit("limited", time="1", options=[*NODES, "--signal=B:USR1@20"], PYTHON=str(STUB),
+                         ENDINGS="signal-75 0", END_MARGIN="5")
+    assert job.ends() == "COMPLETED 0", job.text()
+    assert "got SIGUSR1" in job.text() and "start 2" in job.text() and "they end within 0.9" in job.text()
+
+
+def test_preempted(cluster):
+    """SLURM sends SIGTERM to the steps alone when another job takes the nodes, and grants a minute."""
+    job = cluster.submit("preempted", options=[*NODES, "--exclusive"], PYTHON=str(STUB), ENDINGS="signal-75 0")
+    job.until("rank 0 of")
+    urgent = cluster.run("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null",
+                         "--wrap=sleep 3")
+    assert job.ends() == "COMPLETED 0" and re.search("rank 0 got .*SIGTERM", job.text()) and "start 2" in job.text()
+    assert Job(cluster, urgent, Path(), Path()).show("JobState") == "COMPLETED"
+
+
+def test_a_signal_for_one_of_an_array(cluster):
+    """A task of an array has the array's own number: neither the signal nor the requeueing may reach the others."""
+    array = cluster.submit("array", script=REPO / "slurm/sweep.sh", PYTHON=str(STUB), ENDINGS="signal-75 0",
+                           SWEEP=str(cluster.folder / "array"), options=["--array=0,26", "--nodes=1", *NODES[1:]])
+    outputs = {task: Path(str(array.output).replace("%a", task)) for task in ("0", "26")}
+    tasks = {task: Job(cluster, f"{array.number}_{task}", output, cluster.folder) for task, output in outputs.items()}
+    for job in tasks.values():
+        job.until("rank 0 of")
+    first, second = sorted(tasks.values(), key=lambda job: job.show("JobId") != array.number)
+    assert first.show("JobId") == array.number
+    cluster.run("scancel", "--batch", "--signal=USR1", first.number)
+    assert first.ends() == "COMPLETED 0" and "start 2" in first.text()
+    assert second.show("JobState") == "RUNNING" and "got" not in second.text()
+    cluster.run("scancel", "--batch", "--signal=USR1", second.number)
+    assert second.ends() == "COMPLETED 0" and "start 2" in second.text()
+    assert {path.name for path in (cluster.folder / "array").iterdir()} == {"ce0-diversity0-none",
+                                                                            "ce0.1-diversity1-released"}
+
+
+def test_submitted_elsewhere(cluster):
+    outside = cluster.submit("outside", cwd=cluster.folder)
+    named = cluster.submit("named", cwd=cluster.folder, EBFT_REPO=str(REPO), PYTHON=str(STUB), ENDINGS="0")
+    assert outside.ends() == "FAILED 64" and "submit from its root, or set EBFT_REPO" in outside.text()
+    assert named.ends() == "COMPLETED 0"
+
+
+def test_what_is_missing_is_said_at_once(cluster):
+    job = cluster.submit("missing", *RUN, "--train-data-path", "/nowhere/a", "/nowhere/b", options=[*NODES[:-1],
+                         "--gpus-per-node=2"], BASE="/nowhere/base", DATA="/nowhere/c")
+    assert job.ends() == "FAILED 64", job.text()
+    for missing in ("preflight on node1", "preflight on node2: 1 problem", "--ntasks-per-node 2: torch .* sees 0 GPUs",
+                    "--pretrained-checkpoint /nowhere/base", "--ebft-encoder-load /nowhere/base", "/nowhere/a.idx",
+                    "/nowhere/b.idx", "/nowhere/c.idx", "FAILED: the problems above; nothing was started"):
+        assert re.search(missing, job.text()), f"no {missing!r} in\n{job.text()}"
+
+
+# --- Ranks that train
+
+
+@pytest.fixture(scope="module")
+def start(cluster):
+    """Data and the checkpoint that runs start from, at the places the settings name."""
+    generator = torch.Generator().manual_seed(0)
+    with open(cluster.folder / "text.jsonl", "w") as file:
+        for _ in range(40):
+            first = int(torch.randint(0, VOCAB - 1, (), generator=generator))
+            file.write(json.dumps({"text": " ".join(str((first + 3 * i) % (VOCAB - 1)) for i in range(60))}) + "\n")
+    tokenizer = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(VOCAB)]
+    preprocess(["--input", str(cluster.folder / "text.jsonl"), "--output-prefix", str(cluster.folder / "set"),
+                *tokenizer])
+    subprocess.run([sys.executable, "-m", "megatron_ebft.train", "--training-mode", "sft", "--train-iters", "1",
+                    "--data-path", str(cluster.data), "--save", str(cluster.base), "--num-layers", "4", "--hidden-size",
+                    "32", "--num-attention-heads", "4", "--num-query-groups", "2", "--seq-length", "24",
+                    "--global-batch-size", "2", "--eval-interval", "0", "--split", "80,20,0", *tokenizer],
+                   check=True, cwd=REPO)
+
+
+@pytest.fixture(scope="module")
+def whole(cluster, start):
+    """A job that nothing interrupts, and the seconds its parts took."""
+    submitted = time.time()
+    job = cluster.submit("whole", *RUN)
+    assert job.ends() == "COMPLETED 0", job.text()
+    stamps = [time.mktime(time.strptime(found, "%Y-%m-%dT%H:%M:%S"))
+              for found in re.findall(r"^(\S+) (?:job|starting|the ranks ended)", job.text(), re.MULTILINE)]
+    print(f"\nfrom sbatch: {stamps[0] - submitted:.0f} s in the queue, {stamps[1] - stamps[0]:.0f} s checks, "
+          f"{stamps[2] - stamps[1]:.0f} s ranks, of these {re.search('done in (.*)', job.text())[1]} in training")
+    return job
+
+
+def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """Steps and values of every TensorBoard scalar that does not depend on time."""
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    timed = ("seconds/", "run/", "train/tokens_per_second", "train/distance_to_start")
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+            if not tag.startswith(timed)}
+
+
+def assert_same(job: Job, whole: Job) -> None:
+    """Every weight to the last bit, and every logged number, each step once."""
+    expected, found = (CheckpointReader(str(run), "--load") for run in (whole.run, job.run))
+    assert found.folder.endswith(f"{STEPS:07d}")
+    for key in expected.shapes:
+        assert torch.equal(expected.read(key), found.read(key)), key
+    assert scalars(job.run) == scalars(whole.run)
+    assert [step for step, _ in scalars(job.run)["train/loss"]] == [*range(1, STEPS + 1)]
+
+
+def test_every_interruption(cluster, whole):
+    """Signals to the script and to the ranks, a killed rank, a lost node, requeued by hand, and one at the very end."""
+    job = cluster.submit("interrupted", *RUN)
+    job.until(rf"step 3/{STEPS}")
+    cluster.run("scancel", "--batch", "--signal=USR1", job.number)
+    job.until("start 2.*(?s:.*)step 5/")
+    cluster.run("scancel", "--signal=TERM", job.number)
+    job.until("start 3.*(?s:.*)step 7/")
+    ranks = cluster.run("bash", "-c", "grep -lzx RANK=3 /proc/[0-9]*/environ | cut -d / -f 3 | sort -n")
+    cluster.run("kill", "-KILL", ranks.split()[0])  # the others are its children
+    job.until("attempt 2.*(?s:.*)step 9/")
+    cluster.run("scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=test")
+    cluster.run("bash", "-c", "scontrol update NodeName=node2 State=RESUME || "  # it may have come back by itself
+                "! scontrol show node node2 | grep State=DOWN")
+    job.until("start 4.*(?s:.*)step 11/")
+    cluster.run("scontrol", "requeue", job.number)
+    job.until(rf"start 5.*(?s:.*)step {STEPS}/")
+    cluster.run("scancel", "--batch", "--signal=USR1", job.number)
+    assert job.ends() == "COMPLETED 0", job.text()
+    assert job.text().count("attempt 1") >= 5 and job.text().count("crash 1") == 1
+    assert_same(job, whole)
+    for attempt in (job.run / "logs").glob("*.*.*"):
+        assert len([*attempt.glob("rank-*.log")]) == 3, attempt
+
+
+def test_sweep(cluster, start):
+    """Four points of the grid as an array, then side by side."""
+    sweep = cluster.folder / "sweep"
+    flags = [flag if flag != str(STEPS) else "4" for flag in RUN]
+    array = cluster.submit("point", *flags, script=REPO / "slurm/sweep.sh", SWEEP=str(sweep),
+                           options=["--array=0,4,13,26", "--nodes=1", *NODES[1:]])
+    for task in ("0", "4", "13", "26"):
+        job = Job(cluster, f"{array.number}_{task}", Path(str(array.output).replace("%a", task)), sweep)
+        assert job.ends() == "COMPLETED 0", job.text()
+    table = subprocess.run([sys.executable, "tools/compare_runs.py", str(sweep), "--format", "csv", "--output",
+                            str(sweep / "curves.png")], check=True, cwd=REPO, text=True, stdout=subprocess.PIPE).stdout
+    head, *rows = csv.reader(table.splitlines())
+    assert head == COLUMNS and (sweep / "curves.png").stat().st_size > 10_000
+    assert [row[0] for row in rows] == ["ce0-diversity0-none", "ce0.03-diversity0.5-none",
+                                        "ce0.03-diversity0.5-paper", "ce0.1-diversity1-released"]
+    assert all(row[1] == "4" and row[2] == "0" and "" not in row for row in rows)

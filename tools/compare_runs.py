@@ -1,0 +1,142 @@
+"""Runs side by side, by their TensorBoard logs: a table, and their curves as a PNG.
+
+    python tools/compare_runs.py checkpoints/sweep --output sweep.png --format markdown
+
+Each LOGDIR is a run (what --save or --tensorboard-dir was) or a folder of runs, such as a sweep's; they may still be
+going on. Of evaluations the last value and the best are shown, the best with its step; reward is the mean of the last
+20 steps, tokens/s the median of all. A restart is a further log file of the same run.
+"""
+
+import argparse
+import csv
+import io
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+
+LOGS = "events.out.tfevents.*"
+LAST_STEPS = 20
+PANELS = (("eval/cfm", "CFM, held-out"), ("eval/ce_loss", "cross entropy, held-out"),
+          ("train/reward", "reward, training"), ("eval/kl_to_start", "KL to the start, held-out"),
+          ("eval/alignment", "alignment, held-out"), ("train/grad_norm", "gradient norm, training"))
+
+
+@dataclass
+class Run:
+    """The curves of one run, each a list of (step, value)."""
+
+    name: str
+    scalars: dict[str, list[tuple[int, float]]]
+    restarts: int
+
+    @classmethod
+    def read(cls, folder: Path, name: str) -> "Run":
+        """The run that logged to `folder`. Of steps that a restart did again, those done last count."""
+        events = EventAccumulator(str(folder), size_guidance={SCALARS: 0}).Reload()
+        scalars = {tag: sorted({e.step: e.value for e in events.Scalars(tag)}.items())
+                   for tag in events.Tags()[SCALARS]}
+        return cls(name, scalars, len(list(folder.glob(LOGS))) - 1)
+
+    def last(self, tag: str) -> str:
+        return f"{self.scalars[tag][-1][1]:.4f}" if tag in self.scalars else ""
+
+    def best(self, tag: str) -> str:
+        """The lowest value and its step."""
+        if tag not in self.scalars:
+            return ""
+        step, value = min(self.scalars[tag], key=lambda point: point[1])
+        return f"{value:.4f} @{step}"
+
+    def values(self, tag: str) -> list[float]:
+        return [value for _, value in self.scalars.get(tag, [])]
+
+    def row(self) -> list[str]:
+        """One cell for each of COLUMNS."""
+        reward, speed = self.values("train/reward")[-LAST_STEPS:], self.values("train/tokens_per_second")
+        steps = self.scalars.get("train/loss", [(0, 0.0)])[-1][0]
+        return [self.name, str(steps), str(self.restarts), self.last("eval/cfm"), self.best("eval/cfm"),
+                self.last("eval/ce_loss"), self.best("eval/ce_loss"),
+                f"{statistics.mean(reward):+.4f}" if reward else "", self.last("eval/kl_to_start"),
+                f"{statistics.median(speed):.0f}" if speed else ""]
+
+
+COLUMNS = ["run", "steps", "restarts", "CFM", "best CFM", "CE", "best CE", "reward", "KL to start", "tokens/s"]
+
+
+def find_runs(folders: list[Path]) -> list[Run]:
+    """All runs in and below the folders, by name.
+
+    Raises:
+        ValueError: a folder is missing or holds no logs.
+    """
+    found = {}
+    for folder in folders:
+        logs = sorted({file.parent for file in folder.rglob(LOGS)})
+        if not logs:
+            raise ValueError(f"{folder}: {'no TensorBoard logs there' if folder.is_dir() else 'no such folder'}; name "
+                             "what --save or --tensorboard-dir was, or a folder of such folders")
+        for log in logs:
+            run = log.parent if log.name == "tensorboard" else log
+            found[log.resolve()] = run.name if run == folder else str(run.relative_to(folder))
+    return sorted((Run.read(log, name) for log, name in found.items()), key=lambda run: run.name)
+
+
+def table(rows: list[list[str]], form: str) -> str:
+    """The rows, the first of which is the head, as text, markdown or csv."""
+    if form == "csv":
+        out = io.StringIO()
+        csv.writer(out, lineterminator="\n").writerows(rows)
+        return out.getvalue().rstrip("\n")
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = [[cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))]
+             for row in rows]
+    if form == "markdown":
+        rule = "|" + "|".join("-" * (width + 1) + (":" if i else "-") for i, width in enumerate(widths)) + "|"
+        lines = [f"| {' | '.join(line)} |" for line in lines]
+        return "\n".join([lines[0], rule, *lines[1:]])
+    return "\n".join(["  ".join(line).rstrip() for line in [lines[0], ["-" * width for width in widths], *lines[1:]]])
+
+
+def plot(runs: list[Run], path: Path) -> None:
+    """Every panel's curve of every run."""
+    figure, axes = plt.subplots(2, 3, figsize=(13.5, 7.2), layout="constrained")
+    colors = plt.get_cmap("turbo" if len(runs) > 10 else "tab10")
+    for axis, (tag, title) in zip(axes.flat, PANELS):
+        for i, run in enumerate(runs):
+            if tag in run.scalars:
+                axis.plot(*zip(*run.scalars[tag]), color=colors(i / len(runs) if len(runs) > 10 else i), label=run.name,
+                          linewidth=1.0, marker="o" if tag.startswith("eval/") else None, markersize=3)
+        axis.set(title=title, xlabel="optimizer step")
+        axis.grid(alpha=0.3)
+    handles, labels = max((axis.get_legend_handles_labels() for axis in axes.flat), key=lambda found: len(found[1]))
+    figure.legend(handles, labels, loc="outside lower center", fontsize=8, ncols=5)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="tools/compare_runs.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="LOGDIR", help="runs, or folders of runs")
+    parser.add_argument("--format", choices=("text", "markdown", "csv"), default="text", help="of the table")
+    parser.add_argument("--output", type=Path, default=Path("compare_runs.png"), metavar="PNG", help="the curves "
+                        "(default: %(default)s)")
+    options = parser.parse_args(argv)
+    runs = find_runs(options.folders)
+    plot(runs, options.output)
+    print(table([COLUMNS, *(run.row() for run in runs)], options.format))
+    print(f"curves: {options.output}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
