@@ -4,8 +4,8 @@
 
 1. The checks are those of training itself (build.py), made by one process that is rank 0 of ranks that are not there
    (simulate.py); where one fails, the others still run. Each line names the flag and what to do.
-2. Checkpoints are opened and their files compared with the manifest. Dataset indices are built where there are none,
-   and found by the ranks later.
+2. Checkpoints are opened, and their files must have the sizes of the manifest; checksums are left to the ranks, which
+   share the reading. Dataset indices are built where there are none, and found by the ranks later.
 3. --save must hold two more checkpoints: the latest stays until the next is whole. A checkpoint has the weights, and 12
    bytes a parameter of the optimizer (float32 weight and two moments).
 4. With --node-only, the GPUs of this machine alone are checked.
@@ -75,6 +75,7 @@ def check_data(args, tokenizer, problems: Problems) -> None:
 
 def check_checkpoints(args, is_resumed: bool, problems: Problems) -> dict:
     """Every checkpoint that will be read; its reader by flag."""
+    from megatron_ebft.checkpoint_files import newest_first, resolve
     from megatron_ebft.checkpoint_reader import CheckpointReader
 
     readers = {}
@@ -82,8 +83,27 @@ def check_checkpoints(args, is_resumed: bool, problems: Problems) -> dict:
                          ("--pretrained-checkpoint", args.pretrained_checkpoint)):
         with problems.collected():
             if folder:
-                readers[flag] = CheckpointReader(folder, flag)
+                candidates = newest_first(folder, flag) if flag == "--load" else [resolve(folder, flag)]
+                readers[flag] = CheckpointReader(first_of_right_size(candidates, flag), flag, is_whole=True)
     return readers
+
+
+def first_of_right_size(folders: list[str], flag: str) -> str:
+    """The first whose files are all there, in their sizes; the ranks, which share the reading, compare checksums.
+
+    Raises:
+        ValueError: about the first, where none is.
+    """
+    from megatron_ebft.checkpoint_files import check_sizes
+
+    problems = []
+    for folder in folders:
+        try:
+            check_sizes(folder, flag)
+            return folder
+        except ValueError as error:
+            problems.append(error)
+    raise problems[0]
 
 
 @contextlib.contextmanager
