@@ -135,6 +135,19 @@ def test_preflight_finds_a_damaged_checkpoint(run, capsys, tmp_path):
     assert code == 64 and re.search(rf"--ebft-encoder-load {copy}.* damaged \({file.name} has", said), said
 
 
+def test_preflight_goes_back_to_an_older_checkpoint(run, capsys, tmp_path):
+    """As training does, where --load has another one that is whole."""
+    for iteration in (0, 8):
+        shutil.copytree(run[0] / "base/iter_0000000", tmp_path / f"iter_{iteration:07d}")
+    os.truncate(next((tmp_path / "iter_0000008").glob("*.distcp")), 1)
+    flags = [*run[1], "--training-mode", "sft", "--save", str(tmp_path), "--load", str(tmp_path)]
+    code, said = check(capsys, *flags)
+    assert code == 0 and f"goes on from {tmp_path}/iter_0000000" in said, said
+    os.truncate(next((tmp_path / "iter_0000000").glob("*.distcp")), 1)
+    code, said = check(capsys, *flags)
+    assert code == 64 and re.search(rf"--load {tmp_path}/iter_0000008: .* damaged", said), said
+
+
 def test_preflight_finds_a_full_disk(run, capsys, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10**12, 10**12 - 10**5, 10**5))

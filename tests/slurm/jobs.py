@@ -114,12 +114,14 @@ PLAYED = {  # name: (what the starts of the ranks do, the end, lines of the outp
     "signalled": ("signal-75 0", "COMPLETED 0", ["got SIGUSR1", "rank 0 got .*SIGUSR1", "start 2"]),
     "terminated": ("signal-75 0", "COMPLETED 0", ["rank 0 got .*SIGTERM", "start 2"]),
     "terminated_with_batch": ("signal-75 0", "COMPLETED 0", ["got SIGTERM", "rank 0 got .*SIGUSR1", "start 2"]),
+    "time_limit": ("signal-75 0", "COMPLETED 0", ["got SIGUSR1", "rank 0 got .*SIGUSR1", "start 2"]),
     "early": ("signal-75 0", "COMPLETED 0", ["got SIGUSR1", "start 2"]),
     "late": ("signal-0", "COMPLETED 0", ["got SIGUSR1", "rank 0 got .*SIGUSR1", "finished"]),
     "cancelled": ("signal-75 0", "CANCELLED 0", []),
     "requeued": ("signal-75 0", "COMPLETED 0", ["start 2"]),
 }
-PLAYED_OPTIONS = {"circling": dict(MAX_REQUEUES="2"), "early": dict(PREFLIGHT_SECONDS="4")}
+PLAYED_OPTIONS = {"circling": dict(MAX_REQUEUES="2"), "early": dict(PREFLIGHT_SECONDS="4"),
+                  "time_limit": dict(time="1", options=[*NODES, "--signal=B:USR1@20"], END_MARGIN="0")}
 SIGNALS = {  # what is done once the text is in the output
     "signalled": ("rank 0 of", ["scancel", "--batch", "--signal=USR1"]),
     "terminated": ("rank 0 of", ["scancel", "--signal=TERM"]),
@@ -151,14 +153,6 @@ def test_every_ending(played, name):
     starts = {"cancelled": 1, "crashing": 3, "circling": 3}.get(name, len(endings.split()))
     assert job.text().count("attempt") >= starts and f"rank 0 of 4: {starts + 1}:" not in job.text()
     assert all((job.run / "logs").glob("*.*.*/rank-3.log"))
-
-
-def test_time_limit(cluster):
-    """The signal that SLURM itself sends before a limit of one minute (up to half a minute earlier than asked for)."""
-    job = cluster.submit("limited", time="1", options=[*NODES, "--signal=B:USR1@20"], PYTHON=str(STUB),
-                         ENDINGS="signal-75 0", END_MARGIN="5")
-    assert job.ends() == "COMPLETED 0", job.text()
-    assert "got SIGUSR1" in job.text() and "start 2" in job.text() and "they end within 0.9" in job.text()
 
 
 def test_preempted(cluster):
@@ -230,14 +224,16 @@ def start(cluster):
 
 @pytest.fixture(scope="module")
 def whole(cluster, start):
-    """A job that nothing interrupts, and the seconds its parts took."""
-    submitted = time.time()
+    """A job that nothing interrupts; says how long the way to its first step took."""
+    last, parts = time.monotonic(), []
     job = cluster.submit("whole", *RUN)
+    for part, line in (("queue", "attempt 1"), ("checks", "starting the ranks"),
+                       ("imports and build", "M parameters on a"), ("evaluation", "eval 0/"), ("step", "step 1/")):
+        job.until(line)
+        parts.append(f"{part} {time.monotonic() - last:.1f} s")
+        last = time.monotonic()
+    print(f"\nfrom sbatch to the first step: {', '.join(parts)}")
     assert job.ends() == "COMPLETED 0", job.text()
-    stamps = [time.mktime(time.strptime(found, "%Y-%m-%dT%H:%M:%S"))
-              for found in re.findall(r"^(\S+) (?:job|starting|the ranks ended)", job.text(), re.MULTILINE)]
-    print(f"\nfrom sbatch: {stamps[0] - submitted:.0f} s in the queue, {stamps[1] - stamps[0]:.0f} s checks, "
-          f"{stamps[2] - stamps[1]:.0f} s ranks, of these {re.search('done in (.*)', job.text())[1]} in training")
     return job
 
 
