@@ -114,7 +114,7 @@ PLAYED = {  # name: (what the starts of the ranks do, the end, lines of the outp
     "signalled": ("signal-75 0", "COMPLETED 0", ["got SIGUSR1", "rank 0 got .*SIGUSR1", "start 2"]),
     "terminated": ("signal-75 0", "COMPLETED 0", ["rank 0 got .*SIGTERM", "start 2"]),
     "terminated_with_batch": ("signal-75 0", "COMPLETED 0", ["got SIGTERM", "rank 0 got .*SIGUSR1", "start 2"]),
-    "time_limit": ("signal-75 0", "COMPLETED 0", ["got SIGUSR1", "rank 0 got .*SIGUSR1", "start 2"]),
+    "time_limit": ("signal-75 0", "COMPLETED 0", ["got SIGUSR1", "start 2"]),
     "early": ("signal-75 0", "COMPLETED 0", ["got SIGUSR1", "start 2"]),
     "late": ("signal-0", "COMPLETED 0", ["got SIGUSR1", "rank 0 got .*SIGUSR1", "finished"]),
     "cancelled": ("signal-75 0", "CANCELLED 0", []),
