@@ -76,7 +76,8 @@ def train(run: Run, log) -> bool:
     """Train from run.state to --train-iters, evaluating, logging and saving on the way.
 
     Returns:
-        whether it came so far; else it was asked to stop (stopping.py), and what was done is saved.
+        whether it came so far, last evaluation included; else it was asked to stop (stopping.py), and what was done is
+        saved.
     """
     args, state = run.args, run.state
     batches = [gold_batch(run, run.valid_data, i * args.global_batch_size)
@@ -115,7 +116,7 @@ def train(run: Run, log) -> bool:
         log.print(f"stopping after step {state.iteration}/{args.train_iters}: {reason}")
     if saves is not None:
         saves.finish()
-    return state.iteration == args.train_iters
+    return state.iteration == args.train_iters and (not batches or state.evaluated == state.iteration)
 
 
 def is_due(iteration: int, interval: int, args) -> bool:

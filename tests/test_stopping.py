@@ -68,6 +68,7 @@ STOPS = {  # where the signal arrives; the step that is the last, and the evalua
     "in an evaluation": (training, "evaluate", 2, 3, 0),
     "in a save": (Saver, "save", 1, 4, 3),
     "in the first evaluation": (training, "evaluate", 1, 0, -1),
+    "in the last evaluation": (training, "evaluate", 3, 6, 3),
 }
 
 

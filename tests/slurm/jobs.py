@@ -251,7 +251,10 @@ def assert_same(job: Job, whole: Job) -> None:
     assert found.folder.endswith(f"{STEPS:07d}")
     for key in expected.shapes:
         assert torch.equal(expected.read(key), found.read(key)), key
-    assert scalars(job.run) == scalars(whole.run)
+    logged, wanted = scalars(job.run), scalars(whole.run)
+    assert logged.keys() == wanted.keys()
+    for tag in wanted:
+        assert logged[tag] == wanted[tag], tag
     assert [step for step, _ in scalars(job.run)["train/loss"]] == [*range(1, STEPS + 1)]
 
 
