@@ -166,7 +166,8 @@ def add_machine(group):
     add("--ebft-rollout-rows", type=int, default=0, help="rows of a rank that decode together, 0: all "
         "(with pipeline stages: a group of rows for each); bounds memory "
         "of the key-value cache without changing the result")
-    add("--distributed-timeout-minutes", type=int, default=10, help="a rank that waits longer than this gives up")
+    add("--distributed-timeout-minutes", type=int, default=10, help="a rank that stands still for longer than this in "
+        "a step is named, and the run ends; starting and saving may take six times as long")
 
 
 def _add_checkpoint(group):
@@ -174,7 +175,8 @@ def _add_checkpoint(group):
     add("--save", help="folder for checkpoints")
     add("--save-interval", type=int, default=100, help="steps between checkpoints; there is one at the end, too")
     add("--async-save", action="store_true", help="training goes on while checkpoints are written")
-    add("--ebft-keep-checkpoints", type=int, default=0, help="the newest so many stay, 0: all")
+    add("--ebft-keep-checkpoints", type=int, default=0, help="the newest so many stay, 0: all; those that a run "
+        "which went back has left ahead of it go, too")
     add("--save-retain-interval", type=int, default=0, help="with --ebft-keep-checkpoints, those of every so many "
         "steps stay as well, 0: none")
     add("--load", help="folder to continue from, bit for bit; where it holds none yet, the run starts afresh, and "
@@ -232,7 +234,8 @@ def _add_ebft(group):
 def _add_steps(group):
     add = group.add_argument
     add("--ebft-dump-steps", metavar="DIR", help="write steps to DIR/step_0000012.safetensors: rows, rollouts and what "
-        "became of them (no features, no gradients: tools/replay.py computes those); also a step that then fails")
+        "became of them (no features, no gradients: tools/replay.py computes those). A step that fails is written in "
+        "any case, to `failed_steps` in --save where this is not given")
     add("--ebft-dump-interval", type=int, default=1, help="steps between dumps")
     add("--ebft-replay-steps", metavar="DIR", help="take rows and rollouts from the steps dumped there, instead of the "
         "next rows of the data and of sampling; the data are still evaluated on")

@@ -27,7 +27,15 @@ from megatron_ebft.arguments import (
     virtual_stages,
 )
 from megatron_ebft.checkpoint import TrainState, load_checkpoint, load_weights, newest_whole
-from megatron_ebft.checkpoint_files import RECORD, latest_iteration, read_metadata, read_record, resolve
+from megatron_ebft.checkpoint_files import (
+    RECORD,
+    complete_iterations,
+    first_readable,
+    latest_iteration,
+    read_metadata,
+    read_record,
+    resolve,
+)
 from megatron_ebft.dataset import build_datasets
 from megatron_ebft.device import have_gpu
 from megatron_ebft.ebft import EBFTConfig
@@ -103,6 +111,9 @@ def build_run(args: argparse.Namespace) -> Run:
         _check_origins(saved, metadata, args)
         state, _ = load_checkpoint(resume, policy, optimizer, scheduler, architecture=fixed, is_whole=True)
         metadata["changed"] = _changed(saved["arguments"], vars(args))
+        if state.iteration > args.train_iters:
+            raise ValueError(f"--train-iters {args.train_iters}: --load {args.load} is at step {state.iteration} "
+                             "already")
     return Run(args.training_mode, policy, encoder, reference, optimizer, scheduler, config, train_data, valid_data,
                tokenizer, args, metadata, state, companions, Stopper(args.exit_duration_in_mins, args.ebft_stop_file))
 
@@ -171,8 +182,8 @@ def find_resume(args) -> bool:
     if not args.load:
         return False
     is_own = bool(args.save) and os.path.abspath(args.load) == os.path.abspath(args.save)
-    if os.path.exists(os.path.join(args.load, RECORD)) or latest_iteration(args.load) is not None:
-        if read_record(resolve(args.load, "--load"), "--load")["optimizer"] is not None:
+    if os.path.exists(os.path.join(args.load, RECORD)) or complete_iterations(args.load) or latest_iteration(args.load):
+        if first_readable(args.load, "--load")[1]["optimizer"] is not None:
             return True
         if args.pretrained_checkpoint or is_own:
             other = "--save" if is_own else "--pretrained-checkpoint"

@@ -85,6 +85,8 @@ class TrainState:
     """Seconds from `reached` to the first step of the process that went on there, over all restarts."""
     lost_to_saves: float = 0.0
     """Seconds in which training waited for checkpoints."""
+    longest_save: float = 0.0
+    """Seconds from the beginning of a save until it was whole."""
 
 
 class Saver:

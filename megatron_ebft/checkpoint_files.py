@@ -45,10 +45,13 @@ def read_record(folder: str, flag: str) -> dict:
         ValueError: it is damaged, or another version of this package wrote it.
     """
     record = read_json(folder, RECORD, flag)
-    if record["format"] != FORMAT:
-        raise ValueError(f"{flag} {folder}: a checkpoint of format {record['format']}, and this version reads format "
-                         f"{FORMAT}; load it with the version of megatron_ebft that wrote it, or name another one")
-    return record
+    with reading(folder, flag):
+        number = record["format"]
+    if number == FORMAT:
+        check_whole(folder, flag, is_chosen=lambda name: name == RECORD)
+        return record
+    raise ValueError(f"{flag} {folder}: a checkpoint of format {number}, and this version reads format {FORMAT}; load "
+                     "it with the version of megatron_ebft that wrote it, or name another one")
 
 
 def latest_iteration(directory: str, *, flag: str = "--load") -> int | None:
@@ -106,11 +109,39 @@ def resolve_iteration(directory: str, iteration: int) -> str:
 
 def newest_first(directory: str, flag: str) -> list[str]:
     """The folders a run may continue from: the one meant by the directory, and those of the iterations before it."""
-    newest = resolve(directory, flag)
-    if os.path.abspath(newest) == os.path.abspath(directory):
-        return [newest]
+    if os.path.exists(os.path.join(directory, RECORD)):
+        return [directory]
+    try:
+        newest = resolve(directory, flag)
+    except ValueError:
+        pointed = _pointed(directory)
+        before = [number for number in complete_iterations(directory) if pointed is not None and number < pointed]
+        if not before:
+            raise
+        return [resolve_iteration(directory, number) for number in reversed(before)]
     before = [number for number in complete_iterations(directory) if number < latest_iteration(directory)]
     return [newest, *(resolve_iteration(directory, number) for number in reversed(before))]
+
+
+def _pointed(directory: str) -> int | None:
+    """The iteration that the pointer names, whether its checkpoint is there or not."""
+    path = os.path.join(directory, POINTER)
+    if not os.path.exists(path):
+        return None
+    with open(path, errors="replace") as file:
+        text = file.read().strip()
+    return int(text) if text.isdecimal() else None
+
+
+def first_readable(directory: str, flag: str) -> tuple[str, dict]:
+    """Folder and record of the newest checkpoint whose record is whole; ValueError about the newest where none is."""
+    problems = []
+    for folder in newest_first(directory, flag):
+        try:
+            return folder, read_record(folder, flag)
+        except ValueError as error:
+            problems.append(error)
+    raise problems[0]
 
 
 def clear_leftovers(directory: str) -> None:
@@ -124,6 +155,14 @@ def clear_leftovers(directory: str) -> None:
             shutil.rmtree(path, ignore_errors=True)  # a killed rank's writing process may still be at work there
         elif re.fullmatch(r"iter_\d{7,}\.old", name):
             os.rename(path, final)
+
+
+def leftover_bytes(directory: str) -> int:
+    """Bytes that the next save's clear_leftovers will free."""
+    names = os.listdir(directory) if os.path.isdir(directory) else []
+    paths = [os.path.join(parent, file) for name in names if re.fullmatch(r"iter_\d{7,}\.tmp\.\w+", name)
+             for parent, _, files in os.walk(os.path.join(directory, name)) for file in files]
+    return sum(os.path.getsize(path) for path in paths)
 
 
 def temporary_name(iteration: int) -> str:
@@ -183,9 +222,15 @@ def publish(directory: str, temporary: str, iteration: int) -> None:
 
 
 def drop_old(directory: str, keep: int, retain_interval: int) -> None:
-    """Remove all but the `keep` newest checkpoints (0: all are kept) and those of every `retain_interval` steps."""
-    for iteration in complete_iterations(directory)[:-keep] if keep else []:
-        if not retain_interval or iteration % retain_interval:
+    """Remove all but the `keep` newest checkpoints (0: all are kept) and those of every `retain_interval` steps.
+
+    Those after the latest are not among the newest: a run that went back, from a damaged one, has left them behind.
+    """
+    latest, complete = latest_iteration(directory), complete_iterations(directory)
+    kept = [iteration for iteration in complete if iteration <= latest][-keep:]
+    for iteration in complete if keep else []:
+        is_retained = retain_interval and iteration % retain_interval == 0 and iteration < latest
+        if iteration not in kept and not is_retained:
             doomed = os.path.join(directory, temporary_name(iteration))  # from now on no checkpoint
             os.rename(resolve_iteration(directory, iteration), doomed)
             shutil.rmtree(doomed, ignore_errors=True)
@@ -220,18 +265,21 @@ def read_json(folder: str, name: str, flag: str) -> dict:
         return json.load(file)
 
 
-def check_sizes(folder: str, flag: str, part: int = 0, parts: int = 1) -> list[tuple[int, str, str]]:
+def check_sizes(folder: str, flag: str, part: int = 0, parts: int = 1, is_chosen=lambda name: True
+                ) -> list[tuple[int, str, str]]:
     """ValueError, naming the file, unless the files of a checkpoint have the sizes its manifest says.
 
     Args:
         part, parts: look at this share of the files only.
+        is_chosen: and only at those whose name it accepts.
 
     Returns:
         bytes, name and checksum of each, the largest first.
     """
     manifest = read_json(folder, MANIFEST, flag)
     with reading(folder, flag):
-        files = sorted(((entry["bytes"], name, entry["crc32"]) for name, entry in manifest.items()), reverse=True)
+        files = sorted(((entry["bytes"], name, entry["crc32"]) for name, entry in manifest.items() if is_chosen(name)),
+                       reverse=True)
     for size, name, _ in files[part::parts]:
         path = os.path.join(folder, name)
         there = os.path.getsize(path) if os.path.exists(path) else None
@@ -241,13 +289,14 @@ def check_sizes(folder: str, flag: str, part: int = 0, parts: int = 1) -> list[t
     return files[part::parts]
 
 
-def check_whole(folder: str, flag: str, part: int = 0, parts: int = 1, say=lambda line: None) -> None:
+def check_whole(folder: str, flag: str, part: int = 0, parts: int = 1, say=lambda line: None,
+                is_chosen=lambda name: True) -> None:
     """The same for the content of the files, by their checksums.
 
     Args:
         say: is told how far it is, every ten seconds.
     """
-    files = check_sizes(folder, flag, part, parts)
+    files = check_sizes(folder, flag, part, parts, is_chosen)
     countdown = Countdown("checked", sum(size for size, _, _ in files), say, gigabytes)
     for size, name, crc32 in files:
         if _sum(os.path.join(folder, name)) != crc32:
@@ -281,7 +330,8 @@ def writing(directory: str, flag: str, otherwise: str = "Earlier checkpoints are
         yield
     except (OSError, RuntimeError, CheckpointException, CheckpointingException) as error:
         cause = _cause(error)
-        if not (isinstance(cause, OSError) or any(text in str(cause) for text in UNWRITABLE)):
+        is_elsewhere = isinstance(cause, CheckpointException)  # without failures: rank 0 knows what failed, and where
+        if not (is_elsewhere or isinstance(cause, OSError) or any(text in str(cause) for text in UNWRITABLE)):
             raise cause from (error if cause is not error else None)
         raise ValueError(f"{flag} {directory}: cannot write there ({cause}); free space or name another directory. "
                          f"{otherwise}") from error

@@ -1,5 +1,6 @@
 """Seeing a run: a console line a step, TensorBoard, rollouts beside gold text. Rank 0 writes, others do nothing."""
 
+import contextlib
 import time
 from collections.abc import Iterator
 
@@ -32,6 +33,7 @@ class Logger:
         self.train_iters, self.tokens_per_step = train_iters, tokens_per_step
         self.rollout_length, self.tokenizer = rollout_length, tokenizer
         self.durations: list[float] = []
+        self.directory, self.is_warned = directory, False
         purge_step = iteration + 1 if iteration else 0
         try:
             self.writer = SummaryWriter(directory, purge_step=purge_step) if self.is_main else None
@@ -42,6 +44,24 @@ class Logger:
         """A line on rank 0's console."""
         if self.is_main:
             print(line, flush=True)
+
+    def _record(self, iteration: int, scalars: dict[str, float], text: str | None = None, flush: bool = False) -> None:
+        """To TensorBoard. A full disk costs a warning and what could not be written, not the run."""
+        try:
+            if self.writer is None:
+                self.writer = SummaryWriter(self.directory)
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, iteration)
+            if text is not None:
+                self.writer.add_text("rollouts", text, iteration)
+            if flush:
+                self.writer.flush()
+            self.is_warned = False
+        except OSError as error:
+            if not self.is_warned:
+                self.print(f"warning: --tensorboard-dir {self.directory}: cannot be written from step {iteration} on "
+                           f"({error}); free space. Training goes on")
+            self.is_warned, self.writer = True, None
 
     def progress(self, what: str, items: list) -> Iterator:
         """The items, with a line and the time left every 10 seconds."""
@@ -57,14 +77,11 @@ class Logger:
             return
         self.durations = [*self.durations[-19:], duration]
         left = (self.train_iters - iteration) * sum(self.durations) / len(self.durations)
-        for name, value in metrics.items():
-            self.writer.add_scalar(f"train/{name}", value, iteration)
-        for name, value in seconds.items():
-            self.writer.add_scalar(f"seconds/{name}", value, iteration)
-        for name, value in totals.items():
-            self.writer.add_scalar(f"run/{name}", value, iteration)
-        self.writer.add_scalar("seconds/step", duration, iteration)
-        self.writer.add_scalar("train/tokens_per_second", self.tokens_per_step / duration, iteration)
+        self._record(iteration, {
+            **{f"train/{name}": value for name, value in metrics.items()},
+            **{f"seconds/{name}": value for name, value in seconds.items()},
+            **{f"run/{name}": value for name, value in totals.items()},
+            "seconds/step": duration, "train/tokens_per_second": self.tokens_per_step / duration})
         numbers = " ".join(form.format(metrics[name]) for name, form in CONSOLE.items() if name in metrics)
         phases = " ".join(f"{name} {value:.2f}" for name, value in seconds.items() if value >= 0.005)
         self.print(f"step {iteration}/{self.train_iters} | {numbers} | {phases} | {duration:.2f}s "
@@ -79,18 +96,15 @@ class Logger:
             at_length = f"{name}_length/{self.rollout_length:02d}"
             if at_length in metrics:
                 metrics[name] = metrics[at_length]
-        for name, value in metrics.items():
-            self.writer.add_scalar(f"eval/{name}", value, iteration)
-        if shown is not None:
-            self.writer.add_text("rollouts", self._rollout_text(shown), iteration)
-        self.writer.flush()
+        text = None if shown is None else self._rollout_text(shown)
+        self._record(iteration, {f"eval/{name}": value for name, value in metrics.items()}, text, flush=True)
         numbers = " ".join(form.format(metrics[name]) for name, form in EVALUATION.items() if name in metrics)
         self.print(f"eval {iteration}/{self.train_iters} | {numbers} | {clock(seconds)}")
 
     def flush(self) -> None:
         """Leave nothing in memory: what a checkpoint has behind it must not be lost with the process."""
         if self.is_main:
-            self.writer.flush()
+            self._record(0, {}, flush=True)
 
     def saved(self, folder: str | None) -> None:
         """Say that a checkpoint is whole, if one is."""
@@ -117,5 +131,7 @@ class Logger:
     def close(self, start: float, is_done: bool = True) -> None:
         """Last line and files closed. start: time.perf_counter() at the run's start."""
         if self.is_main:
-            self.writer.close()
+            if self.writer is not None:
+                with contextlib.suppress(OSError):  # was reported
+                    self.writer.close()
             self.print(f"{'done' if is_done else 'stopped'} in {clock(time.perf_counter() - start)}")

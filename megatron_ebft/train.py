@@ -22,21 +22,24 @@ def main(argv: list[str] | None = None) -> int:
     from megatron_ebft.logger import Logger
     from megatron_ebft.parallel import init_parallel, shut_down
     from megatron_ebft.training import train
-    from megatron_ebft.watchdog import Watchdog
+    from megatron_ebft.watchdog import PATIENCE, Watchdog
 
     start = time.perf_counter()
     args = parse_args(argv)
     watchdog = Watchdog(0.9 * 60 * args.distributed_timeout_minutes)
-    init_parallel(**parallel_sizes(args))
+    init_parallel(**{**parallel_sizes(args), "timeout_minutes": PATIENCE * args.distributed_timeout_minutes})
     watchdog.watch()
-    run = build_run(args)
-    run.watchdog = watchdog
-    for model in filter(None, (*run.policy, run.encoder, run.reference)):
-        model.register_forward_pre_hook(watchdog.move)
-    log = Logger(args.tensorboard_dir, run.state.iteration, args.train_iters, args.global_batch_size * args.seq_length,
-                 args.ebft_rollout_length, run.tokenizer)
-    log.print(describe(run))
-    is_done = train(run, log)
+    try:
+        run = build_run(args)
+        run.watchdog = watchdog
+        for model in filter(None, (*run.policy, run.encoder, run.reference)):
+            model.register_forward_pre_hook(watchdog.move)
+        log = Logger(args.tensorboard_dir, run.state.iteration, args.train_iters,
+                     args.global_batch_size * args.seq_length, args.ebft_rollout_length, run.tokenizer)
+        log.print(describe(run))
+        is_done = train(run, log)
+    finally:
+        watchdog.stop()
     stopping.ignore_signals()
     log.close(start, is_done)
     shut_down()

@@ -21,7 +21,7 @@ from megatron_ebft.rollout import Rollouts, sample_rollouts
 from megatron_ebft.sft import cross_entropy_pass
 from megatron_ebft.step_dump import StepDump, replayed_step
 from megatron_ebft.stopping import StepFailed, StopAsked, Stopper
-from megatron_ebft.watchdog import Watchdog
+from megatron_ebft.watchdog import PATIENCE, Watchdog
 
 SELF_CHECK_FLOAT32, SELF_CHECK_BF16 = 1e-3, 5e-2
 """Mean |Δ log-probability| per token above which sampler and trainer, or trainer and start, are not the same model."""
@@ -89,6 +89,8 @@ def train(run: Run, log) -> bool:
     try:
         if batches and state.evaluated < state.iteration and is_due(state.iteration, args.eval_interval, args):
             run_evaluation(run, batches, log)
+            if saves is not None and state.iteration:  # or it would be there twice after another restart
+                saves.save()
         first = True
         while state.iteration < args.train_iters:
             run.stopper.check()
@@ -134,6 +136,9 @@ class Saves:
                            retain_interval=args.save_retain_interval)
         self.last: tuple[int, int] | None = self._place()
         """Progress at the last save that has not failed, or that was loaded."""
+        self.begun = 0.0
+        """When the save under way was begun, by time.perf_counter()."""
+        run.stopper.longest_save = run.state.longest_save
 
     def _place(self) -> tuple[int, int]:
         return self.run.state.iteration, self.run.state.evaluated
@@ -142,6 +147,8 @@ class Saves:
         """Begin a checkpoint of the run as it is."""
         run = self.run
         self.log.flush()
+        self.poll(wait=True)
+        self.begun = time.perf_counter()
         with self._attempt():
             self.saver.save(run.state, run.policy, run.optimizer, run.scheduler, run.metadata, run.companions)
             self.last = self._place()
@@ -150,7 +157,11 @@ class Saves:
     def poll(self, wait: bool = False) -> None:
         """Say when a checkpoint has become whole."""
         with self._attempt():
-            self.log.saved(self.saver.finished(wait))
+            folder = self.saver.finished(wait)
+            self.log.saved(folder)
+            if folder is not None:  # of a save in the background, the writing included
+                longest = max(self.run.state.longest_save, time.perf_counter() - self.begun)
+                self.run.state.longest_save = self.run.stopper.longest_save = longest
 
     def finish(self) -> None:
         """A checkpoint of the end, unless there is one; raises RuntimeError where it cannot be written."""
@@ -165,15 +176,13 @@ class Saves:
     @contextmanager
     def _attempt(self):
         start, state = time.perf_counter(), self.run.state
-        self.run.watchdog.enter(f"saving after step {state.iteration}")
+        self.run.watchdog.enter(f"saving after step {state.iteration}", PATIENCE)
         try:
             yield
         except ValueError as error:
             self.log.print(f"warning: {error}. Training goes on")
             self.last = None
-        seconds = time.perf_counter() - start
-        state.lost_to_saves += seconds
-        self.run.stopper.longest_save = max(self.run.stopper.longest_save, seconds)
+        state.lost_to_saves += time.perf_counter() - start
 
 
 def run_evaluation(run: Run, batches: list[GoldBatch], log) -> None:

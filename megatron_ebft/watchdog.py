@@ -2,9 +2,11 @@
 
 1. Every rank reports into a store that rank 0 keeps, from a thread of its own: the number and name of its phase, when
    it last moved (a phase began, a model was called), and where its main thread is.
-2. When a rank has not moved for nine tenths of the collectives' timeout, a rank that is alive prints who is to blame,
-   and all exit. To blame are ranks whose thread is silent as well (stopped, swapped out, their node lost), else those
-   in the earliest phase, else those that are in no collective while others are, else the one that stood still first.
+2. When a rank has not moved for nine tenths of --distributed-timeout-minutes (while starting or saving, PATIENCE times
+   as long: large files are read and written there, by some ranks alone), a rank that is alive prints who is to blame,
+   and all exit; the collectives' own timeout comes later. To blame are ranks whose thread is silent as well (stopped,
+   swapped out, their node lost), else those in the earliest phase, else those that are in no collective while others
+   are, else the one that stood still first.
 """
 
 import json
@@ -21,6 +23,9 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from megatron_ebft.stopping import EXIT_HUNG
+
+PATIENCE = 6
+"""Times as long as in a step that a rank may stand still while it starts or saves."""
 
 
 @dataclass
@@ -45,13 +50,14 @@ class Watchdog(threading.Thread):
     """Watches this rank from `watch` on; does nothing in a run of one.
 
     Args:
-        timeout: seconds without a move after which a rank hangs.
+        timeout: seconds without a move after which a rank hangs, in a step.
     """
 
     def __init__(self, timeout: float = math.inf):
         super().__init__(name="watchdog", daemon=True)
         self.timeout, self.period = timeout, min(5.0, timeout / 8)
-        self._number, self._phase, self._moved = 0, "start", time.time()
+        self._number, self._phase, self._moved, self._limit = 0, "start", time.time(), PATIENCE * timeout
+        self._is_over = threading.Event()
 
     def watch(self) -> None:
         """Begin, on all ranks, once the process groups have started."""
@@ -69,23 +75,33 @@ class Watchdog(threading.Thread):
             self._report()
             self.start()
 
-    def enter(self, phase: str) -> None:
-        """A phase begins, on every rank in the same order."""
+    def enter(self, phase: str, patience: int = 1) -> None:
+        """A phase begins, on every rank in the same order.
+
+        Args:
+            patience: times the timeout that a rank may stand still in it.
+        """
         self._number, self._phase, self._moved = self._number + 1, phase, time.time()
+        self._limit = patience * self.timeout
 
     def move(self, *_) -> None:
         """Something happened; a forward hook of models."""
         self._moved = time.time()
 
     def run(self) -> None:
-        while True:
-            time.sleep(self.period)
+        while not self._is_over.wait(self.period):
             try:
                 self._report()
             except (RuntimeError, dist.DistError):  # the store has gone, or its rank hangs
                 pass
-            if time.time() - self._moved > self.timeout:
+            if time.time() - self._moved > self._limit:
                 self._give_up()
+
+    def stop(self) -> None:
+        """No more watching: an interpreter that ends while a thread is in torch's store aborts."""
+        self._is_over.set()
+        if self.is_alive():
+            self.join()
 
     def _report(self) -> None:
         place, is_waiting = _main_thread()
@@ -99,7 +115,7 @@ class Watchdog(threading.Thread):
         except (RuntimeError, dist.DistError) as error:
             text, speaker = f"rank 0, which keeps the store of all ranks, does not answer ({error})", self.rank
         if self.rank == speaker:
-            print(f"error: no progress for {self.timeout:.0f} s: {text}", file=sys.stderr, flush=True)
+            print(f"error: no progress for {self._limit:.0f} s: {text}", file=sys.stderr, flush=True)
         else:
             time.sleep(2 * self.period)  # the speaker first
         os._exit(EXIT_HUNG)

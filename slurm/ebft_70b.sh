@@ -38,7 +38,7 @@ source "$REPO/slurm/lib.sh"
 train_until_done \
   --use-checkpoint-args --pretrained-checkpoint "$BASE" --ebft-encoder-load "$ENCODER" --save "$RUN" --load "$RUN" \
   --data-path "$DATA" --train-iters 10000 --global-batch-size 16 --seq-length 1024 \
-  --save-interval 300 --async-save --ebft-keep-checkpoints 2 --eval-interval 150 \
+  --save-interval 10 --async-save --ebft-keep-checkpoints 2 --eval-interval 150 \
   --tensor-model-parallel-size 8 --sequence-parallel --pipeline-model-parallel-size 4 \
   --bf16 --recompute-granularity full --overlap-grad-reduce \
   "$@"

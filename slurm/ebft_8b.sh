@@ -37,6 +37,6 @@ source "$REPO/slurm/lib.sh"
 train_until_done \
   --use-checkpoint-args --pretrained-checkpoint "$BASE" --ebft-encoder-load "$ENCODER" --save "$RUN" --load "$RUN" \
   --data-path "$DATA" --train-iters 10000 --global-batch-size 16 --seq-length 1024 \
-  --save-interval 500 --async-save --ebft-keep-checkpoints 2 --eval-interval 250 \
+  --save-interval 20 --async-save --ebft-keep-checkpoints 2 --eval-interval 250 \
   --tensor-model-parallel-size 2 --sequence-parallel --bf16 --recompute-granularity full --overlap-grad-reduce \
   "$@"

@@ -135,7 +135,7 @@ exit "$code"'
 # minutes_left: until the run shall have ended, with two decimals; nothing where the job has no time limit.
 minutes_left() {
   local end seconds
-  end="$(squeue -h -j "$job" -o %e 2>/dev/null || true)"
+  end="$(SLURM_TIME_FORMAT=standard squeue -h -j "$job" -o %e 2>/dev/null || true)"
   if end="$(date -d "${end:-none}" +%s 2>/dev/null)"; then
     seconds=$((end - $(date +%s) - END_MARGIN))
     ((seconds > 0)) || seconds=0
@@ -194,12 +194,14 @@ requeue() {
     give_up 1 "the job requeued itself $MAX_REQUEUES times without a newer checkpoint: --time must leave time for the" \
       "start, a step and a save before --signal comes"
   fi
-  for pause in 5 10 20 40 0; do
+  for pause in 5 10 20 40 60 60 60 60 60 60 60 0; do # as long as a restart of SLURM's controller may take
     state="$(scontrol show -o job "$job" 2>/dev/null | grep -o ' JobState=[A-Z_]*' | head -n 1 | cut -d = -f 2 || true)"
-    if [[ -n "$state" && "$state" != RUNNING ]]; then
-      say "the job is $state: not requeued"
-      exit 0
-    fi
+    case "$state" in
+      CANCELLED* | COMPLETING | PENDING | PREEMPTED | REQUEUE*)
+        say "the job is $state: not requeued"
+        exit 0
+        ;;
+    esac
     if [[ -n "$state" ]] && scontrol requeue "$job"; then
       say "requeued; goes on from step $(newest_step)"
       exit 0
@@ -232,7 +234,7 @@ train_until_done() {
     attempt=$((attempt + 1))
     LOGS="$(cd "$save/logs" && pwd -P)/$job.${SLURM_RESTART_COUNT:-0}.$attempt"
     MASTER_PORT=$((20000 + (SLURM_JOB_ID * 37 + ${SLURM_RESTART_COUNT:-0} * 7 + attempt) % 10000))
-    rm -rf "$LOGS" && mkdir "$LOGS"
+    rm -rf "$LOGS" && mkdir "$LOGS" || give_up 1 "$LOGS cannot be made: free space"
     say "job $job, start $((${SLURM_RESTART_COUNT:-0} + 1)), attempt $attempt: $SLURM_NTASKS ranks on" \
       "$SLURM_JOB_NODELIST, after step $(newest_step); logs in $LOGS"
     left="$(minutes_left)"
@@ -248,6 +250,8 @@ train_until_done() {
       give_up "$WRONG" "the problems above; nothing was started"
     fi
     [[ -z "$is_stopping" ]] || requeue
+    left="$(minutes_left)" # the checks took their time
+    [[ "$left" != 0.00 ]] || requeue
     if ((code == 0)); then
       say "starting the ranks${left:+; they end within $left minutes}"
       in_step srun "${launch[@]}" --kill-on-bad-exit=1 --wait="$END_WAIT" bash -c "$ON_RANK" rank \

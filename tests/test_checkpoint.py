@@ -18,7 +18,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from ranks import run_ranks
 
-from megatron_ebft import fingerprint, parallel
+from megatron_ebft import checkpoint_files, fingerprint, parallel
 from megatron_ebft.attention import CausalPattern, as_mask
 from megatron_ebft.checkpoint import Saver, TrainState, load_checkpoint, load_weights, newest_whole
 from megatron_ebft.checkpoint_files import MANIFEST, POINTER, complete_iterations, latest_iteration, read_metadata
@@ -154,6 +154,7 @@ def two_ranks(one: str, two: str) -> dict:
                 raise ValueError("only rank 1")
     except ValueError as error:
         result["agreed"] = str(error)
+    result["full"] = [full_disk_on_rank_1(again, f"{two}/full", is_async) for is_async in (False, True)]
     for tensor_parallel, pipeline_parallel in ((2, 1), (1, 2)):
         parallel_state.destroy_model_parallel()
         parallel_state.initialize_model_parallel(tensor_parallel, pipeline_parallel)
@@ -166,12 +167,30 @@ def two_ranks(one: str, two: str) -> dict:
     return result
 
 
+def full_disk_on_rank_1(run, directory: str, is_async: bool) -> list[str]:
+    """What a save says that rank 1 has no room for, and the one after it, with room again."""
+    saver, said = Saver(directory, is_async=is_async), []
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (10_000, unlimited[0]):
+        if torch.distributed.get_rank() == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
+        try:
+            saver.save(TrainState(2), *run.parts, META)
+            said.append(saver.finished(wait=True))
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
 def test_two_ranks(saved, tmp_path, capsys):
     one, run = saved
     ranks = run_ranks(2, "test_checkpoint:two_ranks", str(one), str(tmp_path))
     for result in ranks:
         assert result["continues"]
         assert result["agreed"] == "only rank 1"
+        for failed, done in result["full"]:
+            assert "cannot write there" in failed and "Earlier checkpoints are untouched" in failed, failed
+            assert done == str(tmp_path / "full/iter_0000002")
         assert result["prints"] == [weights_fingerprint(run.model[0])] * 3  # DP 2, TP 2, PP 2
     single = Run()
     load_checkpoint(str(tmp_path), *single.parts)  # DP 2 → DP 1
@@ -335,7 +354,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_a_full_disk_leaves_the_older_checkpoint(copy, saved, is_async):
+def test_a_full_disk_leaves_the_older_checkpoint(copy, saved, is_async, monkeypatch):
     run, saver = saved[1], Saver(str(copy), is_async=is_async)
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -348,7 +367,8 @@ def test_a_full_disk_leaves_the_older_checkpoint(copy, saved, is_async):
         assert save() is not None
         os.rename(copy / "iter_0000004", copy / "iter_0000001")
         (copy / POINTER).write_text("3")
-        for bytes_left in (10_000, 1000):  # tensors do not fit; nor does the room for small files
+        for bytes_left, spare in ((10_000, 1000), (1000, 1 << 25)):  # tensors do not fit; nor does the room kept free
+            monkeypatch.setattr(checkpoint_files, "SPARE_BYTES", spare)
             resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, unlimited[1]))
             with pytest.raises(ValueError, match="--save .*: cannot write there .*Earlier checkpoints are untouched"):
                 save()
@@ -412,6 +432,21 @@ def test_any_flipped_byte_or_cut_is_noticed(copy, capfd):
         os.truncate(copy / f"iter_000000{number}" / MANIFEST, 10)
     with pytest.raises(ValueError, match="no checkpoint there is whole: .*iter_0000003.*damaged.*iter_0000002.*damag"):
         newest_whole(str(copy))
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_run_that_went_back_keeps_what_it_has_made_since(copy, saved, keep):
+    """Iteration 3 is damaged: those made after going back to 2 count among the newest, 3 does not."""
+    truncate(next((copy / "iter_0000003").glob("*.distcp")))
+    os.rename(copy / "iter_0000003", copy / "iter_0000009")
+    (copy / POINTER).write_text("9")
+    assert newest_whole(str(copy)) == str(copy / "iter_0000002")
+    saver = Saver(str(copy), keep=keep)
+    for iteration in (4, 5):
+        saver.save(TrainState(iteration), *saved[1].parts, META)
+        assert complete_iterations(str(copy)) == [x for x in (2, 4, 5) if iteration - keep < x <= iteration or
+                                                  (x, iteration, keep) == (2, 4, 2)]
+    assert newest_whole(str(copy)) == str(copy / "iter_0000005")
 
 
 @pytest.mark.parametrize("name", [".metadata", "ebft.json", "manifest.json", "metadata.json"])

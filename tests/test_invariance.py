@@ -33,7 +33,7 @@ from megatron_ebft.checkpoint import TrainState
 from megatron_ebft.device import backend, device, init_device
 from megatron_ebft.metrics import PhaseTimer
 
-ROWS, T, VOCAB, EOD, STEPS = 4, 20, 24, 0, 3
+ROWS, T, VOCAB, EOD, STEPS = 4, 20, 24, 0, 2
 FLAGS = """--train-iters 3 --global-batch-size 4 --seq-length 20 --num-layers 4 --hidden-size 16 --ffn-hidden-size 24
     --num-attention-heads 8 --num-query-groups 4 --lr 1e-3 --clip-grad 0.5 --untie-embeddings-and-output-weights
     --ebft-rollout-length 3 --ebft-stride 2 --ebft-context-length 4 --ebft-num-samples 4 --ebft-ce-coef 0.3
@@ -49,10 +49,11 @@ SAMPLES, BLOCKS, VIRTUAL = "--ebft-sample-parallel-size", "--ebft-blocks-per-mic
 
 
 def grid() -> dict[str, tuple[int, list[str]]]:
-    """Number of ranks and flags by name: every way to share the work out over 1, 2, 4 and 8 ranks, and a few more."""
+    """Number of ranks and flags by name: each way to share the work out by itself, every two of them together, all of
+    them (of 8 ranks, where a step takes longest, with sequence parallelism alone), and a few more."""
     found = {}
     for tp, pp, dp, sp, samples in product((1, 2), (1, 2), (1, 2), (False, True), (1, 2)):
-        if (sp and tp == 1) or samples > dp:
+        if (sp and tp == 1) or samples > dp or (tp * pp * dp == 8 and not (sp and samples == 2)):
             continue
         name = f"tp{tp}{' sp' * sp} pp{pp} dp{dp}{' samples' * (samples > 1)}"
         found[name] = tp * pp * dp, [TP, str(tp), PP, str(pp), SAMPLES, str(samples)] + [SP] * sp
@@ -62,7 +63,7 @@ def grid() -> dict[str, tuple[int, list[str]]]:
         "3 blocks": (1, [*alone, BLOCKS, "3"]),
         "2 rows, 3 blocks": (2, [*two, "--micro-batch-size", "2", BLOCKS, "3", "--ebft-rollout-rows", "1"]),
         "overlapped": (2, [*two, "--overlap-grad-reduce"]),
-        "tp4 sp": (4, [TP, "4", SP, BLOCKS, "3"]),
+        "tp4 sp": (4, [TP, "4", SP, BLOCKS, "5"]),
         "pp4": (4, [PP, "4", "--ebft-rollout-rows", "1"]),
         "virtual stages": (4, [TP, "2", SP, PP, "2", VIRTUAL, "2"]),
         "uneven stages": (2, [PP, "2", "--decoder-first-pipeline-num-layers", "1", BLOCKS, "3"]),
@@ -247,7 +248,7 @@ def test_steps_are_the_same(results, name):
 def test_the_steps_moved_something(results):
     metrics, state = results[0]["tp1 pp1 dp1"]
     assert len(metrics) == STEPS and metrics[0]["grad_norm"] > 0.5  # clipping had something to do
-    assert 0 < metrics[0]["valid_blocks"] < 0.9 and metrics[2]["kl_loss"] > 0
+    assert 0 < metrics[0]["valid_blocks"] < 0.9 and metrics[-1]["kl_loss"] > 0
     before, after = state["rollouts"]
     assert (before != after).any()
 

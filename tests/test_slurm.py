@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from megatron_ebft.arguments import parallel_sizes, parse_args
 from megatron_ebft.build import build_run, check_batch
 from megatron_ebft.checkpoint import Saver
-from megatron_ebft.checkpoint_files import resolve
+from megatron_ebft.checkpoint_files import MANIFEST, first_readable, resolve
 from megatron_ebft.parallel import init_parallel, shut_down
 
 SLURM = Path(__file__).parents[1] / "slurm"
@@ -143,6 +143,20 @@ def test_preflight_goes_back_to_an_older_checkpoint(run, capsys, tmp_path):
     flags = [*run[1], "--training-mode", "sft", "--save", str(tmp_path), "--load", str(tmp_path)]
     code, said = check(capsys, *flags)
     assert code == 0 and f"goes on from {tmp_path}/iter_0000000" in said, said
+    newest = tmp_path / "iter_0000008"
+    for name in (".metadata", "ebft.json", MANIFEST, "common.pt"):  # cut, then with a flipped bit, then gone
+        for damage in ("cut", "flip", "gone"):
+            shutil.rmtree(newest)
+            shutil.copytree(run[0] / "base/iter_0000000", newest)
+            content = bytearray((newest / name).read_bytes())
+            content[len(content) // 2] ^= 4
+            (newest / name).write_bytes(content[:20] if damage == "cut" else content)
+            if damage == "gone":
+                (newest / name).unlink()
+            code, said = check(capsys, *flags)
+            assert code == 0 and f"goes on from {tmp_path}/iter_0000000" in said, (name, damage, said)
+            is_named = name in ("ebft.json", MANIFEST)  # what training looks at before its ranks compare checksums
+            assert first_readable(str(tmp_path), "--load")[0].endswith("0" if is_named else "8"), (name, damage)
     os.truncate(next((tmp_path / "iter_0000000").glob("*.distcp")), 1)
     code, said = check(capsys, *flags)
     assert code == 64 and re.search(rf"--load {tmp_path}/iter_0000008: .* damaged", said), said
@@ -152,7 +166,7 @@ def test_preflight_finds_a_full_disk(run, capsys, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10**12, 10**12 - 10**5, 10**5))
     code, said = check(capsys, *run[1])
-    assert code == 64 and "0.0 GB are free, and two checkpoints of 0.0 GB must fit" in said, said
+    assert code == 64 and "0.0 GB are free, and 1 more checkpoint of 0.0 GB must fit" in said, said
 
 
 def test_preflight_of_a_node_alone(run, capsys):

@@ -180,25 +180,21 @@ import os, signal, sys, time
 import torch, torch.distributed as dist
 from megatron_ebft.watchdog import Watchdog
 dist.init_process_group("gloo")
-watchdog = Watchdog(3.0)
+watchdog = Watchdog(3.0 if sys.argv[3] == "1" else 0.5)
 watchdog.watch()
 for phase in ("rollout of step 7", "features of step 7", "train of step 7"):
-    watchdog.enter(phase)
+    watchdog.enter(phase, int(sys.argv[3]))
     if phase.startswith(sys.argv[1]) and dist.get_rank() == 1:
-        os.kill(os.getpid(), signal.SIGSTOP) if sys.argv[2] == "stopped" else time.sleep(60)
+        os.kill(os.getpid(), signal.SIGSTOP) if sys.argv[2] == "stopped" else time.sleep(60 // int(sys.argv[3]) ** 2)
     dist.all_reduce(torch.ones(1))
+watchdog.stop()
 """
 
 
 @pytest.mark.parametrize("how, says", [("stopped", "does not answer"), ("asleep", "does not come to meet the others")])
 def test_a_rank_that_hangs_is_named(how, says):
     """Rank 1 hangs in `features`; rank 0, which waits for it, says so and ends with code 70."""
-    port = str(free_port())
-    ranks = [subprocess.Popen([sys.executable, "-c", HANGS, "features", how], stderr=subprocess.PIPE, text=True,
-                              env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                                                "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": "",
-                                                "PYTHONPATH": str(Path(__file__).parent.parent)})
-             for rank in (0, 1)]
+    ranks = start_hanging(how, patience=1)
     try:
         said = ranks[0].communicate(timeout=60)[1]
     finally:
@@ -207,6 +203,20 @@ def test_a_rank_that_hangs_is_named(how, says):
             rank.wait()
     assert ranks[0].returncode == 70, said
     assert "error: no progress for 3 s: rank 1 on " in said and says in said and "in features of step 7" in said
+
+
+def test_a_long_save_is_no_hang():
+    """Phases that may take longer do."""
+    ranks = start_hanging("asleep", patience=6)
+    assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
+
+
+def start_hanging(how: str, patience: int) -> list[subprocess.Popen]:
+    port = str(free_port())
+    command = [sys.executable, "-c", HANGS, "features", how, str(patience)]
+    return [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {
+        "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(__file__).parent.parent)}) for rank in (0, 1)]
 
 
 def test_who_is_to_blame():

@@ -4,10 +4,12 @@
 
 1. The checks are those of training itself (build.py), made by one process that is rank 0 of ranks that are not there
    (simulate.py); where one fails, the others still run. Each line names the flag and what to do.
-2. Checkpoints are opened, and their files must have the sizes of the manifest; checksums are left to the ranks, which
-   share the reading. Dataset indices are built where there are none, and found by the ranks later.
-3. --save must hold two more checkpoints: the latest stays until the next is whole. A checkpoint has the weights, and 12
-   bytes a parameter of the optimizer (float32 weight and two moments).
+2. Checkpoints are opened, and their files must have the sizes of the manifest, the small ones also their checksums;
+   those of the tensors are left to the ranks, which share the reading. Dataset indices are built where there are none,
+   and found by the ranks later.
+3. --save must hold as many more checkpoints as --ebft-keep-checkpoints lets there be (and at least one): the oldest
+   goes when the next is whole. A checkpoint has the weights, and 12 bytes a parameter of the optimizer (float32 weight
+   and two moments).
 4. With --node-only, the GPUs of this machine alone are checked.
 
 Exits with 0, or with 64 where something is missing.
@@ -76,7 +78,6 @@ def check_data(args, tokenizer, problems: Problems) -> None:
 def check_checkpoints(args, is_resumed: bool, problems: Problems) -> dict:
     """Every checkpoint that will be read; its reader by flag."""
     from megatron_ebft.checkpoint_files import newest_first, resolve
-    from megatron_ebft.checkpoint_reader import CheckpointReader
 
     readers = {}
     for flag, folder in (("--load", args.load if is_resumed else None), ("--ebft-encoder-load", args.ebft_encoder_load),
@@ -84,23 +85,25 @@ def check_checkpoints(args, is_resumed: bool, problems: Problems) -> dict:
         with problems.collected():
             if folder:
                 candidates = newest_first(folder, flag) if flag == "--load" else [resolve(folder, flag)]
-                readers[flag] = CheckpointReader(first_of_right_size(candidates, flag), flag, is_whole=True)
+                readers[flag] = first_to_open(candidates, flag)
     return readers
 
 
-def first_of_right_size(folders: list[str], flag: str) -> str:
-    """The first whose files are all there, in their sizes; the ranks, which share the reading, compare checksums.
+def first_to_open(folders: list[str], flag: str):
+    """A reader of the first whose files are all there, in their sizes, and of whose small files none is damaged.
 
     Raises:
         ValueError: about the first, where none is.
     """
-    from megatron_ebft.checkpoint_files import check_sizes
+    from megatron_ebft.checkpoint_files import check_sizes, check_whole
+    from megatron_ebft.checkpoint_reader import CheckpointReader
 
     problems = []
     for folder in folders:
         try:
             check_sizes(folder, flag)
-            return folder
+            check_whole(folder, flag, is_chosen=lambda name: not name.endswith(".distcp"))
+            return CheckpointReader(folder, flag, is_whole=True)
         except ValueError as error:
             problems.append(error)
     raise problems[0]
@@ -147,10 +150,15 @@ def check_save(args, size: int) -> str:
     except OSError as error:
         raise ValueError(f"--save {args.save}: {folder} cannot be written ({error.strerror}); name another "
                          "folder") from error
-    free = shutil.disk_usage(folder).free
-    if free < 2 * size:
-        raise ValueError(f"--save {args.save}: {free / 1e9:.1f} GB are free, and two checkpoints of {size / 1e9:.1f} "
-                         "GB must fit; remove older ones, or name a folder on another disk")
+    from megatron_ebft.checkpoint_files import complete_iterations, leftover_bytes
+
+    free, wanted = shutil.disk_usage(folder).free + leftover_bytes(args.save), 1
+    if args.ebft_keep_checkpoints:
+        wanted = max(1, args.ebft_keep_checkpoints + 1 - len(complete_iterations(args.save)))
+    if free < wanted * size:
+        raise ValueError(f"--save {args.save}: {free / 1e9:.1f} GB are free, and {wanted} more checkpoint"
+                         f"{'s' * (wanted > 1)} of {size / 1e9:.1f} GB must fit; remove what is not needed there, or "
+                         "name a folder on another disk")
     return f"a checkpoint takes {size / 1e9:.3g} GB, {free / 1e9:.0f} GB are free at --save"
 
 
