@@ -61,7 +61,13 @@ def build_parser() -> argparse.ArgumentParser:
     add_machine(parser.add_argument_group("parallelism, precision and memory"))
     _add_checkpoint(parser.add_argument_group("checkpoints"))
     _add_logging(parser.add_argument_group("evaluation and logging"))
-    _add_ebft(parser.add_argument_group("EBFT"))
+    ebft = parser.add_argument_group("EBFT")
+    _add_ebft(ebft)
+    ebft.add_argument(
+        "--ebft-skip-duplicates", action=argparse.BooleanOptionalAction, default=True, help="encoder and training pass "
+        "compute identical rollouts of a block once, and leave out those that change nothing: of blocks that do not "
+        "count, and in training without a KL term those whose advantage is zero. The loss and the gradient stay the "
+        "same; runs that dump or replay steps leave nothing out, so that files are complete")
     _add_steps(parser.add_argument_group("dumped steps"))
     return parser
 
@@ -437,4 +443,5 @@ def ebft_config(args: argparse.Namespace, num_layers: int) -> EBFTConfig:
         whitening=args.ebft_whitening, advantage=args.ebft_advantage, alignment_coef=args.ebft_alignment_coef,
         diversity_coef=args.ebft_diversity_coef, rl_coef=args.ebft_rl_coef, ce_coef=args.ebft_ce_coef,
         kl_coef=args.ebft_kl_coef, kl_estimator=args.ebft_kl_estimator, micro_batch_size=args.micro_batch_size,
-        blocks_per_microbatch=args.ebft_blocks_per_microbatch, rollout_rows=args.ebft_rollout_rows)
+        blocks_per_microbatch=args.ebft_blocks_per_microbatch, rollout_rows=args.ebft_rollout_rows,
+        skip_duplicates=args.ebft_skip_duplicates and not (args.ebft_dump_steps or args.ebft_replay_steps))

@@ -1,7 +1,7 @@
 """The rows of one step on one rank, and how they are cut into micro-batches.
 
-A micro-batch is some of the rows with some of their blocks. All micro-batches of a pass have the same shape; cutting
-differently changes memory, never the result.
+A micro-batch is some of the rows with some of their blocks. Cutting differently changes memory, never the result. All
+micro-batches of a pass have the same shape where pipeline stages hand them on, and where no rollout is left out.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,14 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_ebft.layout import RowLayout, StridedLayout, document_starts, gold_positions
+from megatron_ebft.layout import (
+    RowLayout,
+    StridedLayout,
+    computed_rollouts,
+    document_starts,
+    first_alike,
+    gold_positions,
+)
 
 
 @dataclass
@@ -83,27 +90,57 @@ class MicroBatches:
     steps: int
     micro_batch_size: int
     blocks_per_microbatch: int
+    needed_BKN: Tensor | None = None
+    """Rollouts that somebody needs, bool: each is in a row, identical ones of a block once. None: all, as they are.
+    Ranks that share a model must agree on it."""
 
     def __post_init__(self):
         _check_micro_batch_size(self.micro_batch_size, len(self.gold.tokens_BT))
         self.parts = self.layout.parts(self.blocks_per_microbatch, self.steps)
+        self.rows = [(rows, part) for rows in _row_slices(self.gold, self.micro_batch_size) for part in self.parts]
+        self.first_BKN = self.computed_BKN = None
+        if self.needed_BKN is not None:
+            self.first_BKN = first_alike(self.rollout_BKNG)
+            self.computed_BKN = computed_rollouts(self.needed_BKN, self.first_BKN)
+            self.rows = self._without_duplicates()
+
+    def _without_duplicates(self) -> list[tuple[slice, RowLayout]]:
+        both = torch.stack([self.first_BKN, self.computed_BKN.long()]).cpu()  # the pass's one wait for a GPU
+        first_BKN, computed_BKN = both[0], both[1].bool()
+        rooms = [part.room(computed_BKN[rows]) for rows, part in self.rows]
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            rooms = [max(rooms)] * len(rooms)
+        return [(rows, part.keep(computed_BKN[rows], first_BKN[rows], room))
+                for (rows, part), room in zip(self.rows, rooms)]
 
     def __len__(self) -> int:
-        return len(self.gold.tokens_BT) // self.micro_batch_size * len(self.parts)
+        return len(self.rows)
 
     @property
     def row_length(self) -> int:
-        """S, the same for every micro-batch."""
-        return self.parts[0].length
+        """S of the first micro-batch, and with pipeline stages of every one."""
+        return self.rows[0][1].length
+
+    @property
+    def is_here_BKN(self) -> Tensor:
+        """Rollouts that are needed, or equal to one that is, bool: the same however rows are cut and rounded."""
+        if self.needed_BKN is None:
+            return torch.ones_like(self.rollout_BKNG[..., 0], dtype=torch.bool)
+        return self.computed_BKN.gather(-1, self.first_BKN)
+
+    def saved_tokens(self) -> tuple[float, float]:
+        """Tokens of all rows, padding included, that leaving rollouts out has saved, and how many there would be."""
+        lengths = [row.length for _, row in self.rows]
+        whole = len(lengths) * self.parts[0].length
+        return float(whole - sum(lengths)) * self.micro_batch_size, float(whole) * self.micro_batch_size
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        for rows in _row_slices(self.gold, self.micro_batch_size):
+        for rows, row in self.rows:
             tokens, documents = self.gold.tokens_BT[rows], _rows_of(self.gold.document_BT, rows)
             starts = None if documents is None else document_starts(documents)
-            for part in self.parts:
-                yield MicroBatch(rows, part, part.pack(tokens, self.rollout_BKNG[rows]),
-                                 part.positions(starts, len(tokens)).to(tokens.device), documents,
-                                 is_first_part=part.first_block == 0)
+            yield MicroBatch(rows, row, row.pack(tokens, self.rollout_BKNG[rows]),
+                             row.positions(starts, len(tokens)).to(tokens.device), documents,
+                             is_first_part=row.first_block == 0)
 
     def join_blocks(self, values: list[Tensor]) -> Tensor:
         """One tensor [B, NB, ...] from the micro-batches' [b, size, ...], in order, without slots past the end."""

@@ -6,6 +6,13 @@
     advantages   leave-one-out baselines
     loss         rl_coef·L_RL + γ·L_CE + β·KL       forward and backward through Megatron's schedule
     step         Megatron's optimizer               (training.py)
+
+Savings (`skip_duplicates`), with the same loss and gradient. Rollouts of a block that are identical token for token are
+one rollout in the encoder's and in the policy's rows (batch.py): features are read there for each of them, and so are
+log-probabilities, whose gradients add up. Rollouts of blocks that do not count are in neither. Those whose advantage is
+zero are not in the policy's, unless the KL term wants them. "Zero" means equal to 0, not nearly: identical rollouts are
+given identical rewards, of which a baseline leaves exactly nothing (energy.py). Step 0 of a rollout is predicted by a
+gold token, so its log-probability is always read.
 """
 
 from dataclasses import dataclass
@@ -17,9 +24,16 @@ from megatron_ebft import energy, losses
 from megatron_ebft.attention import StridedPattern, as_mask
 from megatron_ebft.batch import GoldBatch, MicroBatch, MicroBatches, run_schedule
 from megatron_ebft.features import FeatureMap, block_grams
-from megatron_ebft.layout import StridedLayout
+from megatron_ebft.layout import StridedLayout, first_alike
 from megatron_ebft.metrics import Means
-from megatron_ebft.parallel import dp_sum, from_first_tensor_rank, from_last_stage, sample_rank, sample_size
+from megatron_ebft.parallel import (
+    all_samples,
+    dp_sum,
+    from_first_tensor_rank,
+    from_last_stage,
+    sample_rank,
+    sample_size,
+)
 from megatron_ebft.readout import training_readout
 from megatron_ebft.rollout import Rollouts, SamplingConfig
 
@@ -47,6 +61,8 @@ class EBFTConfig:
     """0: all."""
     rollout_rows: int
     """Rows that decode together; 0: all, or as many as keep the pipeline busy."""
+    skip_duplicates: bool
+    """See "Savings" above."""
 
     @property
     def num_samples(self) -> int:
@@ -56,7 +72,8 @@ class EBFTConfig:
 
 @dataclass
 class Rewards:
-    """What the encoder says of each rollout; n is over all ranks of a sample group."""
+    """What the encoder says of each rollout; n is over all ranks of a sample group. With savings, rollouts of blocks
+    that do not count have their reference's features."""
 
     gram: Tensor
     """float64 [B, K, n+1, n+1]."""
@@ -73,21 +90,42 @@ class Scores:
     """Log-probabilities under one model: of rollout tokens at the sampling temperature, of gold tokens at 1."""
 
     rollout_BKNG: Tensor
+    """NaN where it was not read."""
     gold_BT: Tensor
     """[B, T−1]: of gold tokens 1..T−1."""
+    is_scored_BKNG: Tensor
+    """False where it was not read: after step 0 of rollouts left out, bool."""
 
 
-def compute_rewards(encoder, gold: GoldBatch, rollouts: Rollouts, config: EBFTConfig) -> Rewards:
-    """Features of all rollouts and completions, and from them rewards and advantages."""
-    length = config.layout.rollout_length
-    rows = MicroBatches(gold, rollouts.tokens_BKNG, config.layout, length, config.micro_batch_size,
-                        config.blocks_per_microbatch)
+def encoder_rows(gold: GoldBatch, rollouts: Rollouts, config: EBFTConfig, needed_BKN: Tensor) -> MicroBatches:
+    """Rows of T gold tokens and all G of each rollout; with savings, of those needed (bool)."""
+    return MicroBatches(gold, rollouts.tokens_BKNG, config.layout, config.layout.rollout_length,
+                        config.micro_batch_size, config.blocks_per_microbatch,
+                        needed_BKN if config.skip_duplicates else None)
+
+
+def compute_rewards(encoder, gold: GoldBatch, rollouts: Rollouts, config: EBFTConfig,
+                    means: Means | None = None) -> Rewards:
+    """Features of all rollouts and completions, and from them rewards and advantages.
+
+    Args:
+        means: receives the share of the encoder's tokens that was saved.
+    """
+    tokens_BKNG, length = rollouts.tokens_BKNG, config.layout.rollout_length
+    needed_BKN = gold.valid_blocks(config.layout)[..., None].expand(tokens_BKNG.shape[:3])
+    rows = encoder_rows(gold, rollouts, config, needed_BKN)
+    if means is not None:
+        means.add("encoder_tokens_saved", *rows.saved_tokens())
     gram = block_grams(encoder, config.feature_map, rows, [length])[:, :, 0]
     alignment, diversity = energy.rewards(gram, config.whitening)
+    if config.skip_duplicates:  # rounding may differ between them: on two sample ranks, or by whitening
+        first_BKn = first_alike(all_samples(tokens_BKNG))
+        alignment, diversity = alignment.gather(-1, first_BKn), diversity.gather(-1, first_BKn)
     advantage = energy.advantages(alignment, diversity, config.advantage, config.alignment_coef, config.diversity_coef)
     advantage = advantage.chunk(sample_size(), dim=-1)[sample_rank()].float().contiguous()
-    # Whitening cuts at a threshold: tensor ranks must not end on two sides of it by the last bit.
-    return Rewards(gram, alignment.float(), diversity.float(), from_first_tensor_rank(advantage))
+    # Whitening cuts at a threshold: ranks that share a model must not end on two sides of it by the last bit.
+    advantage = from_last_stage(from_first_tensor_rank(advantage))
+    return Rewards(gram, alignment.float(), diversity.float(), advantage)
 
 
 def token_counts(gold: GoldBatch, layout: StridedLayout) -> Tensor:
@@ -99,10 +137,13 @@ def token_counts(gold: GoldBatch, layout: StridedLayout) -> Tensor:
     return dp_sum(torch.stack([rollout_tokens, gold.gold_valid().sum()]).float())
 
 
-def training_rows(gold: GoldBatch, rollouts: Rollouts, config: EBFTConfig) -> MicroBatches:
-    """Rows of T + K·n·(G−1) tokens: the last token of a rollout predicts nothing."""
+def training_rows(gold: GoldBatch, rollouts: Rollouts, config: EBFTConfig,
+                  needed_BKN: Tensor | None = None) -> MicroBatches:
+    """Rows of T gold tokens and G − 1 of each rollout, whose last token predicts nothing; with savings, of those needed
+    (bool; None: all)."""
     return MicroBatches(gold, rollouts.tokens_BKNG, config.layout, config.layout.rollout_length - 1,
-                        config.micro_batch_size, config.blocks_per_microbatch)
+                        config.micro_batch_size, config.blocks_per_microbatch,
+                        needed_BKN if config.skip_duplicates else None)
 
 
 def _forward(model, mb: MicroBatch, gold: GoldBatch, rollouts: Rollouts, config: EBFTConfig):
@@ -112,9 +153,14 @@ def _forward(model, mb: MicroBatch, gold: GoldBatch, rollouts: Rollouts, config:
 
 
 @torch.no_grad()
-def score(model, gold: GoldBatch, rollouts: Rollouts, config: EBFTConfig) -> Scores:
-    """Log-probabilities of given rollouts and gold tokens under a model, forward only."""
-    rows, found, found_gold = training_rows(gold, rollouts, config), [], []
+def score(model, gold: GoldBatch, rollouts: Rollouts, config: EBFTConfig,
+          needed_BKN: Tensor | None = None) -> Scores:
+    """Log-probabilities of given rollouts and gold tokens under a model, forward only.
+
+    Args:
+        needed_BKN: rollouts that are wanted, bool; with savings, others are left out. None: all.
+    """
+    rows, found, found_gold = training_rows(gold, rollouts, config, needed_BKN), [], []
 
     def forward_step(iterator, model):
         mb = next(iterator)
@@ -139,14 +185,18 @@ def policy_gradient(policy: list, gold: GoldBatch, rollouts: Rollouts, advantage
     its share, and gradients are summed (not averaged) over micro-batches and data-parallel ranks.
 
     Args:
-        means: receives the parts of the loss.
+        means: receives the parts of the loss, and the share of tokens that was saved.
         reference_BKNG: `score` of the frozen starting policy, needed for β ≠ 0.
 
     Returns:
         The policy's own scores, detached.
     """
-    rows, found, found_gold = training_rows(gold, rollouts, config), [], []
     valid_BK, gold_valid = gold.valid_blocks(config.layout), gold.gold_valid()
+    needed_BKN = valid_BK[..., None].expand_as(advantage_BKN)
+    if reference_BKNG is None:
+        needed_BKN = needed_BKN & (advantage_BKN != 0)
+    rows, found, found_gold = training_rows(gold, rollouts, config, needed_BKN), [], []
+    means.add("training_tokens_saved", *rows.saved_tokens())
     rollout_count, gold_count = token_counts(gold, config.layout).clamp(min=1)
 
     def forward_step(iterator, model):
@@ -161,7 +211,7 @@ def policy_gradient(policy: list, gold: GoldBatch, rollouts: Rollouts, advantage
             token_valid = valid[..., None].expand_as(log_probs)
             means.add("rl_loss", rl.detach(), token_valid.sum())
             if reference_BKNG is not None:
-                base = reference_BKNG[mb.rows][:, blocks]
+                base = reference_BKNG[mb.rows][:, blocks].where(token_valid, log_probs.detach())  # else it may be NaN
                 kl = losses.kl_estimate(log_probs, base, config.kl_estimator).where(token_valid, 0.0).sum()
                 loss = loss + config.kl_coef * kl / rollout_count
                 means.add("kl_loss", kl.detach(), token_valid.sum())
@@ -182,10 +232,13 @@ def policy_gradient(policy: list, gold: GoldBatch, rollouts: Rollouts, advantage
 
 def _scores(rows: MicroBatches, found: list[Tensor], found_gold: list[Tensor]) -> Scores:
     """What the last stage found, on every stage."""
+    gold = rows.gold.tokens_BT
     if found:
-        scores = Scores(rows.join_blocks(found), torch.cat(found_gold))
+        rollout_BKNG, gold_BT = rows.join_blocks(found).contiguous(), torch.cat(found_gold)
     else:
-        gold = rows.gold.tokens_BT
-        scores = Scores(torch.empty(rows.rollout_BKNG.shape, device=gold.device),
-                        torch.empty(len(gold), gold.shape[1] - 1, device=gold.device))
-    return Scores(from_last_stage(scores.rollout_BKNG.contiguous()), from_last_stage(scores.gold_BT.contiguous()))
+        rollout_BKNG = torch.empty(rows.rollout_BKNG.shape, device=gold.device)
+        gold_BT = torch.empty(len(gold), gold.shape[1] - 1, device=gold.device)
+    rollout_BKNG, gold_BT = from_last_stage(rollout_BKNG), from_last_stage(gold_BT.contiguous())
+    is_scored_BKNG = rows.is_here_BKN[..., None].expand(rollout_BKNG.shape).clone()
+    is_scored_BKNG[..., 0] = True
+    return Scores(rollout_BKNG.where(is_scored_BKNG, torch.nan), gold_BT, is_scored_BKNG)

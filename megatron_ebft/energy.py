@@ -91,7 +91,8 @@ def advantages(alignment: Tensor, diversity: Tensor, kind: str, alignment_coef: 
     """Advantage of each rollout within its group, [..., n].
 
     `rloo`: reward minus the leave-one-out baselines of both parts; `reinforce`: the reward; `group_norm`: the reward
-    centred and divided by the group's (population) standard deviation.
+    centred and divided by the group's (population) standard deviation. Rollouts of which all have the same rewards get
+    exactly 0 where each is compared with the others (not from `rloo` with n = 2, whose diversity has no baseline).
 
     Raises:
         ValueError: unknown kind, or a group of one where the others of the group are the baseline.
@@ -104,13 +105,22 @@ def advantages(alignment: Tensor, diversity: Tensor, kind: str, alignment_coef: 
         raise ValueError(f"--ebft-num-samples {n} with --ebft-advantage {kind}: needs at least 2 rollouts of a block; "
                          "use --ebft-advantage reinforce for one")
     if kind == "group_norm":
-        centred = reward - reward.mean(-1, keepdim=True)
+        centred = _from_first(reward) - _from_first(reward).mean(-1, keepdim=True)
         return centred / (reward.std(-1, unbiased=False, keepdim=True) + GROUP_NORM_EPS)
     if kind != "rloo":
         raise ValueError(f"--ebft-advantage {kind}: must be one of {', '.join(ADVANTAGES)}")
-    align_baseline = (alignment.sum(-1, keepdim=True) - alignment) / (n - 1)
-    diversity_baseline = (diversity.sum(-1, keepdim=True) - 2 * diversity) / (n - 2) if n > 2 else 0.0
-    return reward - (alignment_coef * align_baseline - diversity_coef * diversity_baseline)
+    alignment = _from_first(alignment)
+    alignment = alignment - (alignment.sum(-1, keepdim=True) - alignment) / (n - 1)
+    if n > 2:
+        diversity = _from_first(diversity)
+        diversity = diversity - (diversity.sum(-1, keepdim=True) - 2 * diversity) / (n - 2)
+    return alignment_coef * alignment - diversity_coef * diversity
+
+
+def _from_first(values: Tensor) -> Tensor:
+    """Differences from the group's first: the same to a baseline, and nothing is left of equal ones, not even rounding.
+    """
+    return values - values[..., :1]
 
 
 def cfm(M: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron_ebft import energy
-from megatron_ebft.batch import GoldBatch, MicroBatches
-from megatron_ebft.ebft import EBFTConfig, score
+from megatron_ebft.batch import GoldBatch
+from megatron_ebft.ebft import EBFTConfig, encoder_rows, score
 from megatron_ebft.features import block_grams
 from megatron_ebft.layout import StridedLayout
 from megatron_ebft.losses import kl_estimate
@@ -81,8 +81,9 @@ def _measure_rollouts(policy, encoder, reference, gold, config, longest, means) 
     config, lengths = evaluation_config(config, longest)
     layout = config.layout
     rollouts = sample_rollouts(policy, gold, layout, config.sampling, EVALUATION_ITERATION, config.rollout_rows)
-    rows = MicroBatches(gold, rollouts.tokens_BKNG, layout, layout.rollout_length, config.micro_batch_size,
-                        config.blocks_per_microbatch)
+    valid_BKNG = _valid_tokens(gold, layout)
+    needed_BKN = valid_BKNG[..., 0].expand(rollouts.tokens_BKNG.shape[:3])
+    rows = encoder_rows(gold, rollouts, config, needed_BKN)
     gram_BKLMM = block_grams(encoder, config.feature_map, rows, lengths)
     biased, unbiased = energy.cfm(gram_BKLMM)
     alignment, _ = energy.rewards(gram_BKLMM, "none")
@@ -92,10 +93,9 @@ def _measure_rollouts(policy, encoder, reference, gold, config, longest, means) 
             means.add_masked(f"cfm_length/{length:02d}", unbiased[:, :, i], valid_BK)
         means.add_masked(f"cfm_biased_length/{length:02d}", biased[:, :, i], valid_BK)
         means.add_masked(f"alignment_length/{length:02d}", alignment[:, :, i].mean(-1), valid_BK)
-    valid_BKNG = _valid_tokens(gold, layout)
     means.add_masked("entropy", rollouts.entropy_BKNG, valid_BKNG)
     if reference is not None:
-        start = score(reference, gold, rollouts, config).rollout_BKNG
+        start = score(reference, gold, rollouts, config, needed_BKN).rollout_BKNG
         # The sampler's log-probabilities are the policy's own; k3 has the lowest variance.
         means.add_masked("kl_to_start", kl_estimate(rollouts.log_probs_BKNG, start, "k3"), valid_BKNG)
     return rollouts, layout

@@ -202,28 +202,32 @@ def _pooled_slices(row: RowLayout, steps: range, hidden_SBH: list[Tensor]) -> Te
     Without sequence parallelism every tensor rank has all tokens and takes its slice; with it, each has some tokens and
     they trade (an all-to-all that moves the pooled tokens once).
     """
-    index = torch.cat([row.rollout_index(steps), row.completion_index(steps)[:, None]], dim=1)  # [size, n+1, P]
-    group, places = tp_group(), index.flatten()
+    group, index = tp_group(), row.pooled_index(steps)  # [b or 1, size, n+1, P]
+    batch, places_PB = hidden_SBH[0].shape[1], index.flatten(1).t()
     if len(hidden_SBH[0]) == row.length:
         size, rank = dist.get_world_size(group), dist.get_rank(group)
-        pooled = torch.stack([h.chunk(size, dim=-1)[rank][places.to(h.device)] for h in hidden_SBH])
+        places_PB, rows_B = places_PB.to(hidden_SBH[0].device), torch.arange(batch, device=hidden_SBH[0].device)
+        pooled = torch.stack([h.chunk(size, dim=-1)[rank][places_PB, rows_B] for h in hidden_SBH])
     else:
-        pooled = _trade_tokens(hidden_SBH, places, group)
-    return pooled.transpose(1, 2).reshape(len(pooled), -1, *index.shape[1:], pooled.shape[-1])
+        pooled = _trade_tokens(hidden_SBH, places_PB.expand(-1, batch), group)
+    return pooled.transpose(1, 2).reshape(len(pooled), -1, *index.shape[2:], pooled.shape[-1])
 
 
-def _trade_tokens(hidden_SBH: list[Tensor], places: Tensor, group) -> Tensor:
-    """From tokens shared out in order over the group to all tokens at `places`, a slice of H each: [L, P, b, H/tp]."""
+def _trade_tokens(hidden_SBH: list[Tensor], places_PB: Tensor, group) -> Tensor:
+    """From tokens shared out in order over the group to those at each row's places, a slice of H each: [L, P, b, H/tp].
+    """
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     here, batch, width = hidden_SBH[0].shape
+    places, rows = places_PB.flatten(), torch.arange(batch).repeat(len(places_PB))
     owner = places // here
     mine = (places[owner == rank] - rank * here).to(hidden_SBH[0].device)
+    row = rows[owner == rank].to(mine.device)
     counts = torch.bincount(owner, minlength=size).tolist()
-    outgoing = torch.stack([h[mine].unflatten(-1, (size, -1)).movedim(-2, 0) for h in hidden_SBH], dim=2)
-    incoming = outgoing.new_empty(len(places), len(hidden_SBH), batch, width // size)  # outgoing [tp, P, L, b, H/tp]
+    outgoing = torch.stack([h[mine, row].unflatten(-1, (size, -1)).movedim(-2, 0) for h in hidden_SBH], dim=2)
+    incoming = outgoing.new_empty(len(places), len(hidden_SBH), width // size)  # outgoing [tp, P·b, L, H/tp]
     dist.all_to_all_single(incoming, outgoing.flatten(0, 1), counts, [len(mine)] * size, group=group)
     by_place = owner.argsort(stable=True).argsort().to(incoming.device)  # arrived by owner, wanted in order
-    return incoming[by_place].transpose(0, 1)
+    return incoming[by_place].unflatten(0, (-1, batch)).permute(2, 0, 1, 3)
 
 
 def _exchange_samples(pooled: Tensor):

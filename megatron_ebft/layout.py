@@ -14,17 +14,24 @@ a_k = c + k·s; its gold completion is gold[a_k : a_k+G]; its n rollouts continu
    multiple of `pad_to`. Padding sees nothing, nothing sees it, and nothing is read there.
 6. With a document mask, a gold token sees its own document only, positions restart there, and a block counts
    only if the token before its anchor and its whole completion are in one document.
-7. Files of steps (step_file.py) keep the order of the released code, step-major: a row for every sample of a document,
+7. A row may leave rollouts out (KeptRollouts): those that an earlier rollout of their block equals token for token,
+   and those that nobody needs. The U that stay, in the same order, take the place of the size · n; U is the same in
+   every row of a micro-batch. A row that leaves nothing out is the regular one.
+8. Files of steps (step_file.py) keep the order of the released code, step-major: a row for every sample of a document,
    gold tokens first, then the token of block k at step t at T + t·NB + k.
 
-Suffixes of tensor names: B rows, T gold tokens, R rollout tokens of a row, K blocks, N samples, G steps, S row length.
+Suffixes of tensor names: B rows, T gold tokens, R rollout tokens of a row, K blocks, N samples, G steps, S row length,
+U rollouts of a row.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+ROOMS = 16
+"""Sizes that the room for rollouts in a row is rounded up to: compiled kernels see so many geometries and no more."""
 
 
 @dataclass(frozen=True)
@@ -143,9 +150,43 @@ def gold_positions(gold_BT: Tensor, starts_BT: Tensor | None) -> Tensor:
     return positions if starts_BT is None else positions - starts_BT
 
 
+def first_alike(rollout_BKNG: Tensor) -> Tensor:
+    """Which is the first of a block's rollouts that is the same token for token, int64 [B, K, N]."""
+    alike = True
+    for token_BKN in rollout_BKNG.unbind(-1):
+        alike = (token_BKN[..., :, None] == token_BKN[..., None, :]) & alike
+    return alike.byte().argmax(-1)
+
+
+def computed_rollouts(needed_BKN: Tensor, first_BKN: Tensor) -> Tensor:
+    """Rollouts that are computed, bool [B, K, N]: of identical ones, of which any is needed, the first.
+
+    Args:
+        needed_BKN: bool. first_BKN: `first_alike`.
+    """
+    return torch.zeros_like(first_BKN).scatter_add_(-1, first_BKN, needed_BKN.long()) > 0
+
+
+@dataclass(frozen=True, eq=False)
+class KeptRollouts:
+    """Which of its size · n rollouts each row of a micro-batch holds."""
+
+    pick_BU: Tensor
+    """Slot · n + sample of each, int64, rising. Rows that keep fewer than U repeat the last; nobody reads it there."""
+    where_BKN: Tensor
+    """Which of the U a slot's rollout, or its equal, is, int64; 0 for those left out."""
+    is_here_BKN: Tensor
+    """False for rollouts left out, bool."""
+
+
 @dataclass(frozen=True)
 class RowLayout:
-    """One packed row: T gold tokens, `steps` tokens of each rollout of `size` blocks from `first_block` on, padding."""
+    """One packed row: T gold tokens, `steps` tokens of each rollout of `size` blocks from `first_block` on, padding.
+
+    What a rollout token sees follows from `rollout_anchor`, `rollout_number` and `rollout_step`: gold tokens before its
+    anchor (with a document mask, from the start of the document of the last of these), and the tokens of its own number
+    up to its own step.
+    """
 
     layout: StridedLayout
     first_block: int
@@ -153,11 +194,52 @@ class RowLayout:
     """Blocks in this row; the last part may repeat the final block (see `is_real`)."""
     steps: int
     """Rollout tokens kept of each rollout."""
+    kept: KeptRollouts | None = None
+    """None: every rollout."""
+
+    def room(self, computed_BKN: Tensor) -> int:
+        """U, rollouts that rows need room for: as many as the fullest computes, rounded up to one of ROOMS sizes.
+
+        Args:
+            computed_BKN: `computed_rollouts` of ALL blocks of these rows.
+        """
+        whole = self.size * self.layout.num_samples
+        step = -(-whole // ROOMS)
+        most = int(self._is_computed(computed_BKN).sum(1).max())
+        return min(whole, -(-most // step) * step)
+
+    def keep(self, computed_BKN: Tensor, first_BKN: Tensor, room: int) -> "RowLayout":
+        """The row with `room` rollouts, the computed ones; the regular row if that is all there is.
+
+        Args:
+            computed_BKN: `computed_rollouts`, first_BKN: `first_alike`, of ALL blocks of these rows, on the CPU.
+        """
+        if room == self.size * self.layout.num_samples:
+            return self
+        computed_BM = self._is_computed(computed_BKN)
+        counts_B1 = computed_BM.sum(1, keepdim=True)
+        in_order_BM = (~computed_BM).byte().argsort(dim=1, stable=True)
+        pick_BU = in_order_BM.gather(1, torch.arange(room).expand(len(counts_B1), -1).minimum(
+            (counts_B1 - 1).clamp(min=0)))
+        place_BKN = (computed_BM.cumsum(1) - 1).unflatten(1, (self.size, -1))
+        first_BKN = first_BKN[:, self.blocks]
+        is_here_BKN = computed_BM.view(place_BKN.shape).gather(-1, first_BKN)
+        where_BKN = place_BKN.gather(-1, first_BKN).where(is_here_BKN, 0)
+        return replace(self, kept=KeptRollouts(pick_BU, where_BKN, is_here_BKN))
+
+    def _is_computed(self, computed_BKN: Tensor) -> Tensor:
+        """Of the rollouts of this row's slots, [B, size · n]."""
+        return (computed_BKN[:, self.blocks] & self.is_real[:, None]).flatten(1)
+
+    @property
+    def num_rollouts(self) -> int:
+        """U, size · n unless rollouts are left out."""
+        return self.size * self.layout.num_samples if self.kept is None else self.kept.pick_BU.shape[1]
 
     @property
     def num_rollout_tokens(self) -> int:
-        """R = size · n · steps."""
-        return self.size * self.layout.num_samples * self.steps
+        """R = U · steps."""
+        return self.num_rollouts * self.steps
 
     @property
     def end(self) -> int:
@@ -172,8 +254,7 @@ class RowLayout:
     @property
     def decode_length(self) -> int:
         """Tokens of one decoding step: one of each rollout, and padding."""
-        rollouts = self.size * self.layout.num_samples
-        return rollouts + -rollouts % self.layout.pad_to
+        return self.num_rollouts + -self.num_rollouts % self.layout.pad_to
 
     @cached_property
     def blocks(self) -> Tensor:
@@ -192,22 +273,34 @@ class RowLayout:
 
     @cached_property
     def rollout_number(self) -> Tensor:
-        """Which rollout of the row, slot · n + sample, each rollout token belongs to, int64 [R]."""
-        return torch.arange(self.size * self.layout.num_samples).repeat_interleave(self.steps)
-
-    @cached_property
-    def rollout_slot(self) -> Tensor:
-        """Block slot of each rollout token, int64 [R]."""
-        return torch.arange(self.size).repeat_interleave(self.layout.num_samples * self.steps)
+        """Which of the row's U rollouts each rollout token belongs to, int64 [R]."""
+        return torch.arange(self.num_rollouts).repeat_interleave(self.steps)
 
     @cached_property
     def rollout_step(self) -> Tensor:
         """Step t of each rollout token, int64 [R]."""
-        return torch.arange(self.steps).repeat(self.size * self.layout.num_samples)
+        return torch.arange(self.steps).repeat(self.num_rollouts)
+
+    @cached_property
+    def rollout_anchor(self) -> Tensor:
+        """Anchor of each rollout token's block, int64 [B, R], or [1, R] in regular rows, which are all the same."""
+        if self.kept is None:
+            slot = torch.arange(self.size).repeat_interleave(self.layout.num_samples)[None]
+        else:
+            slot = self.kept.pick_BU // self.layout.num_samples
+        return self.anchors[slot].repeat_interleave(self.steps, dim=1)
+
+    def _of_rollouts(self, values_BKNG: Tensor) -> Tensor:
+        """From values of the rollouts of ALL blocks those of the row's own, [B, U, G]."""
+        here = values_BKNG[:, self.blocks.to(values_BKNG.device)].flatten(1, 2)
+        if self.kept is None:
+            return here
+        pick = self.kept.pick_BU.to(here.device)
+        return here.gather(1, pick[..., None].expand(-1, -1, here.shape[2]))
 
     def pack(self, gold_BT: Tensor, rollout_BKNG: Tensor) -> Tensor:
         """Tokens of the row [B, S], from the gold row and the rollouts of ALL blocks [B, NB, n, G]."""
-        kept = rollout_BKNG[:, self.blocks.to(rollout_BKNG.device), :, : self.steps]
+        kept = self._of_rollouts(rollout_BKNG)[..., : self.steps]
         return pad(torch.cat([gold_BT, kept.flatten(1)], dim=1), self.length)
 
     def positions(self, starts_BT: Tensor | None, batch: int) -> Tensor:
@@ -216,22 +309,24 @@ class RowLayout:
         Args:
             starts_BT: `document_starts`, or None without a document mask.
         """
-        row = torch.cat([torch.arange(self.layout.seq_length), self.anchors[self.rollout_slot] + self.rollout_step])
-        if starts_BT is None:
-            return pad(row.expand(batch, -1), self.length)
-        before_anchor = (self.anchors - 1)[self.rollout_slot].to(starts_BT.device)
-        return pad(row.to(starts_BT.device) - torch.cat([starts_BT, starts_BT[:, before_anchor]], dim=1), self.length)
+        rollouts = self.rollout_anchor + self.rollout_step
+        gold = torch.arange(self.layout.seq_length).expand(len(rollouts), -1)
+        row = torch.cat([gold, rollouts], dim=1).expand(batch, -1)
+        if starts_BT is not None:
+            before_anchor = (self.rollout_anchor - 1).expand(batch, -1).to(starts_BT.device)
+            row = row.to(starts_BT.device) - torch.cat([starts_BT, starts_BT.gather(1, before_anchor)], dim=1)
+        return pad(row, self.length)
 
     def anchor_predictors(self) -> Tensor:
         """Row index that predicts step 0 of every block slot (shared by its n samples), int64 [size]."""
         return self.anchors - 1
 
     def rollout_index(self, steps: range) -> Tensor:
-        """Row indices of the given steps of every rollout, int64 [size, n, len(steps)].
+        """Row indices of the given steps of every rollout of a regular row, int64 [size, n, len(steps)].
 
         The tokens of steps 0..G−2 predict those of steps 1..G−1.
         """
-        assert steps.start >= 0 and steps.stop <= self.steps
+        assert self.kept is None and steps.start >= 0 and steps.stop <= self.steps
         index = torch.arange(self.layout.seq_length, self.end).view(
             self.size, self.layout.num_samples, self.steps)
         return index[:, :, steps.start:steps.stop]
@@ -240,26 +335,47 @@ class RowLayout:
         """Gold positions a_k + t of the given steps of each slot's reference completion, int64 [size, len(steps)]."""
         return self.layout.completion_index()[self.blocks][:, steps.start : steps.stop]
 
+    def pooled_index(self, steps: range) -> Tensor:
+        """Row indices of the given steps of every slot's rollouts and, as the last, its reference completion, int64
+        [B, size, n + 1, len(steps)], or [1, …] in regular rows. A rollout left out stands where the reference does.
+        """
+        reference = self.completion_index(steps)[:, None]
+        if self.kept is None:
+            return torch.cat([self.rollout_index(steps), reference], dim=1)[None]
+        first_token = self.layout.seq_length + self.kept.where_BKN[..., None] * self.steps
+        rollouts = (first_token + torch.arange(steps.start, steps.stop)).where(self.kept.is_here_BKN[..., None],
+                                                                               reference)
+        return torch.cat([rollouts, reference.expand(len(rollouts), -1, -1, -1)], dim=2)
+
     def split_targets(self, rollout_BKNG: Tensor) -> tuple[Tensor, Tensor]:
         """Rollout tokens by predictor: step 0, read at `anchor_predictors` [size, B, N], and the steps after each
         rollout token of the row, read there [R, B, 1]. Takes the rollouts of ALL blocks."""
-        here = rollout_BKNG[:, self.blocks.to(rollout_BKNG.device)]
-        return here[..., 0].transpose(0, 1), here[..., 1:].flatten(1).t()[:, :, None]
+        first = rollout_BKNG[:, self.blocks.to(rollout_BKNG.device), :, 0]
+        return first.transpose(0, 1), self._of_rollouts(rollout_BKNG)[..., 1:].flatten(1).t()[:, :, None]
 
     def join_targets(self, first_KBN: Tensor, later_RB1: Tensor) -> Tensor:
-        """The inverse of `split_targets` on what was read: [B, size, N, G]."""
-        later = later_RB1.squeeze(-1).t().reshape(later_RB1.shape[1], self.size, self.layout.num_samples, self.steps)
+        """The inverse of `split_targets` on what was read: [B, size, N, G]. Identical rollouts have the same values,
+        whose gradients add up; steps 1..G−1 of a rollout left out are of any other one, or zero."""
+        later = later_RB1.squeeze(-1).t().reshape(later_RB1.shape[1], self.num_rollouts, self.steps)
+        if self.kept is None:
+            later = later.unflatten(1, (self.size, self.layout.num_samples))
+        elif self.num_rollouts:
+            row = torch.arange(len(later), device=later.device)[:, None, None]
+            later = later[row, self.kept.where_BKN.to(later.device)]
+        else:
+            later = later.new_zeros(*self.kept.where_BKN.shape, self.steps)
         return torch.cat([first_KBN.transpose(0, 1)[..., None], later], dim=-1)
 
     def chunks(self, blocks_per_chunk: int) -> list["Chunk"]:
-        """Block slots a few at a time, for attention."""
-        return [Chunk(self, first, min(first + blocks_per_chunk, self.size))
-                for first in range(0, self.size, blocks_per_chunk)]
+        """Rollouts a few at a time, as many as so many blocks have, for attention."""
+        size = blocks_per_chunk * self.layout.num_samples
+        return [Chunk(self, first, min(first + size, self.num_rollouts))
+                for first in range(0, self.num_rollouts, size)]
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Block slots [first, last) of a row, whose rollouts attend together."""
+    """Rollouts [first, last) of a row, which attend together."""
 
     row: RowLayout
     first: int
@@ -268,22 +384,22 @@ class Chunk:
     @property
     def gold(self) -> int:
         """Gold tokens that any of its rollouts sees: [0, gold)."""
-        return int(self.row.anchors[self.last - 1])
+        return int(self.row.rollout_anchor[:, self.tokens(self.row.steps)].max())
 
     def tokens(self, steps: int) -> slice:
         """Its rollout tokens among those of a row (or step) that keeps `steps` of each rollout."""
-        per_block = self.row.layout.num_samples * steps
-        return slice(self.first * per_block, self.last * per_block)
+        return slice(self.first * steps, self.last * steps)
 
     def visible(self, query_steps: range, starts_BT: Tensor | None, device) -> Tensor:
         """What queries of `query_steps` see of [gold tokens [0, gold) | own rollout tokens], bool [B or 1, Q, C]."""
         row, mine = self.row, self.tokens(self.row.steps)
-        slot, number, step = (x[mine].to(device) for x in (row.rollout_slot, row.rollout_number, row.rollout_step))
+        number, step, anchor = row.rollout_number[mine], row.rollout_step[mine], row.rollout_anchor[:, mine]
         asked = (step >= query_steps.start) & (step < query_steps.stop)
+        anchor = anchor[:, asked].to(device)
         gold = torch.arange(self.gold, device=device)
-        anchor = row.anchors.to(device)[slot[asked]]
-        sees_gold = (gold < anchor[:, None])[None]
-        sees_own = ((number == number[asked][:, None]) & (step <= step[asked][:, None]))[None]
+        sees_gold = gold < anchor[..., None]
+        sees_own = ((number == number[asked][:, None]) & (step <= step[asked][:, None]))[None].to(device)
         if starts_BT is not None:
-            sees_gold = sees_gold & (starts_BT[:, anchor - 1][..., None] <= gold)
+            starts = starts_BT.gather(1, (anchor - 1).expand(len(starts_BT), -1))
+            sees_gold = sees_gold & (starts[..., None] <= gold)
         return torch.cat([sees_gold, sees_own.expand(len(sees_gold), -1, -1)], dim=2)

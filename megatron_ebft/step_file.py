@@ -9,7 +9,8 @@
        [sampler_log_probs], [entropy] [B·n, NB·G]  of the rollout tokens, from the sampler
        features_gold [B, NB, D], features_rollout [B, n, NB, D]        only tools/replay.py makes these
        alignment, diversity, reward, advantage [B·n, NB]
-       log_probs [B·n, T + NB·G − 1]               of the training pass: gold tokens at τ = 1, rollout tokens at τ
+       log_probs [B·n, T + NB·G − 1]               of the training pass: gold tokens at τ = 1, rollout tokens at τ; in
+                                                   a failed step NaN for rollouts that the pass left out (ebft.py)
        rl_loss, ce_loss, kl_loss                   kl_loss with a KL coefficient; not multiplied by coefficients
        grad.<Hugging Face name>                    of the whole loss; only tools/replay.py makes these
 

@@ -245,15 +245,15 @@ def ebft_gradient(run: Run, gold: GoldBatch, rollouts: Rollouts | None, timer: P
                                                config.rollout_rows)
     run.stopper.check(steps=0)
     with timer("features"):
-        rewards = ebft.compute_rewards(run.encoder, gold, rollouts, config)
-    start = None
+        rewards = ebft.compute_rewards(run.encoder, gold, rollouts, config, means)
+    valid_BK, start = gold.valid_blocks(config.layout), None
     if run.reference is not None and (config.kl_coef or check):
         with timer("reference"):
-            start = ebft.score(run.reference, gold, rollouts, config).rollout_BKNG
+            needed_BKN = valid_BK[..., None].expand_as(rewards.advantage)
+            start = ebft.score(run.reference, gold, rollouts, config, needed_BKN).rollout_BKNG
     with timer("train"):
         scores = ebft.policy_gradient(run.policy, gold, rollouts, rewards.advantage, config, means,
                                       start if config.kl_coef else None)
-    valid_BK = gold.valid_blocks(config.layout)
     measure_rewards(rewards, valid_BK, config, means)
     measure_mismatch(rollouts, scores, start, valid_BK, means)
     return rollouts, rewards, scores
@@ -278,14 +278,15 @@ def measure_rewards(rewards: Rewards, valid_BK: Tensor, config: EBFTConfig, mean
 
 def measure_mismatch(rollouts: Rollouts, scores: Scores, start_BKNG: Tensor | None, valid_BK: Tensor,
                      means: Means) -> None:
-    """How far the training pass is from the sampler, and the policy from its start."""
+    """How far the training pass is from the sampler, and the policy from its start: where the pass has scored."""
     valid = valid_BK[..., None, None]
+    scored = valid & scores.is_scored_BKNG
     mismatch = (scores.rollout_BKNG - rollouts.log_probs_BKNG).abs()
     means.add_masked("entropy", rollouts.entropy_BKNG, valid)
-    means.add_masked("mismatch", mismatch, valid)
-    means.add_masked("mismatch_ratio", mismatch.exp(), valid)
+    means.add_masked("mismatch", mismatch, scored)
+    means.add_masked("mismatch_ratio", mismatch.exp(), scored)
     if start_BKNG is not None:
-        means.add_masked("distance_to_start", (scores.rollout_BKNG - start_BKNG).abs(), valid)
+        means.add_masked("distance_to_start", (scores.rollout_BKNG - start_BKNG).abs(), scored)
 
 
 def self_check(run: Run, means: Means) -> None:

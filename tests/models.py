@@ -187,7 +187,7 @@ def build_reference(config: dict, weights: dict):
 
 
 def ebft_config(settings, seq_length: int, num_layers: int, *, micro_batch_size=1, blocks_per_microbatch=0,
-                rollout_rows=0, seed=0) -> EBFTConfig:
+                rollout_rows=0, seed=0, skip_duplicates=True) -> EBFTConfig:
     """The configuration that does what brute_force.Settings describes."""
     g = settings.geometry
     return EBFTConfig(
@@ -197,7 +197,8 @@ def ebft_config(settings, seq_length: int, num_layers: int, *, micro_batch_size=
         whitening=settings.whitening, advantage=settings.advantage, alignment_coef=1.0, diversity_coef=settings.alpha,
         rl_coef=settings.rl_coef, ce_coef=settings.ce_coef, kl_coef=settings.kl_coef,
         kl_estimator=settings.kl_estimator, micro_batch_size=micro_batch_size,
-        blocks_per_microbatch=blocks_per_microbatch, rollout_rows=rollout_rows)
+        blocks_per_microbatch=blocks_per_microbatch, rollout_rows=rollout_rows,
+        skip_duplicates=skip_duplicates)
 
 
 def gold_batch(tokens_BT: Tensor, eod: int | None = None, answer_BT: Tensor | None = None, first: int = 0) -> GoldBatch:

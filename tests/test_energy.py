@@ -80,6 +80,8 @@ def test_equal_rollouts_have_no_advantage(kind, whitening):
     rollouts, reference = random_groups(0, 4, 12, duplicates=3)
     alignment, diversity = energy.rewards(gram(rollouts, reference), whitening)
     close(energy.advantages(alignment, diversity, kind, 1.0, 1.0), torch.zeros(3, 2, 4), tolerance=1e-6)
+    equal = (x[..., :1].expand_as(x) for x in (alignment, diversity))  # no rounding in these: none in what is left
+    assert (energy.advantages(*equal, kind, 0.9, 0.7) == 0).all()
 
 
 def test_the_alignment_coefficient_scales_reward_and_baseline():

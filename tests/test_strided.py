@@ -53,6 +53,9 @@ class Case:
     pooling: str = "last_token"
     advantage: str = "rloo"
     temperature: float = 0.8
+    has_duplicates: bool = False
+    """Sample 1 is sample 0 again, and in every second block all samples are."""
+    skip_duplicates: bool = True
     seed: int = 0
 
 
@@ -69,8 +72,9 @@ def random_case(seed: int) -> Case:
         eods=pick((None, tuple(number(0, T - 1) for _ in range(number(0, 3))))),
         answers=pick((None, (number(0, T // 2), T))), whitening=pick(("none", "paper", "released")),
         norm=pick(("joint", "layer")), pooling=pick(("last_token", "mean")),
-        advantage=pick(("rloo", "reinforce", "group_norm")) if n > 1 else "reinforce", temperature=pick((0.6, 1.0)),
-        seed=number(0, 1000))
+        advantage=pick(("rloo", "reinforce", "group_norm")) if n > 1 else "reinforce",
+        temperature=pick((0.6, 1.0)), has_duplicates=pick((False, True)),
+        skip_duplicates=pick((False, True)), seed=number(0, 1000))
 
 
 class Step:
@@ -95,11 +99,16 @@ class Step:
             eod=None if case.eods is None else EOD, ce_document_starts=case.eods is None, **options)
         self.method = models.ebft_config(self.settings, case.T, self.config["num_hidden_layers"],
                                          micro_batch_size=case.micro_batch_size,
-                                         blocks_per_microbatch=case.blocks_per_microbatch, seed=case.seed)
+                                         blocks_per_microbatch=case.blocks_per_microbatch, seed=case.seed,
+                                         skip_duplicates=case.skip_duplicates)
         self.gold = models.gold_batch(self.docs, self.settings.eod, self.answers)
         self.policy = models.build_policy(self.config, self.weights)
         self.rollouts = sample_rollouts(self.policy, self.gold, self.method.layout, self.method.sampling,
                                         iteration=7)
+        if case.has_duplicates:
+            for values_BKNG in (self.rollouts.tokens_BKNG, self.rollouts.log_probs_BKNG):
+                values_BKNG[:, :, :2] = values_BKNG[:, :, :1].clone()
+                values_BKNG[:, ::2] = values_BKNG[:, ::2, :1].clone()
 
     def random_llama(self, seed: int):
         case = self.case
@@ -138,6 +147,7 @@ def check_gradient(step: Step, expected: dict) -> None:
 @example(Case(T=12, c=4, s=4, G=4, eods=(3,), blocks_per_microbatch=1))  # eod right before an anchor
 @example(Case(eods=(2, 3, 4, 5, 6, 7, 8), answers=(6, 12)))  # documents shorter than a completion
 @example(Case(answers=(14, 14)))  # nothing to train on
+@example(Case(n=4, has_duplicates=True, eods=(6,), rows=4, micro_batch_size=2, blocks_per_microbatch=3))
 @example(Case(T=40, c=2, s=1, G=5, n=4, rows=1, eods=(9, 20)))  # several chunks of attention
 def test_a_step_is_brute_force(case):
     step = Step(case)
@@ -154,12 +164,14 @@ def test_a_step_is_brute_force(case):
 
     means = Means()
     scores = ebft.policy_gradient(step.policy, step.gold, step.rollouts, rewards.advantage, step.method, means)
-    for log_probs in (scores.rollout_BKNG, step.rollouts.log_probs_BKNG):
-        assert_close(log_probs.cpu()[valid], expected["log_probs"][valid])
-    assert_close(scores.rollout_BKNG, step.rollouts.log_probs_BKNG)  # of blocks that do not count, too
+    assert_close(step.rollouts.log_probs_BKNG.cpu()[valid], expected["log_probs"][valid])
+    is_scored = scores.is_scored_BKNG
+    assert is_scored[..., 0].all() and (is_scored.all() or case.skip_duplicates)
+    assert scores.rollout_BKNG.isfinite().equal(is_scored)
+    assert_close(scores.rollout_BKNG[is_scored], step.rollouts.log_probs_BKNG[is_scored])
     assert_close(scores.gold_BT.cpu(), expected["gold_log_probs"])
     scored = ebft.score(step.policy[0], step.gold, step.rollouts, step.method)
-    assert_close(scored.rollout_BKNG, scores.rollout_BKNG)
+    assert_close(scored.rollout_BKNG, step.rollouts.log_probs_BKNG)  # of blocks that do not count, too
     assert_close(scored.gold_BT, scores.gold_BT)
     losses = means.reduce()
     for key in ("rl_loss", "ce_loss"):

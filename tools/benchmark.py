@@ -2,10 +2,16 @@
 
     python tools/benchmark.py                                        # the shape of the README's table
     torchrun --nproc-per-node N tools/benchmark.py --bf16 --num-layers 16 --hidden-size 2048 …
+    python tools/benchmark.py --pretrained-checkpoint DIR --data-path PREFIX --seq-length 256  # a trained model
 
 Takes the training flags of model, optimizer, memory and method (see `python -m megatron_ebft.train --help`); random
-weights and rows, no masks, no reference. Tokens and operations are those of one rank. Prints a table and,
-with --json, writes the same as JSON. Every repeat runs an SFT step, then an EBFT step; medians are reported.
+weights and rows, or those of a checkpoint and a dataset; no masks, no reference. Tokens and operations are those of
+one rank. Prints a table and, with --json, writes the same as JSON. Every repeat runs an SFT step, then an EBFT step;
+medians are reported.
+
+Random weights hardly ever draw a rollout twice, so they show what a step costs where nothing is saved. Where the first
+EBFT step leaves rollouts out (--ebft-skip-duplicates), every repeat also runs one on the same rows that leaves out
+none, as "ebft, whole rows": what the savings are worth, beside the share of tokens they are.
 """
 
 import dataclasses
@@ -40,8 +46,21 @@ for _operation, _formula in ((torch.ops.aten._scaled_dot_product_flash_attention
         flop_counter.register_flop_formula(_operation)(_formula)
 
 
+WHOLE = "ebft, whole rows"
+
+
+def build_pretrained(args):
+    """A Run on a checkpoint's weights and a dataset, and this rank's rows of each repeat's global batch."""
+    from megatron_ebft.build import build_run
+    from megatron_ebft.training import gold_batch
+
+    args.use_checkpoint_args, args.eval_interval = True, 0
+    run = build_run(args)
+    return run, [gold_batch(run, run.train_data, i * args.global_batch_size) for i in range(args.repeats)]
+
+
 def build(args):
-    """A Run on random weights, and one global batch of random rows on this rank."""
+    """A Run on random weights, and random rows on this rank, the same for every repeat."""
     from megatron.core.optimizer import get_megatron_optimizer
 
     from megatron_ebft.arguments import (
@@ -72,17 +91,18 @@ def build(args):
     generator = torch.Generator().manual_seed(args.seed)
     tokens = torch.randint(0, args.vocab_size, (args.global_batch_size, args.seq_length), generator=generator)
     mine = slice(document_rank() * rows, (document_rank() + 1) * rows)
-    return run, GoldBatch(tokens[mine].to(device()), torch.arange(args.global_batch_size)[mine].to(device()))
+    gold = GoldBatch(tokens[mine].to(device()), torch.arange(args.global_batch_size)[mine].to(device()))
+    return run, [gold] * args.repeats
 
 
-def measure_step(run, gold) -> dict[str, float]:
-    """Seconds of one step, by phase and in all."""
+def measure_step(run, gold) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds of one step, by phase and in all; and its metrics."""
     from megatron_ebft.metrics import PhaseTimer
     from megatron_ebft.training import train_step
 
     timer, start = PhaseTimer(), time.perf_counter()
-    train_step(run, gold, timer, check=False)
-    return {**timer.seconds, "step": time.perf_counter() - start}
+    metrics = train_step(run, gold, timer, check=False)
+    return {**timer.seconds, "step": time.perf_counter() - start}, metrics
 
 
 def count_flops(run, gold) -> dict[str, float]:
@@ -119,28 +139,42 @@ def benchmark(args) -> dict:
     """All figures, JSON-able."""
     from megatron_ebft.device import have_gpu
 
-    run, gold = build(args)
-    sft_run = dataclasses.replace(run, mode="sft")
-    flops = {"ebft": count_flops(run, gold), "sft": count_flops(sft_run, gold)}  # also warms up
+    run, batches = build_pretrained(args) if args.pretrained_checkpoint else build(args)
+    runs = {"sft": dataclasses.replace(run, mode="sft"), "ebft": run}
+    if any(saved(measure_step(run, batches[0])[1]).values()):
+        runs[WHOLE] = dataclasses.replace(run, config=dataclasses.replace(run.config, skip_duplicates=False))
+    flops = {name: count_flops(kind, batches[0]) for name, kind in runs.items()}  # also warms up
     rate = matmul_rate(torch.bfloat16 if args.bf16 else torch.float32, 8192 if have_gpu() else 2048)
-    sft, ebft = [], []
-    for repeat in range(args.repeats):
-        sft.append(measure_step(sft_run, gold))
-        ebft.append(measure_step(run, gold))
+    steps, shares = {name: [] for name in runs}, []
+    for repeat, gold in enumerate(batches):
+        for name, kind in runs.items():
+            seconds, metrics = measure_step(kind, gold)
+            steps[name].append(seconds)
+            if name == "ebft":
+                shares.append(saved(metrics))
         if torch.distributed.get_rank() == 0:
-            print(f"repeat {repeat + 1}/{args.repeats}: SFT {sft[-1]['step']:.3f} s, EBFT {ebft[-1]['step']:.3f} s")
-    seconds = {name: {phase: statistics.median(step[phase] for step in steps) for phase in steps[0]}
-               for name, steps in (("ebft", ebft), ("sft", sft))}
-    layout = run.config.layout
+            print(f"repeat {repeat + 1}/{args.repeats}: "
+                  + ", ".join(f"{name} {found[-1]['step']:.3f} s" for name, found in steps.items()))
+    seconds = {name: {phase: statistics.median(step[phase] for step in found) for phase in found[0]}
+               for name, found in steps.items()}
+    layout, gold = run.config.layout, batches[0]
+    others = [name for name in runs if name != "sft"]
     return {
         "device": torch.cuda.get_device_name() if have_gpu() else f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__, "repeats": args.repeats, "matmul_gflops_per_second": rate / 1e9,
         "gold_tokens": gold.tokens_BT.numel(), "blocks": layout.num_blocks,
         "rollout_tokens": len(gold.tokens_BT) * layout.num_blocks * layout.num_samples * layout.rollout_length,
+        "tokens_saved": {phase: statistics.mean(x[phase] for x in shares) for phase in shares[0]},
         "seconds": seconds, "gflops": {name: {k: v / 1e9 for k, v in f.items()} for name, f in flops.items()},
-        "ratio": seconds["ebft"]["step"] / seconds["sft"]["step"],
-        "ratio_of_each_repeat": [e["step"] / s["step"] for e, s in zip(ebft, sft)],
-        "flops_ratio": sum(flops["ebft"].values()) / sum(flops["sft"].values())}
+        "ratio": {name: seconds[name]["step"] / seconds["sft"]["step"] for name in others},
+        "ratio_of_each_repeat": {name: [e["step"] / s["step"] for e, s in zip(steps[name], steps["sft"])]
+                                 for name in others},
+        "flops_ratio": {name: sum(flops[name].values()) / sum(flops["sft"].values()) for name in others}}
+
+
+def saved(metrics: dict[str, float]) -> dict[str, float]:
+    """Share of tokens that an EBFT step saved, by phase."""
+    return {"features": metrics["encoder_tokens_saved"], "train": metrics["training_tokens_saved"]}
 
 
 def table(result: dict) -> str:
@@ -148,20 +182,21 @@ def table(result: dict) -> str:
     peak = result["matmul_gflops_per_second"]
     lines = [f"{result['device']}, torch {result['torch']}; {result['gold_tokens']} gold and "
              f"{result['rollout_tokens']} rollout tokens a step; matrix product {peak:.0f} GFLOP/s", "",
-             "| step | phase | seconds | share | GFLOP | GFLOP/s | of the matrix product |",
-             "|---|---|--:|--:|--:|--:|--:|"]
-    for name in ("sft", "ebft"):
+             "| step | phase | seconds | share | GFLOP | GFLOP/s | of the matrix product | tokens saved |",
+             "|---|---|--:|--:|--:|--:|--:|--:|"]
+    for name in result["seconds"]:
         seconds, gflops = result["seconds"][name], result["gflops"][name]
         total = sum(gflops.values())
         for phase in [p for p in PHASES if p in seconds] + ["step"]:
             work = total if phase == "step" else gflops.get(phase, 0.0)
             rate = work / seconds[phase]
             share = seconds[phase] / seconds["step"]
+            tokens = f"{result['tokens_saved'].get(phase, 0):.1%}" if name == "ebft" else ""
             lines.append(f"| {name} | {phase} | {seconds[phase]:.3f} | {share:.0%} | {work:.1f} | {rate:.0f} | "
-                         f"{rate / peak:.0%} |")
-    each = result["ratio_of_each_repeat"]
-    lines += ["", f"EBFT / SFT: {result['ratio']:.2f} × in time (single repeats {min(each):.2f} to {max(each):.2f}), "
-                  f"{result['flops_ratio']:.2f} × in operations"]
+                         f"{rate / peak:.0%} | {tokens} |")
+    for name, each in result["ratio_of_each_repeat"].items():
+        lines += ["", f"{name} / sft: {result['ratio'][name]:.2f} × in time (single repeats {min(each):.2f} to "
+                      f"{max(each):.2f}), {result['flops_ratio'][name]:.2f} × in operations"]
     return "\n".join(lines)
 
 
@@ -176,10 +211,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--repeats", type=int, default=5, help="steps of each kind that are timed")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     args = check_args(parser.parse_args(["--train-iters", "1000", *argv]))
-    for flag in ("ebft_document_mask", "ebft_answer_only", "ebft_kl_coef", "load", "pretrained_checkpoint",
-                 "data_path"):
+    for flag in ("ebft_document_mask", "ebft_answer_only", "ebft_kl_coef", "load", "save"):
         if vars(args)[flag]:
             raise ValueError(f"--{flag.replace('_', '-')}: not part of the benchmark, leave it out")
+    if bool(args.pretrained_checkpoint) != bool(args.data_path or args.train_data_path):
+        raise ValueError("--pretrained-checkpoint, --data-path: trained weights and text go together, give both")
     init_parallel(**parallel_sizes(args))
     result = benchmark(args)
     if torch.distributed.get_rank() == 0:

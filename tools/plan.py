@@ -10,12 +10,13 @@
 1. The first, a middle and the last pipeline stage are each run as one rank of the real code: one step of `train_step`
    on tensors without data, among ranks that are not there (simulate.py). Nothing is modelled apart, so memory,
    operations and messages are those of the code (meter.py, traffic.py).
-2. Not in it: CUDA's context, NCCL's buffers and fragmentation, for which UNUSABLE of the memory is set aside, and
+2. No rollout is left out (--ebft-skip-duplicates is off): what is saved depends on the policy, and need not be there.
+3. Not in it: CUDA's context, NCCL's buffers and fragmentation, for which UNUSABLE of the memory is set aside, and
    temporaries inside operations. Evaluation needs less than training: its rows are as long, and have no backward pass.
-3. Times are an estimate: every operation takes the longer of computing and of moving its bytes, at EFFICIENCY of the
+4. Times are an estimate: every operation takes the longer of computing and of moving its bytes, at EFFICIENCY of the
    peaks; every collective its ring's bytes over the slowest link, and nothing overlaps. Pipeline stages idle as in the
    schedules of Megatron (training) and of relay.py (sampling).
-4. Where it does not fit, single changes of flags are planned in the order of what they cost, and the first that helps
+5. Where it does not fit, single changes of flags are planned in the order of what they cost, and the first that helps
    is named.
 """
 
@@ -337,6 +338,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Cluster]:
             help="instead of the GPU's own" if name != "gpus_per_node" else "GPUs that NVLink joins, default 8")
     add("--json", metavar="FILE", help="write all figures there")
     args = check_args(parser.parse_args(argv))
+    args.ebft_skip_duplicates = False
     if args.vocab_size is None:
         raise ValueError("--vocab-size: give it, the plan reads no tokenizer")
     if args.use_checkpoint_args:
