@@ -15,6 +15,8 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron_ebft import energy, losses
 from megatron_ebft.ebft import EBFTConfig
 from megatron_ebft.features import FEATURE_NORMS, POOLINGS, FeatureMap
+from megatron_ebft.fp8 import FP8, RECIPES
+from megatron_ebft.fp8 import ROWS as FP8_ROWS
 from megatron_ebft.layout import StridedLayout
 from megatron_ebft.model import ModelArgs, feature_layers, split_layers
 from megatron_ebft.rollout import SamplingConfig
@@ -36,7 +38,7 @@ UNSUPPORTED = {
                                         "--decoder-last-pipeline-num-layers",
     "--num-layers-per-virtual-pipeline-stage": "use --num-virtual-stages-per-pipeline-rank",
     "--fp16": "use --bf16",
-    "--fp8-format": "FP8 is not supported yet",
+    "--fp8-format": "training in FP8 is not supported; --ebft-rollout-fp8 and --ebft-encoder-fp8 are",
 }
 """Megatron's flags that are refused by name, and what to do instead. Parallel sizes of 1 pass."""
 
@@ -61,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_machine(parser.add_argument_group("parallelism, precision and memory"))
     _add_checkpoint(parser.add_argument_group("checkpoints"))
     _add_logging(parser.add_argument_group("evaluation and logging"))
+    _add_fp8(parser.add_argument_group("FP8 and its correction"))
     ebft = parser.add_argument_group("EBFT")
     _add_ebft(ebft)
     ebft.add_argument(
@@ -237,6 +240,21 @@ def _add_ebft(group):
         "function), d²/2, or exp(−d) − 1 + d")
 
 
+def _add_fp8(group):
+    add = group.add_argument
+    for part, what in (("rollout", "linear layers of the policy while it samples"),
+                       ("encoder", "linear layers of the encoder in training")):
+        add(f"--ebft-{part}-fp8", choices=RECIPES, default="off", help=f"{what} in FP8: blockwise is the closer one, "
+            "tensorwise the faster")
+    add("--ebft-fp8-emulate", action="store_true", help="round to FP8 and multiply as usual: the same numbers on any "
+        "hardware, slowly")
+    add("--first-last-layers-bf16", action="store_true", help="the first and last layers stay out of FP8")
+    add("--num-layers-at-start-in-bf16", type=int, default=1, help="so many at the beginning")
+    add("--num-layers-at-end-in-bf16", type=int, default=1, help="so many at the end")
+    add("--ebft-importance-cap", type=float, default=2.0, help="each rollout token's loss is weighted by min(p of the "
+        "training pass / p of the sampler, this); 0: not weighted")
+
+
 def _add_steps(group):
     add = group.add_argument
     add("--ebft-dump-steps", metavar="DIR", help="write steps to DIR/step_0000012.safetensors: rows, rollouts and what "
@@ -276,7 +294,8 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
         _require(args, flag, lambda x: x >= 1, "must be at least 1")
     for flag in ("eval_interval", "ebft_keep_checkpoints", "save_retain_interval", "ebft_blocks_per_microbatch",
                  "ebft_rollout_rows", "ebft_ce_coef", "ebft_kl_coef", "ebft_rl_coef", "clip_grad", "weight_decay", "lr",
-                 "min_lr", "ebft_top_k"):
+                 "min_lr", "ebft_top_k", "ebft_importance_cap", "num_layers_at_start_in_bf16",
+                 "num_layers_at_end_in_bf16"):
         _require(args, flag, lambda x: x >= 0, "must be 0 or more")
     for flag in ("ebft_temperature", "ebft_top_p", "rotary_base", "init_method_std", "norm_epsilon"):
         _require(args, flag, lambda x: x > 0, "must be above 0")
@@ -317,6 +336,9 @@ def _check_parallelism(args) -> None:
         if args.seq_length % args.tensor_model_parallel_size:
             raise ValueError(f"--seq-length {args.seq_length}: with --sequence-parallel it must be a multiple of "
                              f"--tensor-model-parallel-size {args.tensor_model_parallel_size}")
+    if args.seq_length % row_multiple(args):
+        raise ValueError(f"--seq-length {args.seq_length}: with --ebft-rollout-fp8 or --ebft-encoder-fp8 it must be a "
+                         f"multiple of {row_multiple(args)}")
     if args.pipeline_model_parallel_size == 1:
         for flag, default in (("num_virtual_stages_per_pipeline_rank", 1), ("decoder_first_pipeline_num_layers", None),
                               ("decoder_last_pipeline_num_layers", None)):
@@ -390,6 +412,22 @@ def transformer_overrides(args: argparse.Namespace) -> dict:
                 **p2p, **recompute)
 
 
+def fp8_config(args: argparse.Namespace, part: str) -> FP8:
+    """What of the `rollout` or of the `encoder` runs in FP8; ValueError, naming the flag, where it cannot."""
+    at_start, at_end = args.num_layers_at_start_in_bf16, args.num_layers_at_end_in_bf16
+    if not args.first_last_layers_bf16:
+        at_start = at_end = 0
+    fp8 = FP8(vars(args)[f"ebft_{part}_fp8"], args.ebft_fp8_emulate, at_start, at_end, f"--ebft-{part}-fp8")
+    fp8.check()
+    return fp8
+
+
+def row_multiple(args: argparse.Namespace) -> int:
+    """What rows and decoding steps have a multiple of, in tokens: of tensor ranks that share them, and of FP8's."""
+    shared = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    return shared * (1 if args.ebft_rollout_fp8 == args.ebft_encoder_fp8 == "off" else FP8_ROWS)
+
+
 def policy_overrides(args: argparse.Namespace) -> dict:
     """The same for the policy, whose first and last stage may have a share of their own."""
     return {**transformer_overrides(args), "first_stage_layers": args.decoder_first_pipeline_num_layers,
@@ -434,14 +472,16 @@ def ebft_config(args: argparse.Namespace, num_layers: int) -> EBFTConfig:
     """
     layout = StridedLayout(args.seq_length, args.ebft_context_length, args.ebft_stride, args.ebft_rollout_length,
                            args.ebft_num_samples // args.ebft_sample_parallel_size,
-                           pad_to=args.tensor_model_parallel_size if args.sequence_parallel else 1)
+                           pad_to=row_multiple(args))
     return EBFTConfig(
         layout=layout,
-        sampling=SamplingConfig(args.ebft_temperature, args.ebft_top_p, args.ebft_top_k, args.seed),
+        sampling=SamplingConfig(args.ebft_temperature, args.ebft_top_p, args.ebft_top_k, args.seed,
+                                fp8_config(args, "rollout")),
         feature_map=FeatureMap(feature_layers(args.ebft_feature_layers, num_layers), args.ebft_feature_norm,
                                args.ebft_feature_pooling),
         whitening=args.ebft_whitening, advantage=args.ebft_advantage, alignment_coef=args.ebft_alignment_coef,
         diversity_coef=args.ebft_diversity_coef, rl_coef=args.ebft_rl_coef, ce_coef=args.ebft_ce_coef,
         kl_coef=args.ebft_kl_coef, kl_estimator=args.ebft_kl_estimator, micro_batch_size=args.micro_batch_size,
         blocks_per_microbatch=args.ebft_blocks_per_microbatch, rollout_rows=args.ebft_rollout_rows,
+        importance_cap=args.ebft_importance_cap, encoder_fp8=fp8_config(args, "encoder"),
         skip_duplicates=args.ebft_skip_duplicates and not (args.ebft_dump_steps or args.ebft_replay_steps))

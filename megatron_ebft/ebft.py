@@ -24,6 +24,7 @@ from megatron_ebft import energy, losses
 from megatron_ebft.attention import StridedPattern, as_mask
 from megatron_ebft.batch import GoldBatch, MicroBatch, MicroBatches, run_schedule
 from megatron_ebft.features import FeatureMap, block_grams
+from megatron_ebft.fp8 import FP8, quantised
 from megatron_ebft.layout import StridedLayout, first_alike
 from megatron_ebft.metrics import Means
 from megatron_ebft.parallel import (
@@ -61,6 +62,10 @@ class EBFTConfig:
     """0: all."""
     rollout_rows: int
     """Rows that decode together; 0: all, or as many as keep the pipeline busy."""
+    importance_cap: float
+    """C, of the importance weights; 0: none."""
+    encoder_fp8: FP8
+    """What of the encoder runs in FP8, in training."""
     skip_duplicates: bool
     """See "Savings" above."""
 
@@ -116,7 +121,8 @@ def compute_rewards(encoder, gold: GoldBatch, rollouts: Rollouts, config: EBFTCo
     rows = encoder_rows(gold, rollouts, config, needed_BKN)
     if means is not None:
         means.add("encoder_tokens_saved", *rows.saved_tokens())
-    gram = block_grams(encoder, config.feature_map, rows, [length])[:, :, 0]
+    with torch.no_grad(), quantised([encoder], config.encoder_fp8):
+        gram = block_grams(encoder, config.feature_map, rows, [length])[:, :, 0]
     alignment, diversity = energy.rewards(gram, config.whitening)
     if config.skip_duplicates:  # rounding may differ between them: on two sample ranks, or by whitening
         first_BKn = first_alike(all_samples(tokens_BKNG))
@@ -206,7 +212,11 @@ def policy_gradient(policy: list, gold: GoldBatch, rollouts: Rollouts, advantage
         def loss_func(sections):
             log_probs = mb.row.join_targets(*sections[1:])
             valid = (valid_BK[mb.rows][:, blocks] & mb.row.is_real.to(blocks.device))[:, :, None]
-            rl = losses.reinforce_loss(log_probs, advantage_BKN[mb.rows][:, blocks], valid)
+            weight = None
+            if rollouts.log_probs_BKNG is not None:
+                sampled = rollouts.log_probs_BKNG[mb.rows][:, blocks]
+                weight = losses.importance_weight(log_probs, sampled, config.importance_cap)
+            rl = losses.reinforce_loss(log_probs, advantage_BKN[mb.rows][:, blocks], valid, weight)
             loss = config.rl_coef * rl / rollout_count
             token_valid = valid[..., None].expand_as(log_probs)
             means.add("rl_loss", rl.detach(), token_valid.sum())

@@ -15,6 +15,7 @@ from megatron_ebft import energy
 from megatron_ebft.batch import GoldBatch
 from megatron_ebft.ebft import EBFTConfig, encoder_rows, score
 from megatron_ebft.features import block_grams
+from megatron_ebft.fp8 import FP8
 from megatron_ebft.layout import StridedLayout
 from megatron_ebft.losses import kl_estimate
 from megatron_ebft.metrics import Means
@@ -44,7 +45,7 @@ def evaluation_config(config: EBFTConfig, longest: int) -> tuple[EBFTConfig, lis
     longest = max(min(longest, training.seq_length - training.context_length), training.rollout_length)
     lengths = sorted({training.rollout_length, *(2**i for i in range(longest.bit_length()))})
     layout = replace(training, rollout_length=lengths[-1], stride=max(training.stride, lengths[-1]))
-    sampling = replace(config.sampling, temperature=1.0, top_p=1.0, top_k=0)
+    sampling = replace(config.sampling, temperature=1.0, top_p=1.0, top_k=0, fp8=FP8())
     return replace(config, layout=layout, sampling=sampling), lengths
 
 

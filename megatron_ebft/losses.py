@@ -15,15 +15,28 @@ def on_policy_ratio(log_probs: Tensor) -> Tensor:
     return torch.exp(log_probs - log_probs.detach())
 
 
-def reinforce_loss(log_probs: Tensor, advantages: Tensor, valid: Tensor) -> Tensor:
+def importance_weight(log_probs: Tensor, sampler_log_probs: Tensor, cap: float) -> Tensor:
+    """min(p_train / p_sampler, cap) of each token, detached; 1 for cap 0 (METHOD: "Losses").
+
+    What the sampler's numerics change in the distribution of a token, this takes back in the mean over tokens. It does
+    not in what follows a token, nor in the other rollouts of its block, which the sampler drew as well.
+    """
+    if cap == 0:
+        return torch.ones_like(log_probs)
+    return (log_probs.detach() - sampler_log_probs).exp().clamp(max=cap)
+
+
+def reinforce_loss(log_probs: Tensor, advantages: Tensor, valid: Tensor, weight: Tensor | None = None) -> Tensor:
     """−Σ A·ρ over the valid tokens.
 
     Args:
+        weight: of each token, [..., G]; None: 1.
         log_probs: [..., G] of rollout tokens under the training pass, at the sampling temperature.
         advantages: [...], one per rollout, shared by its tokens.
         valid: bool, broadcastable to [...].
     """
-    return -(on_policy_ratio(log_probs).sum(-1) * advantages * valid).sum()
+    ratio = on_policy_ratio(log_probs)
+    return -((ratio if weight is None else ratio * weight).sum(-1) * advantages * valid).sum()
 
 
 def cross_entropy(log_probs: Tensor, valid: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_ebft.attention import DecodePattern, PrefillPattern, RolloutCache, as_mask
 from megatron_ebft.batch import GoldBatch
 from megatron_ebft.device import work_clock
+from megatron_ebft.fp8 import FP8, quantised
 from megatron_ebft.layout import StridedLayout, document_starts, pad
 from megatron_ebft.model import unwrap
 from megatron_ebft.parallel import from_last_stage, is_first_stage, is_last_stage, pp_group, sample_rank, tp_group
@@ -35,6 +36,8 @@ class SamplingConfig:
     top_k: int
     """0: off."""
     seed: int
+    fp8: FP8 = FP8()
+    """What of the policy runs in FP8 while it samples."""
 
     def __post_init__(self):
         if self.temperature <= 0:
@@ -76,14 +79,15 @@ def sample_rollouts(policy: list, gold: GoldBatch, layout: StridedLayout, config
     relay = Relay() if stages > 1 else None
     rows = row_groups(len(gold.tokens_BT), stages, rows_per_group)
     groups = [_Group(policy, gold.rows(part), layout, config, iteration, relay) for part in rows]
-    for step, virtual, number in tasks(len(groups), stages, layout.rollout_length, len(policy)):
-        group = groups[number]
-        given = group.receive(step, virtual)
-        begun = None if timeline is None else work_clock()
-        out = group.work(step, virtual, given)
-        if timeline is not None:
-            timeline.append((step, virtual, number, work_clock() - begun))
-        group.hand_on(step, virtual, out)
+    with quantised(policy, config.fp8):
+        for step, virtual, number in tasks(len(groups), stages, layout.rollout_length, len(policy)):
+            group = groups[number]
+            given = group.receive(step, virtual)
+            begun = None if timeline is None else work_clock()
+            out = group.work(step, virtual, given)
+            if timeline is not None:
+                timeline.append((step, virtual, number, work_clock() - begun))
+            group.hand_on(step, virtual, out)
     if relay is not None:
         relay.finish()
     for chunk in policy:

@@ -3,7 +3,7 @@
 import math
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from megatron_ebft.dataset import document_ids, rows_for_step
 from megatron_ebft.device import device
 from megatron_ebft.ebft import EBFTConfig, Rewards, Scores
 from megatron_ebft.evaluation import evaluate
+from megatron_ebft.fp8 import FP8
 from megatron_ebft.metrics import Means, PhaseTimer
 from megatron_ebft.parallel import document_rank, document_size
 from megatron_ebft.rollout import Rollouts, sample_rollouts
@@ -25,6 +26,10 @@ from megatron_ebft.watchdog import PATIENCE, Watchdog
 
 SELF_CHECK_FLOAT32, SELF_CHECK_BF16 = 1e-3, 5e-2
 """Mean |Δ log-probability| per token above which sampler and trainer, or trainer and start, are not the same model."""
+SELF_CHECK_FP8 = 0.3
+"""The same for what FP8 may add to it."""
+HEALTHY_MISMATCH = 1.05
+"""mean exp |Δ log-probability| between sampler and trainer up to which training is reported to go well."""
 
 
 @dataclass
@@ -91,7 +96,7 @@ def train(run: Run, log) -> bool:
             run_evaluation(run, batches, log)
             if saves is not None and state.iteration:  # or it would be there twice after another restart
                 saves.save()
-        first = True
+        first = is_healthy = True
         while state.iteration < args.train_iters:
             run.stopper.check()
             start = time.perf_counter()
@@ -108,6 +113,7 @@ def train(run: Run, log) -> bool:
                 log.step(state.iteration, metrics, timer.seconds, duration, {
                     "restarts": state.restarts, "lost_to_restarts": state.lost_to_restarts,
                     "lost_to_saves": state.lost_to_saves})
+            is_healthy = warn_of_mismatch(metrics.get("mismatch_ratio", 1.0), is_healthy, state.iteration, log)
             if batches and is_due(state.iteration, args.eval_interval, args):
                 run_evaluation(run, batches, log)
             if saves is not None:
@@ -119,6 +125,16 @@ def train(run: Run, log) -> bool:
     if saves is not None:
         saves.finish()
     return state.iteration == args.train_iters and (not batches or state.evaluated == state.iteration)
+
+
+def warn_of_mismatch(ratio: float, was_healthy: bool, iteration: int, log) -> bool:
+    """Whether the sampler is near enough to the training pass; says so when it ceases to be."""
+    is_healthy = ratio <= HEALTHY_MISMATCH
+    if was_healthy and not is_healthy:
+        log.print(f"warning: step {iteration}: sampler and training pass differ by a factor of {ratio:.3f} a token "
+                  f"(mean exp|Δ log p|; healthy up to {HEALTHY_MISMATCH}): look at train/mismatch_kl and "
+                  "train/importance_truncated, and at --ebft-rollout-fp8")
+    return is_healthy
 
 
 def is_due(iteration: int, interval: int, args) -> bool:
@@ -224,7 +240,7 @@ def train_step(run: Run, gold: GoldBatch, timer: PhaseTimer, check: bool,
         else:
             dump.hold(gold, *ebft_gradient(run, gold, rollouts, timer, means, check), means)
             if check:
-                self_check(run, means)
+                self_check(run, means, gold)
             config = run.config
             coefficients = {"rl_loss": config.rl_coef, "ce_loss": config.ce_coef, "kl_loss": config.kl_coef}
         metrics = means.reduce()
@@ -255,7 +271,7 @@ def ebft_gradient(run: Run, gold: GoldBatch, rollouts: Rollouts | None, timer: P
         scores = ebft.policy_gradient(run.policy, gold, rollouts, rewards.advantage, config, means,
                                       start if config.kl_coef else None)
     measure_rewards(rewards, valid_BK, config, means)
-    measure_mismatch(rollouts, scores, start, valid_BK, means)
+    measure_mismatch(rollouts, scores, start, valid_BK, config.importance_cap, means)
     return rollouts, rewards, scores
 
 
@@ -276,21 +292,39 @@ def measure_rewards(rewards: Rewards, valid_BK: Tensor, config: EBFTConfig, mean
     means.add_masked("valid_blocks", valid_BK.float(), torch.ones_like(valid_BK))
 
 
-def measure_mismatch(rollouts: Rollouts, scores: Scores, start_BKNG: Tensor | None, valid_BK: Tensor,
+def measure_mismatch(rollouts: Rollouts, scores: Scores, start_BKNG: Tensor | None, valid_BK: Tensor, cap: float,
                      means: Means) -> None:
     """How far the training pass is from the sampler, and the policy from its start: where the pass has scored."""
     valid = valid_BK[..., None, None]
     scored = valid & scores.is_scored_BKNG
-    mismatch = (scores.rollout_BKNG - rollouts.log_probs_BKNG).abs()
+    change = scores.rollout_BKNG - rollouts.log_probs_BKNG
+    mismatch = change.abs()
     means.add_masked("entropy", rollouts.entropy_BKNG, valid)
     means.add_masked("mismatch", mismatch, scored)
     means.add_masked("mismatch_ratio", mismatch.exp(), scored)
+    means.add_masked("mismatch_kl", torch.expm1(change) - change, scored)  # KL(sampler ‖ training pass), k3
+    means.add_masked("importance_truncated", (change > math.log(cap or math.inf)).float(), scored)
     if start_BKNG is not None:
         means.add_masked("distance_to_start", (scores.rollout_BKNG - start_BKNG).abs(), scored)
 
 
-def self_check(run: Run, means: Means) -> None:
-    """First step of a process: sampler = trainer; before any training trainer = start; rewards finite."""
+def mismatch_without_fp8(run: Run, gold: GoldBatch) -> float:
+    """Mean |Δ log-probability| a token between training pass and sampler, for rollouts drawn without FP8."""
+    config, means = run.config, Means()
+    sampling = replace(config.sampling, fp8=FP8())
+    rollouts = sample_rollouts(run.policy, gold, config.layout, sampling, run.state.iteration, config.rollout_rows)
+    scores = ebft.score(run.policy, gold, rollouts, config)
+    valid = gold.valid_blocks(config.layout)[..., None, None]
+    means.add_masked("mismatch", (scores.rollout_BKNG - rollouts.log_probs_BKNG).abs(), valid)
+    return means.reduce().get("mismatch", 0.0)
+
+
+def self_check(run: Run, means: Means, gold: GoldBatch) -> None:
+    """First step of a process: sampler = trainer; before any training trainer = start; rewards finite.
+
+    With FP8, whose rounding would hide a mistake, sampler and trainer are compared without it, and what it adds must be
+    within SELF_CHECK_FP8.
+    """
     limit = SELF_CHECK_BF16 if run.args.bf16 else SELF_CHECK_FLOAT32
     found = means.reduce()
     problems = []
@@ -301,9 +335,16 @@ def self_check(run: Run, means: Means) -> None:
     if not math.isfinite(found["mismatch"]):
         problems.append("the policy's log-probabilities are not finite: check the weights of --pretrained-checkpoint "
                         "or --load")
-    elif not found["mismatch"] <= limit:
-        problems.append(f"the sampler's log-probabilities differ from the training pass's by {found['mismatch']:.2e} a "
-                        f"token on average (limit {limit:.0e}): rollouts are not on-policy")
+    else:
+        has_fp8 = run.config.sampling.fp8.recipe != "off"
+        sampler = mismatch_without_fp8(run, gold) if has_fp8 else found["mismatch"]
+        if not sampler <= limit:
+            problems.append(f"the sampler's log-probabilities differ from the training pass's by {sampler:.2e} a token "
+                            f"on average{' without FP8' * has_fp8} (limit {limit:.0e}): rollouts are not on-policy")
+        elif has_fp8 and found["mismatch"] > SELF_CHECK_FP8:
+            problems.append(f"--ebft-rollout-fp8 {run.config.sampling.fp8.recipe} changes log-probabilities by "
+                            f"{found['mismatch']:.2e} a token on average (limit {SELF_CHECK_FP8:g}), more than the "
+                            "correction can take back: use another recipe, or --first-last-layers-bf16")
     if run.state.iteration == 0 and found.get("distance_to_start", 0.0) > limit:
         problems.append(f"the policy's log-probabilities differ from the starting policy's by "
                         f"{found['distance_to_start']:.2e} a token before the first step (limit {limit:.0e})")

@@ -18,6 +18,7 @@ from megatron_ebft.device import device
 from megatron_ebft.ebft import EBFTConfig
 from megatron_ebft.features import Catch, FeatureMap
 from megatron_ebft.fingerprint import SHARDING, sharded_tensors
+from megatron_ebft.fp8 import FP8
 from megatron_ebft.layout import StridedLayout
 from megatron_ebft.model import ModelArgs, feature_layers, unwrap
 from megatron_ebft.rollout import SamplingConfig
@@ -187,18 +188,18 @@ def build_reference(config: dict, weights: dict):
 
 
 def ebft_config(settings, seq_length: int, num_layers: int, *, micro_batch_size=1, blocks_per_microbatch=0,
-                rollout_rows=0, seed=0, skip_duplicates=True) -> EBFTConfig:
+                rollout_rows=0, seed=0, skip_duplicates=True, importance_cap=0.0, rollout_fp8=FP8()) -> EBFTConfig:
     """The configuration that does what brute_force.Settings describes."""
     g = settings.geometry
     return EBFTConfig(
         layout=StridedLayout(seq_length, g.context, g.stride, g.rollout_length, g.num_samples),
-        sampling=SamplingConfig(settings.temperature, top_p=1.0, top_k=0, seed=seed),
+        sampling=SamplingConfig(settings.temperature, top_p=1.0, top_k=0, seed=seed, fp8=rollout_fp8),
         feature_map=FeatureMap(feature_layers(settings.fractions, num_layers), settings.norm, settings.pooling),
         whitening=settings.whitening, advantage=settings.advantage, alignment_coef=1.0, diversity_coef=settings.alpha,
         rl_coef=settings.rl_coef, ce_coef=settings.ce_coef, kl_coef=settings.kl_coef,
         kl_estimator=settings.kl_estimator, micro_batch_size=micro_batch_size,
         blocks_per_microbatch=blocks_per_microbatch, rollout_rows=rollout_rows,
-        skip_duplicates=skip_duplicates)
+        importance_cap=importance_cap, encoder_fp8=FP8(), skip_duplicates=skip_duplicates)
 
 
 def gold_batch(tokens_BT: Tensor, eod: int | None = None, answer_BT: Tensor | None = None, first: int = 0) -> GoldBatch:

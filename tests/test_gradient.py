@@ -27,21 +27,21 @@ from megatron_ebft.rollout import Rollouts, sample_rollouts
 
 pytestmark = pytest.mark.usefixtures("one_rank", "float64")
 V, G, T, TEMPERATURE = 3, 2, 7, 0.7
-OUTCOMES = torch.tensor(list(product(range(V), repeat=G)))  # [O, G]
 
 
 class Toy:
     """A policy and another model as encoder, one document, and every rollout's probability and feature."""
 
-    def __init__(self, n: int):
-        self.n = n
+    def __init__(self, n: int, length: int = G):
+        self.n, self.length = n, length
+        self.outcomes_OG = torch.tensor(list(product(range(V), repeat=length)))
         options = dict(layers=4, hidden=16, ffn=24, heads=4, kv_heads=2, vocab=V, dtype=torch.float64)
         self.config, self.weights = bf.random_llama(3, **options)
         self.encoder_weights = bf.random_llama(4, **options)[1]
         self.doc = torch.randint(V, (1, T), generator=torch.Generator().manual_seed(0))
-        self.geometry = bf.Geometry(context=2, stride=2, rollout_length=G, num_samples=len(OUTCOMES))
+        self.geometry = bf.Geometry(context=2, stride=2, rollout_length=length, num_samples=len(self.outcomes_OG))
         self.blocks = len(self.geometry.anchors(T))
-        self.outcomes = OUTCOMES.expand(1, self.blocks, -1, -1)  # every outcome as a rollout of every block
+        self.outcomes = self.outcomes_OG.expand(1, self.blocks, -1, -1)  # every outcome as a rollout of every block
         features, reference = bf.features(self.encoder_weights, self.config, self.doc, self.outcomes, self.geometry)
         self.features_KOD, self.reference_KD = features[0], reference[0]
 
@@ -59,11 +59,11 @@ class Toy:
 
     def expected_policy_gradient(self, advantage: str, alpha: float) -> dict[str, torch.Tensor]:
         """R · ∇L_RL over all tuples of n outcomes, by the package."""
-        tuples_RN = torch.tensor(list(product(range(len(OUTCOMES)), repeat=self.n)))
+        tuples_RN = torch.tensor(list(product(range(len(self.outcomes_OG)), repeat=self.n)))
         R, K = len(tuples_RN), self.blocks
-        settings = bf.Settings(bf.Geometry(2, 2, G, self.n), TEMPERATURE, alpha=alpha, advantage=advantage)
+        settings = bf.Settings(bf.Geometry(2, 2, self.length, self.n), TEMPERATURE, alpha=alpha, advantage=advantage)
         method = models.ebft_config(settings, T, self.config["num_hidden_layers"], micro_batch_size=R)
-        tokens = OUTCOMES[tuples_RN][:, None].expand(R, K, self.n, G).to(device())
+        tokens = self.outcomes_OG[tuples_RN][:, None].expand(R, K, self.n, self.length).to(device())
         gold, rollouts = models.gold_batch(self.doc.expand(R, T)), Rollouts(tokens, None, None)
         policy = models.build_policy(self.config, self.weights)
         encoder = models.build_encoder(self.config, self.encoder_weights)
@@ -115,7 +115,7 @@ def test_the_sampler_draws_each_outcome_with_its_probability(monkeypatch):
     drawn = sample_rollouts(policy, models.gold_batch(toy.doc), method.layout, method.sampling, iteration=0)
     tokens, log_p = drawn.tokens_BKNG[0].cpu(), toy.log_probs(toy.weights)
     for k in range(toy.blocks):
-        for o, outcome in enumerate(OUTCOMES):
+        for o, outcome in enumerate(toy.outcomes_OG):
             here = (tokens[k] == outcome).all(-1)
             assert abs(here.double().mean() - log_p[k, o].exp()) <= 2 / M, (k, outcome)
             if here.any():

@@ -310,7 +310,10 @@ def test_the_first_step_notices_a_sampler_that_is_not_the_trainer(arguments, tmp
     (["--pipeline-model-parallel-size", "2", "--decoder-first-pipeline-num-layers", "9"], "--num-layers 4: fewer than"),
     (["--moe-router-topk", "2"], "unrecognized arguments: --moe-router-topk"),
     (["--use-megatron-fsdp"], "--use-megatron-fsdp: use the distributed optimizer"),
-    (["--fp8-format", "hybrid"], "--fp8-format hybrid: FP8 is not supported yet"),
+    (["--fp8-format", "hybrid"], "--fp8-format hybrid: training in FP8 is not supported; --ebft-rollout-fp8"),
+    (["--ebft-rollout-fp8", "blockwise"], "--seq-length 24: with --ebft-rollout-fp8 .* a multiple of 16"),
+    (["--ebft-encoder-fp8", "tensorwise", "--seq-length", "32"], "--ebft-encoder-fp8 tensorwise: there is no GPU.*"
+     "--ebft-fp8-emulate computes the same"),
     (["--load", "/nowhere"], "--load /nowhere"),
     (["--pretrained-checkpoint", "/nowhere"], "--pretrained-checkpoint /nowhere: no such directory"),
     (["--use-checkpoint-args"], "--use-checkpoint-args: needs --load or --pretrained-checkpoint"),

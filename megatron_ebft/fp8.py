@@ -1,0 +1,176 @@
+"""FP8 in the passes that take no gradient: rollouts of the policy, and the frozen encoder.
+
+1. The linear layers of a decoder layer run in FP8 (e4m3). Attention, norms, embedding, output head and sampling stay as
+   they are, and so do the first and last layers where that is asked for.
+2. blockwise: activations in blocks of 1 × 128, weights in blocks of 128 × 128, scales that are powers of two. A token
+   is quantised the same whatever else is in its batch. tensorwise: one scale for each tensor, faster and coarser.
+3. Weights are quantised once, when `quantised` is entered, and what was made is forgotten when it is left: an optimizer
+   step cannot leave old ones behind (Megatron-Core up to 0.18 does not refresh them by itself).
+4. On Hopper this is Transformer Engine's autocast around each layer. Anywhere else, `emulate` puts the same numbers
+   through the same layers: weights and inputs are rounded to what FP8 could hold, and multiplied as usual.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from torch import Tensor
+
+from megatron_ebft.device import have_gpu
+from megatron_ebft.model import local_layers, unwrap
+from megatron_ebft.parallel import tp_group
+
+RECIPES = ("off", "blockwise", "tensorwise")
+BLOCK = 128
+ROWS = 16
+"""Tokens of a row are a multiple of this: FP8 matrix products need 8, Megatron-Core pads to 16."""
+LARGEST = torch.finfo(torch.float8_e4m3fn).max
+
+
+@dataclass(frozen=True)
+class FP8:
+    """What runs in FP8.
+
+    Raises:
+        ValueError: naming `flag`, if it cannot run here.
+    """
+
+    recipe: str = "off"
+    emulate: bool = False
+    at_start: int = 0
+    """Layers of the whole model that stay out of it, at its beginning."""
+    at_end: int = 0
+    flag: str = "--ebft-rollout-fp8"
+
+    def __post_init__(self):
+        if self.recipe not in RECIPES:
+            raise ValueError(f"{self.flag} {self.recipe}: must be one of {', '.join(RECIPES)}")
+
+    def check(self) -> None:
+        """ValueError, naming the part that is missing, where this cannot run."""
+        missing = None if self.recipe == "off" or self.emulate else missing_part(self.recipe)
+        if missing:
+            raise ValueError(f"{self.flag} {self.recipe}: {missing}. --ebft-fp8-emulate computes the same numbers "
+                             "without it, slowly; off does without FP8")
+
+
+def missing_part(recipe: str) -> str | None:
+    """What FP8 by this recipe lacks on this machine, in words; None: nothing."""
+    if not have_gpu():
+        return "there is no GPU, and FP8 needs one of the Hopper generation or later"
+    try:
+        import transformer_engine.pytorch as te
+    except (ImportError, RuntimeError) as error:
+        return (f"Transformer Engine cannot be imported ({error}); install transformer-engine[pytorch,core_cu12] or, "
+                "with CUDA 13, transformer-engine[pytorch,core_cu13]")
+    checks = {"blockwise": "is_fp8_block_scaling_available", "tensorwise": "is_fp8_available"}
+    if not hasattr(te, checks[recipe]):
+        return "Transformer Engine is older than 2.9; install a newer one"
+    available, reason = getattr(te, checks[recipe])(return_reason=True)
+    return None if available else reason
+
+
+@contextlib.contextmanager
+def quantised(chunks: list, fp8: FP8) -> Iterator[None]:
+    """Within, forward passes of these stages of one model run in FP8; no gradient may be taken."""
+    with contextlib.ExitStack() as stack:
+        if fp8.recipe != "off":
+            assert not torch.is_grad_enabled()
+            run_in_fp8 = _emulated if fp8.emulate else _by_transformer_engine
+            for layer in _layers(chunks, fp8):
+                stack.enter_context(run_in_fp8(layer, fp8.recipe))
+        yield
+
+
+def _layers(chunks: list, fp8: FP8) -> list[torch.nn.Module]:
+    """The decoder layers on this rank that run in FP8."""
+    found = []
+    for chunk in chunks:
+        whole = unwrap(chunk).config.num_layers
+        found += [layer for number, layer in local_layers(chunk).items()
+                  if fp8.at_start < number <= whole - fp8.at_end]
+    return found
+
+
+# ---------------------------------------------------------------- Transformer Engine
+
+
+@contextlib.contextmanager
+def _by_transformer_engine(layer: torch.nn.Module, recipe: str) -> Iterator[None]:
+    import transformer_engine.pytorch as te
+    from transformer_engine.common.recipe import Float8BlockScaling, Float8CurrentScaling, Format
+
+    scaling = Float8BlockScaling() if recipe == "blockwise" else Float8CurrentScaling(fp8_format=Format.E4M3)
+    forward = layer.forward
+
+    def in_fp8(*args, **kwargs):
+        with te.autocast(enabled=True, recipe=scaling, amax_reduction_group=tp_group()):
+            return forward(*args, **kwargs)
+
+    layer.forward = in_fp8
+    _forget_weights(layer)
+    try:
+        yield
+    finally:
+        del layer.forward
+        _forget_weights(layer)
+
+
+def _forget_weights(layer: torch.nn.Module) -> None:
+    """The next forward pass quantises the weights anew, and those after it take what it made."""
+    for module in layer.modules():
+        if hasattr(module, "is_first_microbatch"):
+            module.is_first_microbatch = True
+        workspaces = getattr(module, "_fp8_workspaces", None)
+        if workspaces:
+            workspaces.clear()
+
+
+# ---------------------------------------------------------------- emulation
+
+
+@contextlib.contextmanager
+def _emulated(layer: torch.nn.Module, recipe: str) -> Iterator[None]:
+    linears = [module for module in layer.modules() if isinstance(module, ColumnParallelLinear | RowParallelLinear)]
+    weights = [linear.weight.data for linear in linears]
+    hooks = [linear.register_forward_pre_hook(
+        lambda _, inputs: (round_activations(inputs[0], recipe), *inputs[1:])) for linear in linears]
+    try:
+        for linear, weight in zip(linears, weights):
+            linear.weight.data = round_weights(weight, recipe)
+        yield
+    finally:
+        for linear, weight, hook in zip(linears, weights, hooks):
+            linear.weight.data = weight
+            hook.remove()
+
+
+def round_activations(x: Tensor, recipe: str) -> Tensor:
+    """x [..., H] as FP8 holds it: blocks of 128 along H, or one scale for all of it."""
+    if recipe == "tensorwise":
+        return _round(x, x.abs().amax(), False)
+    blocks = torch.nn.functional.pad(x, (0, -x.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    rounded = _round(blocks, blocks.abs().amax(-1, keepdim=True), True)
+    return rounded.flatten(-2)[..., : x.shape[-1]]
+
+
+def round_weights(weight: Tensor, recipe: str) -> Tensor:
+    """A matrix as FP8 holds it: blocks of 128 × 128, or one scale for all of it."""
+    if recipe == "tensorwise":
+        return _round(weight, weight.abs().amax(), False)
+    rows, columns = weight.shape
+    padded = torch.nn.functional.pad(weight, (0, -columns % BLOCK, 0, -rows % BLOCK))
+    blocks = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
+    rounded = _round(blocks, blocks.abs().amax((1, 3), keepdim=True), True)
+    return rounded.flatten(2).flatten(0, 1)[:rows, :columns].contiguous()
+
+
+def _round(x: Tensor, largest: Tensor, is_power_of_two: bool) -> Tensor:
+    """To e4m3 and back, scaled so that `largest`, broadcast to x, is at the end of its range."""
+    scale = largest.float().clamp(min=1e-30) / LARGEST
+    if is_power_of_two:
+        scale = scale.log2().ceil().exp2()
+    scaled = (x.float() / scale).clamp(-LARGEST, LARGEST)
+    return (scaled.to(torch.float8_e4m3fn).float() * scale).to(x.dtype)
