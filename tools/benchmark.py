@@ -191,9 +191,9 @@ def table(result: dict) -> str:
             work = total if phase == "step" else gflops.get(phase, 0.0)
             rate = work / seconds[phase]
             share = seconds[phase] / seconds["step"]
-            tokens = f"{result['tokens_saved'].get(phase, 0):.1%}" if name == "ebft" else ""
+            tokens = result["tokens_saved"].get(phase) if name == "ebft" else None
             lines.append(f"| {name} | {phase} | {seconds[phase]:.3f} | {share:.0%} | {work:.1f} | {rate:.0f} | "
-                         f"{rate / peak:.0%} | {tokens} |")
+                         f"{rate / peak:.0%} | {'' if tokens is None else f'{tokens:.1%}'} |")
     for name, each in result["ratio_of_each_repeat"].items():
         lines += ["", f"{name} / sft: {result['ratio'][name]:.2f} × in time (single repeats {min(each):.2f} to "
                       f"{max(each):.2f}), {result['flops_ratio'][name]:.2f} × in operations"]
