@@ -81,8 +81,9 @@ class Job:
                 f"no {pattern!r}; the job is {state}:\n{self.text()}")
             time.sleep(0.1)
 
-    def ends(self, timeout: float = 180) -> str:
-        """Wait until the job has ended for good; its state and exit code."""
+    def ends(self, timeout: float = 600) -> str:
+        """Wait until the job has ended for good; its state and exit code. A message that SLURM loses when much happens
+        at once keeps a job COMPLETING for minutes."""
         end = time.monotonic() + timeout
         while (state := self.show("JobState")) in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "PREEMPTED"):
             assert time.monotonic() < end, f"still {state}:\n{self.text()}"
@@ -245,17 +246,17 @@ def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
             if not tag.startswith(timed)}
 
 
-def assert_same(job: Job, whole: Job) -> None:
+def assert_same(job: Job, whole: Job, steps: int = STEPS) -> None:
     """Every weight to the last bit, and every logged number, each step once."""
     expected, found = (CheckpointReader(str(run), "--load") for run in (whole.run, job.run))
-    assert found.folder.endswith(f"{STEPS:07d}")
+    assert found.folder.endswith(f"{steps:07d}")
     for key in expected.shapes:
         assert torch.equal(expected.read(key), found.read(key)), key
     logged, wanted = scalars(job.run), scalars(whole.run)
     assert logged.keys() == wanted.keys()
     for tag in wanted:
         assert logged[tag] == wanted[tag], tag
-    assert [step for step, _ in scalars(job.run)["train/loss"]] == [*range(1, STEPS + 1)]
+    assert [step for step, _ in scalars(job.run)["train/loss"]] == [*range(1, steps + 1)]
 
 
 def test_every_interruption(cluster, whole):
@@ -281,6 +282,19 @@ def test_every_interruption(cluster, whole):
     assert_same(job, whole)
     for attempt in (job.run / "logs").glob("*.*.*"):
         assert len([*attempt.glob("rank-*.log")]) == 3, attempt
+
+
+def test_a_real_time_limit(cluster, start):
+    """Longer than its time limit: SLURM's signal comes, the job goes on in a second slice, and ends as it would have."""
+    steps = 60
+    flags = [flag if flag != str(STEPS) else str(steps) for flag in RUN]
+    flags[flags.index("--save-interval") + 1] = "1000"
+    limited = cluster.submit("limited", *flags, time="2", options=[*NODES, "--signal=B:USR1@70"], END_MARGIN="10")
+    assert limited.ends() == "COMPLETED 0", limited.text()
+    assert re.search("got SIGUSR1", limited.text()) and "start 2" in limited.text()
+    whole = cluster.submit("unlimited", *flags)
+    assert whole.ends() == "COMPLETED 0", whole.text()
+    assert_same(limited, whole, steps)
 
 
 def test_sweep(cluster, start):
