@@ -12,7 +12,7 @@ import math
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 
-from megatron_ebft import energy, losses
+from megatron_ebft import backend, energy, losses
 from megatron_ebft.ebft import EBFTConfig
 from megatron_ebft.features import FEATURE_NORMS, POOLINGS, FeatureMap
 from megatron_ebft.fp8 import FP8, RECIPES
@@ -165,6 +165,11 @@ def add_machine(group):
         "share out their rollouts; for numbers of samples that one rank cannot hold")
     for flag in UNSUPPORTED:
         add(flag, nargs="?", const="on", help=argparse.SUPPRESS)
+    add("--transformer-impl", choices=backend.TRANSFORMER_IMPLS, default="auto", help="layers: Transformer "
+        "Engine's or Megatron-Core's own; auto: the former with CUDA and --bf16 (`python -m megatron_ebft.report` says "
+        "what there is)")
+    add("--ebft-attention", choices=backend.ATTENTIONS, default="auto", help="FlexAttention, or torch's SDPA in "
+        "chunks; auto: the former on GPUs")
     add("--bf16", action="store_true", help="weights and activations in bfloat16; optimizer and sampling in float32")
     add("--recompute-granularity", choices=("full", "selective"), help="recompute activations in the backward pass: "
         "whole layers, or only attention")
@@ -409,16 +414,19 @@ def transformer_overrides(args: argparse.Namespace) -> dict:
                 tensor_model_parallel_size=args.tensor_model_parallel_size,
                 pipeline_model_parallel_size=args.pipeline_model_parallel_size,
                 virtual_pipeline_model_parallel_size=virtual_stages(args), sequence_parallel=args.sequence_parallel,
-                **p2p, **recompute)
+                transformer_impl=args.transformer_impl, attention_kernel=args.ebft_attention, **p2p, **recompute)
 
 
 def fp8_config(args: argparse.Namespace, part: str) -> FP8:
     """What of the `rollout` or of the `encoder` runs in FP8; ValueError, naming the flag, where it cannot."""
+    import torch
+
     at_start, at_end = args.num_layers_at_start_in_bf16, args.num_layers_at_end_in_bf16
     if not args.first_last_layers_bf16:
         at_start = at_end = 0
     fp8 = FP8(vars(args)[f"ebft_{part}_fp8"], args.ebft_fp8_emulate, at_start, at_end, f"--ebft-{part}-fp8")
-    fp8.check()
+    local = "" if args.transformer_impl != "local" else "--transformer-impl local has none of its layers"
+    fp8.check(local or backend.no_transformer_engine(torch.bfloat16 if args.bf16 else torch.float32))
     return fp8
 
 

@@ -3,10 +3,14 @@
 1. A forward pass chooses a pattern (causal, strided row, cached decoding) and hands it to the model in the
    `attention_mask` argument, which Megatron-Core passes to the core attention untouched. `as_mask` wraps the
    pattern in a tensor, because activation recomputation stores its arguments as tensors.
-2. Rollout queries are taken a few blocks at a time. Such a chunk attends to gold[0 : last anchor of the chunk] and
-   to its own rollout tokens, with one additive mask for both: little is computed that the mask throws away.
-3. The query heads that share a key head are laid out as further rows of it, so keys are never expanded.
-4. Decoding writes each step's keys and values to a cache and runs the same chunks with one query per rollout.
+2. What a query sees is a `Reach` (visibility.py). On GPUs one call of FlexAttention takes it (flex_attention.py);
+   plain causal rows are left to torch's SDPA, whose fused kernel needs no mask.
+3. Elsewhere, or by --ebft-attention sdpa, rollout queries are taken a few blocks at a time. Such a chunk attends to
+   gold[0 : last anchor of the chunk] and to its own rollout tokens, with one additive mask for both: little is computed
+   that the mask throws away.
+4. In decoding, and always in chunks, the query heads that share a key head are laid out as further rows of it, so keys
+   are never expanded, and tiles of a GPU stay full.
+5. Keys and values of sampling are in one buffer a layer, [gold | own tokens of every rollout], written step by step.
 
 Suffixes: B rows, S row length, T gold tokens, R rollout tokens, H query heads, J key heads, D head dimension,
 Q queries of a chunk, C keys of a chunk.
@@ -18,9 +22,12 @@ from dataclasses import dataclass, field
 import torch
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_ebft import flex_attention, visibility
 from megatron_ebft.layout import RowLayout, document_starts
+from megatron_ebft.visibility import Reach
 
 CHUNK_ROWS = 128
 """Rollout tokens of a chunk in training, roughly: fewer waste launches, more waste keys of other blocks."""
@@ -30,7 +37,8 @@ class StridedAttention(MegatronModule):
     """Core attention that follows the pattern in its `attention_mask` (see `as_mask`).
 
     query [S, B, H, D], key and value [S, B, J, D] (rotary embedding applied) → [S, B, H·D]. Attention dropout is
-    refused: a rollout must see the same network in sampling and in training.
+    refused: a rollout must see the same network in sampling and in training. `config.attention_kernel` is `flex` or
+    `sdpa` (backend.py).
     """
 
     def __init__(self, config, layer_number, attn_mask_type, attention_type, cp_comm_type=None, softmax_scale=None,
@@ -47,7 +55,8 @@ class StridedAttention(MegatronModule):
                 packed_seq_params=None) -> Tensor:
         assert attention_bias is None and packed_seq_params is None
         q_BHSD, k_BJSD, v_BJSD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out_BHSD = attention_mask.pattern.attend(self.layer_number, q_BHSD, k_BJSD, v_BJSD, self.scale)
+        out_BHSD = attention_mask.pattern.attend(self.layer_number, q_BHSD, k_BJSD, v_BJSD, self.scale,
+                                                 self.config.attention_kernel == "flex")
         return out_BHSD.permute(2, 0, 1, 3).flatten(2)
 
 
@@ -70,15 +79,25 @@ def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
 
 
-def _causal(q_BHTD, k_BJTD, v_BJTD, mask, scale) -> Tensor:
-    if mask is not None:  # as rows of their key head: masks and expanded key heads do not go together in fused kernels
-        heads_per_group = q_BHTD.shape[1] // k_BJTD.shape[1]
-        q = q_BHTD.unflatten(1, (-1, heads_per_group)).flatten(2, 3)
-        mask = mask.repeat(1, 1, heads_per_group, 1)
-        out = scaled_dot_product_attention(q, k_BJTD, v_BJTD, attn_mask=mask, scale=scale)
-        return out.unflatten(2, (heads_per_group, -1)).flatten(1, 2)
-    return scaled_dot_product_attention(q_BHTD, k_BJTD, v_BJTD, is_causal=True, scale=scale,
-                                        enable_gqa=q_BHTD.shape[1] != k_BJTD.shape[1])
+def _starts(document_BT: Tensor | None) -> Tensor | None:
+    return None if document_BT is None else document_starts(document_BT)
+
+
+def _pack_heads(q_BHQD: Tensor, key_heads: int) -> Tensor:
+    """Query heads that share a key head as neighbouring rows of it: [B, J, Q·H/J, D]."""
+    return q_BHQD.unflatten(1, (key_heads, -1)).transpose(2, 3).flatten(2, 3)
+
+
+def _unpack_heads(out_BJQD: Tensor, heads: int) -> Tensor:
+    """The inverse of `_pack_heads`: [B, H, Q, D]."""
+    return out_BJQD.unflatten(2, (-1, heads // out_BJQD.shape[1])).transpose(2, 3).flatten(1, 2)
+
+
+def _masked(q_BHQD, k_BJCD, v_BJCD, mask_BQC: Tensor, scale) -> Tensor:
+    """torch's SDPA; the mask has the rows that `_pack_heads` makes."""
+    q_BJQD = _pack_heads(q_BHQD, k_BJCD.shape[1])
+    out = scaled_dot_product_attention(q_BJQD, k_BJCD, v_BJCD, attn_mask=mask_BQC[:, None], scale=scale)
+    return _unpack_heads(out, q_BHQD.shape[1])
 
 
 @dataclass
@@ -86,19 +105,20 @@ class CausalPattern:
     """Plain causal attention, within documents when `document_BT` is given."""
 
     document_BT: Tensor | None = None
-    _mask: Tensor | None = None
+    _made: BlockMask | Tensor | None = None
 
-    def mask(self, like: Tensor) -> Tensor | None:
-        """Additive mask [B, 1, T, T], or None when plain causal attention says it all."""
+    def attend(self, layer_number: int, q_BHSD, k_BJSD, v_BJSD, scale, flex: bool) -> Tensor:
+        heads_per_group = q_BHSD.shape[1] // k_BJSD.shape[1]
         if self.document_BT is None:
-            return None
-        if self._mask is None:
-            same = self.document_BT[:, None, :, None] == self.document_BT[:, None, None, :]
-            self._mask = _additive(same.tril(), like.dtype)
-        return self._mask
-
-    def attend(self, layer_number: int, q_BHSD, k_BJSD, v_BJSD, scale) -> Tensor:
-        return _causal(q_BHSD, k_BJSD, v_BJSD, self.mask(q_BHSD), scale)
+            return scaled_dot_product_attention(q_BHSD, k_BJSD, v_BJSD, is_causal=True, scale=scale,
+                                                enable_gqa=heads_per_group != 1)
+        if self._made is None:
+            reach = visibility.causal(*self.document_BT.shape, _starts(self.document_BT))
+            self._made = flex_attention.block_mask(reach) if flex else _additive(
+                reach.repeat(heads_per_group).sees(torch.arange(reach.num_keys, device=q_BHSD.device)), q_BHSD.dtype)
+        if flex:
+            return flex_attention.attend(q_BHSD, k_BJSD, v_BJSD, self._made, scale)
+        return _masked(q_BHSD, k_BJSD, v_BJSD, self._made, scale)
 
 
 @dataclass
@@ -108,33 +128,30 @@ class _Chunk:
     queries: slice
     keys: slice
     gold: int
-    mask_B1QC: Tensor
+    mask_BQC: Tensor
 
 
-def _chunks(row: RowLayout, query_steps: range, starts_BT: Tensor | None, heads_per_group: int,
-            like: Tensor) -> list[_Chunk]:
-    """Chunks for rollout queries of `query_steps` against cached or in-row keys of all `row.steps` steps."""
+def _chunks(row: RowLayout, reach: Reach, query_steps: int, heads_per_group: int, like: Tensor) -> list[_Chunk]:
+    """Chunks for the rollout queries of `reach`, `query_steps` of each rollout, against all keys of the row."""
     if row.steps == 0:  # rollouts of one token: a training row is gold alone
         return []
     blocks_per_chunk = max(1, CHUNK_ROWS // (row.layout.num_samples * row.steps))
-    chunks = []
+    chunks, own = [], torch.arange(row.layout.seq_length, reach.num_keys, device=like.device)
     for chunk in row.chunks(blocks_per_chunk):
-        mask = _additive(chunk.visible(query_steps, starts_BT, like.device), like.dtype)
-        chunks.append(_Chunk(chunk.tokens(len(query_steps)), chunk.tokens(row.steps), chunk.gold,
-                             mask.repeat(1, heads_per_group, 1)[:, None]))
+        queries, keys = chunk.tokens(query_steps), chunk.tokens(row.steps)
+        places = torch.cat([torch.arange(chunk.gold, device=like.device), own[keys]])
+        visible = reach.queries(queries).repeat(heads_per_group).sees(places)
+        chunks.append(_Chunk(queries, keys, chunk.gold, _additive(visible, like.dtype)))
     return chunks
 
 
 def _attend_chunks(chunks, q_BHRD, gold_k, gold_v, own_k, own_v, scale) -> list[Tensor]:
     """Rollout attention, chunk by chunk: each output [B, H, queries of the chunk, D]."""
-    batch, heads, _, dim = q_BHRD.shape
     outputs = []
     for chunk in chunks:
-        q_BJQD = q_BHRD[:, :, chunk.queries].reshape(batch, gold_k.shape[1], -1, dim)
         k_BJCD = torch.cat([gold_k[:, :, : chunk.gold], own_k[:, :, chunk.keys]], 2)
         v_BJCD = torch.cat([gold_v[:, :, : chunk.gold], own_v[:, :, chunk.keys]], 2)
-        out = scaled_dot_product_attention(q_BJQD, k_BJCD, v_BJCD, attn_mask=chunk.mask_B1QC, scale=scale)
-        outputs.append(out.reshape(batch, heads, -1, dim))
+        outputs.append(_masked(q_BHRD[:, :, chunk.queries], k_BJCD, v_BJCD, chunk.mask_BQC, scale))
     done = chunks[-1].queries.stop if chunks else 0
     if done < q_BHRD.shape[2]:  # padding
         outputs.append(torch.zeros_like(q_BHRD[:, :, done:]))
@@ -148,22 +165,23 @@ class StridedPattern:
     row: RowLayout
     document_BT: Tensor | None = None
     _gold: CausalPattern = field(init=False)
-    _chunk_cache: list[_Chunk] | None = None
+    _made: BlockMask | list[_Chunk] | None = None
 
     def __post_init__(self):
         self._gold = CausalPattern(self.document_BT)
 
-    def attend(self, layer_number: int, q_BHSD, k_BJSD, v_BJSD, scale) -> Tensor:
+    def attend(self, layer_number: int, q_BHSD, k_BJSD, v_BJSD, scale, flex: bool) -> Tensor:
         gold = self.row.layout.seq_length
-        if self._chunk_cache is None:
-            starts = None if self.document_BT is None else document_starts(self.document_BT)
-            self._chunk_cache = _chunks(self.row, range(self.row.steps), starts, q_BHSD.shape[1] // k_BJSD.shape[1],
-                                        q_BHSD)
-        gold_q, rollout_q = q_BHSD[:, :, :gold], q_BHSD[:, :, gold:]
-        gold_k, own_k = k_BJSD[:, :, :gold], k_BJSD[:, :, gold:]
-        gold_v, own_v = v_BJSD[:, :, :gold], v_BJSD[:, :, gold:]
-        out = [_causal(gold_q, gold_k, gold_v, self._gold.mask(q_BHSD), scale)]
-        out += _attend_chunks(self._chunk_cache, rollout_q, gold_k, gold_v, own_k, own_v, scale)
+        if self._made is None:
+            reach = visibility.strided(self.row, _starts(self.document_BT), len(q_BHSD))
+            self._made = flex_attention.block_mask(reach) if flex else _chunks(
+                self.row, reach.queries(slice(gold, None)), self.row.steps, q_BHSD.shape[1] // k_BJSD.shape[1], q_BHSD)
+        if flex:
+            return flex_attention.attend(q_BHSD, k_BJSD, v_BJSD, self._made, scale)
+        (gold_q, rollout_q), (gold_k, own_k), (gold_v, own_v) = (
+            (x[:, :, :gold], x[:, :, gold:]) for x in (q_BHSD, k_BJSD, v_BJSD))
+        out = [self._gold.attend(layer_number, gold_q, gold_k, gold_v, scale, flex)]
+        out += _attend_chunks(self._made, rollout_q, gold_k, gold_v, own_k, own_v, scale)
         return torch.cat(out, dim=2)
 
 
@@ -176,11 +194,17 @@ class RolloutCache:
 
     row: RowLayout
     """All blocks, with the G − 1 steps whose keys are ever looked at."""
+    reach: Reach
+    """What the first decoded tokens see (`visibility.decoding`)."""
     document_BT: Tensor | None = None
-    gold: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """[B, J, T, D] keys and values."""
-    own: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """[B, J, K·N, steps, D] keys and values, zero where not yet written."""
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    """[B, J, T + K·N·steps, D]; a rollout's own zero where not yet written."""
+    values: dict[int, Tensor] = field(default_factory=dict)
+
+    def split(self, buffer: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of a layer's gold keys (or values) [B, J, T, D] and the rollouts' [B, J, K·N, steps, D]."""
+        gold = self.row.layout.seq_length
+        return buffer[:, :, :gold], buffer[:, :, gold:].unflatten(2, (-1, self.row.steps))
 
 
 @dataclass
@@ -192,13 +216,11 @@ class PrefillPattern:
     def __post_init__(self):
         self._causal = CausalPattern(self.cache.document_BT)
 
-    def attend(self, layer_number: int, q_BHSD, k_BJSD, v_BJSD, scale) -> Tensor:
-        row = self.cache.row
-        batch, groups, _, dim = k_BJSD.shape
-        self.cache.gold[layer_number] = (k_BJSD.contiguous(), v_BJSD.contiguous())
-        shape = (batch, groups, row.size * row.layout.num_samples, row.steps, dim)
-        self.cache.own[layer_number] = (k_BJSD.new_zeros(shape), v_BJSD.new_zeros(shape))
-        return self._causal.attend(layer_number, q_BHSD, k_BJSD, v_BJSD, scale)
+    def attend(self, layer_number: int, q_BHSD, k_BJSD, v_BJSD, scale, flex: bool) -> Tensor:
+        own = self.cache.row.num_rollout_tokens
+        for kept, new in ((self.cache.keys, k_BJSD), (self.cache.values, v_BJSD)):
+            kept[layer_number] = torch.cat([new, new.new_zeros((*new.shape[:2], own, new.shape[3]))], 2).contiguous()
+        return self._causal.attend(layer_number, q_BHSD, k_BJSD, v_BJSD, scale, flex)
 
 
 @dataclass
@@ -207,17 +229,20 @@ class DecodePattern:
 
     cache: RolloutCache
     step: int
-    _chunk_cache: list[_Chunk] | None = None
+    _made: BlockMask | list[_Chunk] | None = None
 
-    def attend(self, layer_number: int, q_BHSD, k_BJSD, v_BJSD, scale) -> Tensor:
-        cache = self.cache
-        if self._chunk_cache is None:
-            starts = None if cache.document_BT is None else document_starts(cache.document_BT)
-            self._chunk_cache = _chunks(cache.row, range(self.step, self.step + 1), starts,
-                                        q_BHSD.shape[1] // k_BJSD.shape[1], q_BHSD)
-        own_k, own_v = cache.own[layer_number]
+    def attend(self, layer_number: int, q_BHSD, k_BJSD, v_BJSD, scale, flex: bool) -> Tensor:
+        cache, heads, groups = self.cache, q_BHSD.shape[1], k_BJSD.shape[1]
+        keys, values = cache.keys[layer_number], cache.values[layer_number]
+        (gold_k, own_k), (gold_v, own_v) = cache.split(keys), cache.split(values)
         own_k[:, :, :, self.step] = k_BJSD[:, :, : own_k.shape[2]]  # without padding
         own_v[:, :, :, self.step] = v_BJSD[:, :, : own_v.shape[2]]
-        gold_k, gold_v = cache.gold[layer_number]
-        return torch.cat(_attend_chunks(self._chunk_cache, q_BHSD, gold_k, gold_v, own_k.flatten(2, 3),
-                                        own_v.flatten(2, 3), scale), dim=2)
+        if self._made is None:
+            reach = cache.reach.at_step(self.step)
+            self._made = flex_attention.block_mask(reach.repeat(heads // groups)) if flex else _chunks(
+                cache.row, reach, 1, heads // groups, q_BHSD)
+        if flex:
+            packed = flex_attention.attend(_pack_heads(q_BHSD, groups), keys, values, self._made, scale)
+            return _unpack_heads(packed, heads)
+        return torch.cat(_attend_chunks(self._made, q_BHSD, gold_k, gold_v, own_k.flatten(2, 3), own_v.flatten(2, 3),
+                                        scale), dim=2)

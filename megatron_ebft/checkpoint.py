@@ -245,8 +245,7 @@ def load_checkpoint(directory: str, model: list, optimizer, scheduler, *, archit
     saved, now = record["layout"], _layout()
     template = _sharded_state(model, optimizer, scheduler, with_rng=saved == now, is_loading=True)
     loaded = _read(folder, template, real_vocab_size(model), flag)
-    for i, chunk in enumerate(model):
-        unwrap(chunk).load_state_dict(loaded[f"model{i}"])
+    _set_weights(model, loaded)
     with together(), torch.no_grad():
         try:
             scheduler.num_steps = 0  # its load_state_dict adds
@@ -281,13 +280,15 @@ def load_weights(directory: str, model, *, architecture: dict | None = None,
         ValueError: as load_checkpoint; tensors that the checkpoint lacks, or has in another shape, are named.
     """
     folder, record = _open(directory, architecture, flag)
-    template = {name: {key: value for key, value in weights.items() if not isinstance(value, ShardedObject)}
-                for name, weights in sharded_weights(model).items()}  # without _extra_state: no weights
-    loaded = _read(folder, template, real_vocab_size(model), flag)
-    for chunk, weights in zip(model if isinstance(model, list) else [model], loaded.values()):
-        missing, unexpected = unwrap(chunk).load_state_dict(weights, strict=False)
-        assert not unexpected and all(key.endswith("_extra_state") for key in missing), (missing, unexpected)
+    loaded = _read(folder, sharded_weights(model), real_vocab_size(model), flag)
+    _set_weights(model if isinstance(model, list) else [model], loaded)
     return record["metadata"]
+
+
+def _set_weights(chunks: list, loaded: dict) -> None:
+    for i, chunk in enumerate(chunks):
+        missing, unexpected = unwrap(chunk).load_state_dict(loaded[f"model{i}"], strict=False)
+        assert not unexpected and all(key.endswith("_extra_state") for key in missing), (missing, unexpected)
 
 
 def _sharded_state(model: list, optimizer, scheduler, with_rng: bool, is_loading: bool = False) -> dict:

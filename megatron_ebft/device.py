@@ -14,6 +14,7 @@ import os
 import time
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
@@ -43,6 +44,12 @@ def synchronize() -> None:
     """Wait for the device, so that a wall-clock reading means something."""
     if have_gpu():
         torch.cuda.synchronize()
+
+
+def upload(tensor: Tensor) -> Tensor:
+    """A tensor on this rank's device; one made on the host gets there without waiting for what the device does."""
+    is_there = tensor.device.type == device().type
+    return tensor if is_there else tensor.pin_memory().to(device(), non_blocking=True)
 
 
 def work_clock() -> float:

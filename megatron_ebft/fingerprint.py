@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, is_main_replica
 from torch import Tensor
@@ -26,11 +26,14 @@ bucket over gloo. Pass a copy: Megatron-Core writes its process groups into it."
 def sharded_weights(model) -> dict:
     """Megatron-Core's sharded state dict of a model (or encoder): one entry for each of its chunks on this rank.
 
+    Without objects (_extra_state), which hold no weights and are not the same in all kinds of layers.
+
     Args:
         model: a LanguageModel, wrapped or not, or a list of them (virtual pipeline stages).
     """
     chunks = model if isinstance(model, list) else [model]
-    return {f"model{i}": unwrap(chunk).sharded_state_dict(metadata=dict(SHARDING)) for i, chunk in enumerate(chunks)}
+    return {f"model{i}": {key: value for key, value in unwrap(chunk).sharded_state_dict(metadata=dict(SHARDING)).items()
+                          if not isinstance(value, ShardedObject)} for i, chunk in enumerate(chunks)}
 
 
 def weights_fingerprint(model) -> str:

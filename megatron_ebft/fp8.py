@@ -18,7 +18,7 @@ import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
-from megatron_ebft.device import have_gpu
+from megatron_ebft import backend
 from megatron_ebft.model import local_layers, unwrap
 from megatron_ebft.parallel import tp_group
 
@@ -48,28 +48,20 @@ class FP8:
         if self.recipe not in RECIPES:
             raise ValueError(f"{self.flag} {self.recipe}: must be one of {', '.join(RECIPES)}")
 
-    def check(self) -> None:
-        """ValueError, naming the part that is missing, where this cannot run."""
-        missing = None if self.recipe == "off" or self.emulate else missing_part(self.recipe)
-        if missing:
+    def check(self, no_transformer_engine: str) -> None:
+        """ValueError, naming the part that is missing, where this cannot run.
+
+        Args:
+            no_transformer_engine: why layers are not Transformer Engine's, or "".
+        """
+        if self.recipe == "off":
+            return
+        missing = no_transformer_engine or backend.found().no_fp8[self.recipe]
+        if missing and not self.emulate:
             raise ValueError(f"{self.flag} {self.recipe}: {missing}. --ebft-fp8-emulate computes the same numbers "
                              "without it, slowly; off does without FP8")
-
-
-def missing_part(recipe: str) -> str | None:
-    """What FP8 by this recipe lacks on this machine, in words; None: nothing."""
-    if not have_gpu():
-        return "there is no GPU, and FP8 needs one of the Hopper generation or later"
-    try:
-        import transformer_engine.pytorch as te
-    except (ImportError, RuntimeError) as error:
-        return (f"Transformer Engine cannot be imported ({error}); install transformer-engine[pytorch,core_cu12] or, "
-                "with CUDA 13, transformer-engine[pytorch,core_cu13]")
-    checks = {"blockwise": "is_fp8_block_scaling_available", "tensorwise": "is_fp8_available"}
-    if not hasattr(te, checks[recipe]):
-        return "Transformer Engine is older than 2.9; install a newer one"
-    available, reason = getattr(te, checks[recipe])(return_reason=True)
-    return None if available else reason
+        if self.emulate and not no_transformer_engine:
+            raise ValueError("--ebft-fp8-emulate: works in Megatron-Core's own layers; give --transformer-impl local")
 
 
 @contextlib.contextmanager

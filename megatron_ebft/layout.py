@@ -389,17 +389,3 @@ class Chunk:
     def tokens(self, steps: int) -> slice:
         """Its rollout tokens among those of a row (or step) that keeps `steps` of each rollout."""
         return slice(self.first * steps, self.last * steps)
-
-    def visible(self, query_steps: range, starts_BT: Tensor | None, device) -> Tensor:
-        """What queries of `query_steps` see of [gold tokens [0, gold) | own rollout tokens], bool [B or 1, Q, C]."""
-        row, mine = self.row, self.tokens(self.row.steps)
-        number, step, anchor = row.rollout_number[mine], row.rollout_step[mine], row.rollout_anchor[:, mine]
-        asked = (step >= query_steps.start) & (step < query_steps.stop)
-        anchor = anchor[:, asked].to(device)
-        gold = torch.arange(self.gold, device=device)
-        sees_gold = gold < anchor[..., None]
-        sees_own = ((number == number[asked][:, None]) & (step <= step[asked][:, None]))[None].to(device)
-        if starts_BT is not None:
-            starts = starts_BT.gather(1, (anchor - 1).expand(len(starts_BT), -1))
-            sees_gold = sees_gold & (starts[..., None] <= gold)
-        return torch.cat([sees_gold, sees_own.expand(len(sees_gold), -1, -1)], dim=2)

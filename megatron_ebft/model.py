@@ -6,7 +6,10 @@
 3. What is read out of the final hidden states is the caller's choice: `labels` is a readout (readout.py), so that the
    output head runs only where it is needed and no full-vocabulary tensor leaves the model.
 4. The encoder is the same GPTModel without the layers above the deepest feature layer, final norm and output head.
-5. A pipeline's split is always spelled out (Megatron-Core's `pipeline_model_parallel_layout`), so that the encoder's
+5. Layers are Transformer Engine's or Megatron-Core's own, as backend.py decides; the core attention is ours in both.
+   Names in checkpoints are those of Transformer Engine's layers, whose linears hold the norms before them; names of
+   parameters are not, so nothing but sharded state dicts may carry weights from one run to another.
+6. A pipeline's split is always spelled out (Megatron-Core's `pipeline_model_parallel_layout`), so that the encoder's
    fewer layers can be balanced over the stages on their own.
 """
 
@@ -17,7 +20,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import Float16Module
@@ -26,6 +32,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import linear
 
+from megatron_ebft import backend
 from megatron_ebft.attention import StridedAttention
 from megatron_ebft.device import device, have_gpu
 
@@ -98,9 +105,25 @@ def _llama3_scaling(inv_freq: Tensor, args: ModelArgs) -> Tensor:
     return inv_freq * (kept + (1 - kept) / args.rope_scaling_factor)
 
 
-def transformer_config(args: ModelArgs, **overrides) -> TransformerConfig:
-    """Megatron-Core's configuration for `args`; overrides carry precision, parallelism and recomputation."""
+@dataclass
+class ModelConfig(TransformerConfig):
+    """Megatron-Core's configuration and the choice of our attention."""
+
+    attention_kernel: str = "sdpa"
+    """`flex` or `sdpa`."""
+
+
+def transformer_config(args: ModelArgs, *, transformer_impl: str = "auto", attention_kernel: str = "auto",
+                       **overrides) -> ModelConfig:
+    """The configuration for `args`; overrides carry precision, parallelism and recomputation.
+
+    Raises:
+        ValueError: as backend.choose.
+    """
+    choice = backend.choose(transformer_impl, attention_kernel, dtype=overrides.get("params_dtype", torch.float32),
+                            head_dim=args.kv_channels)
     values = dict(
+        transformer_impl=choice.transformer_impl, attention_kernel=choice.attention_kernel,
         num_layers=args.num_layers, hidden_size=args.hidden_size, ffn_hidden_size=args.ffn_hidden_size,
         num_attention_heads=args.num_attention_heads, num_query_groups=args.num_query_groups,
         kv_channels=args.kv_channels, normalization=args.normalization, layernorm_epsilon=args.norm_epsilon,
@@ -108,10 +131,11 @@ def transformer_config(args: ModelArgs, **overrides) -> TransformerConfig:
         activation_func=torch.nn.functional.silu if args.swiglu else torch.nn.functional.gelu,
         qk_layernorm=args.qk_layernorm, init_method_std=args.init_method_std, attention_dropout=0.0,
         hidden_dropout=0.0, mrope_section=[1, 1, 1], use_cpu_initialization=not have_gpu(),
-        persist_layer_norm=False, masked_softmax_fusion=False, bias_activation_fusion=False,
-        bias_dropout_fusion=False, gradient_accumulation_fusion=False, apply_rope_fusion=False,
-        calculate_per_token_loss=True)
-    return TransformerConfig(**{**values, **overrides})
+        persist_layer_norm=False, masked_softmax_fusion=False, apply_rope_fusion=False,
+        bias_activation_fusion=choice.fused_elementwise and args.swiglu,
+        bias_dropout_fusion=choice.fused_elementwise,
+        gradient_accumulation_fusion=choice.fused_weight_gradients, calculate_per_token_loss=True)
+    return ModelConfig(**{**values, **overrides})
 
 
 class Norm:
@@ -155,15 +179,25 @@ class LanguageModel(GPTModel):
         return logits
 
 
-def _block_spec(args: ModelArgs, num_layers: int) -> TransformerBlockSubmodules:
-    layer = get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm, normalization=args.normalization)
-    parts = layer.submodules
-    parts.input_layernorm = parts.pre_mlp_layernorm = Norm
-    attention = parts.self_attention.submodules
+def _block_spec(args: ModelArgs, num_layers: int, transformer_impl: str) -> TransformerBlockSubmodules:
+    if transformer_impl == "transformer_engine":
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=args.qk_layernorm)
+        norm = _transformer_engine_norm()
+    else:
+        layer = get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm, normalization=args.normalization)
+        norm = Norm
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
+    attention = layer.submodules.self_attention.submodules
     attention.core_attention = StridedAttention
     if args.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = Norm
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=Norm)
+        attention.q_layernorm = attention.k_layernorm = norm
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
+
+
+def _transformer_engine_norm():
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return TENorm
 
 
 def split_layers(num_layers: int, stages: int, first: int | None = None, last: int | None = None,
@@ -225,8 +259,8 @@ def _assemble(args: ModelArgs, config: TransformerConfig, split: list[int], vp_s
     rope = args.position_embedding_type == "rope"
     is_virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size() is not None
     model = LanguageModel(
-        config=config, transformer_layer_spec=_block_spec(args, split[place]), vocab_size=args.padded_vocab_size,
-        max_sequence_length=args.max_position_embeddings, pre_process=place == 0,
+        config=config, transformer_layer_spec=_block_spec(args, split[place], config.transformer_impl),
+        vocab_size=args.padded_vocab_size, max_sequence_length=args.max_position_embeddings, pre_process=place == 0,
         post_process=has_head and place == len(split) - 1, parallel_output=True,
         share_embeddings_and_output_weights=has_head and not args.untie_embeddings_and_output_weights,
         position_embedding_type="mrope" if rope else args.position_embedding_type,
@@ -261,10 +295,23 @@ def build_policy(args: ModelArgs, ddp: DistributedDataParallelConfig, *, first_s
     policy = [DistributedDataParallel(config, ddp, _build_gpt(args, config, split, vp_stage),
                                       disable_bucketing=vp_stage > 0)
               for vp_stage in range(virtual)]
+    if config.transformer_impl == "transformer_engine":
+        _accumulate_in_place(policy)
     no_sync = [chunk.no_sync for chunk in policy]
     config.no_sync_func = no_sync if virtual > 1 else no_sync[0]
     config.finalize_model_grads_func = lambda models, num_tokens, **kwargs: finalize_model_grads(models, None, **kwargs)
     return policy
+
+
+def _accumulate_in_place(policy: list) -> None:
+    """Let Transformer Engine's layers add weight gradients to the buffers of DDP themselves.
+
+    Megatron-Core's switch for it, gradient_accumulation_fusion, is also the output head's, which needs apex for it.
+    """
+    for chunk in policy:
+        for module in chunk.modules():
+            if hasattr(module, "fuse_wgrad_accumulation"):
+                module.fuse_wgrad_accumulation = True
 
 
 def _frozen_overrides(overrides: dict) -> dict:
@@ -292,7 +339,8 @@ def build_encoder(args: ModelArgs, deepest_layer: int, **overrides):
 
 def build_skeleton(args: ModelArgs) -> LanguageModel:
     """A whole model in float32 whose parameters have shapes but no memory, to be filled one module at a time."""
-    config = _config(args, [args.num_layers], dict(perform_initialization=False))
+    config = _config(args, [args.num_layers], dict(
+        perform_initialization=False, transformer_impl="local", attention_kernel="sdpa"))  # others take no meta device
     with torch.device("meta"):
         return _freeze(_assemble(args, config, [args.num_layers]))
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ebft.device import temporary_elements
+from megatron_ebft.device import temporary_elements, upload
 from megatron_ebft.layout import RowLayout
 
 
@@ -63,7 +63,7 @@ def training_readout(row: RowLayout, gold_BT: Tensor, rollout_BKNG: Tensor, temp
     """
     first_KBN, later_RB1 = row.split_targets(rollout_BKNG)
     return LogProbs([gold_section(gold_BT),
-                     Section(row.anchor_predictors().to(gold_BT.device), first_KBN, temperature),
+                     Section(upload(row.anchor_predictors()), first_KBN, temperature),
                      Section(slice(row.layout.seq_length, row.end), later_RB1, temperature)])
 
 

@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_ebft import visibility
 from megatron_ebft.attention import DecodePattern, PrefillPattern, RolloutCache, as_mask
 from megatron_ebft.batch import GoldBatch
-from megatron_ebft.device import work_clock
+from megatron_ebft.device import upload, work_clock
 from megatron_ebft.fp8 import FP8, quantised
 from megatron_ebft.layout import StridedLayout, document_starts, pad
 from megatron_ebft.model import unwrap
@@ -105,7 +106,13 @@ class _Group:
         self.config, self.iteration = config, iteration
         self.row = layout.parts(0, layout.rollout_length - 1)[0]
         starts_BT = None if gold.document_BT is None else document_starts(gold.document_BT)
-        self.positions = self.row.positions(starts_BT, len(gold.tokens_BT)).to(gold.tokens_BT.device)
+        batch = len(gold.tokens_BT)
+        # All that is made on the host is made here: decoding launches work and never waits for the device.
+        self.blocks, self.predictors = upload(self.row.blocks), upload(self.row.anchor_predictors())
+        positions = upload(self.row.positions(starts_BT, batch))
+        self.gold_positions = positions[:, : layout.seq_length]
+        self.step_positions = positions[:, upload(self.row.rollout_index(range(self.row.steps)))].flatten(1, 2)
+        self.reach = visibility.decoding(self.row, starts_BT, batch)
         self.cache: RolloutCache | None = None
         self.steps: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -145,15 +152,13 @@ class _Group:
 
     def _inputs(self, step: int):
         """Positions [b, length], the attention pattern, and the rows of which logits are needed."""
-        device = self.gold.tokens_BT.device
         if self.cache is None:
-            self.cache = RolloutCache(self.row, self.gold.document_BT)
+            self.cache = RolloutCache(self.row, self.reach, self.gold.document_BT)
         if step == 0:
-            predictors = self.row.anchor_predictors().to(device)
-            return self.positions[:, : self.layout.seq_length], PrefillPattern(self.cache), predictors
-        index = self.row.rollout_index(range(step - 1, step)).flatten().to(device)
-        positions = pad(self.positions[:, index], self.row.decode_length)
-        return positions, DecodePattern(self.cache, step - 1), slice(0, len(index))
+            return self.gold_positions, PrefillPattern(self.cache), self.predictors
+        positions = self.step_positions[:, :, step - 1]
+        return (pad(positions, self.row.decode_length), DecodePattern(self.cache, step - 1),
+                slice(0, positions.shape[1]))
 
     def _last_tokens(self) -> Tensor:
         """Tokens drawn in the step before, [b, K, N]."""
@@ -167,7 +172,7 @@ class _Group:
         shape = (len(logits_BPV), self.row.size, self.layout.num_samples)
         sample_N = torch.arange(shape[2], device=device) + sample_rank() * shape[2]
         numbers = uniform(config.seed, self.iteration, self.gold.index_B[:, None, None],
-                          self.row.blocks.to(device)[:, None], sample_N, step)
+                          self.blocks[:, None], sample_N, step)
         drawn = sample(logits_BPV, numbers.reshape(*logits_BPV.shape[:2], -1), config.temperature, config.top_p,
                        config.top_k, tp_group())
         tokens, log_probs, entropy = (x.reshape(*shape[:2], -1) for x in drawn)

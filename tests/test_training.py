@@ -312,7 +312,7 @@ def test_the_first_step_notices_a_sampler_that_is_not_the_trainer(arguments, tmp
     (["--use-megatron-fsdp"], "--use-megatron-fsdp: use the distributed optimizer"),
     (["--fp8-format", "hybrid"], "--fp8-format hybrid: training in FP8 is not supported; --ebft-rollout-fp8"),
     (["--ebft-rollout-fp8", "blockwise"], "--seq-length 24: with --ebft-rollout-fp8 .* a multiple of 16"),
-    (["--ebft-encoder-fp8", "tensorwise", "--seq-length", "32"], "--ebft-encoder-fp8 tensorwise: there is no GPU.*"
+    (["--ebft-encoder-fp8", "tensorwise", "--seq-length", "32"], "--ebft-encoder-fp8 tensorwise: no CUDA device.*"
      "--ebft-fp8-emulate computes the same"),
     (["--load", "/nowhere"], "--load /nowhere"),
     (["--pretrained-checkpoint", "/nowhere"], "--pretrained-checkpoint /nowhere: no such directory"),

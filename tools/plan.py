@@ -126,7 +126,7 @@ def measure(args, cluster: Cluster) -> dict:
 
     def attend_and_label(self, layer_number, *args):
         out = attend(self, layer_number, *args)
-        for tensor in (*self.cache.gold[layer_number], *self.cache.own[layer_number]):
+        for tensor in (self.cache.keys[layer_number], self.cache.values[layer_number]):
             meter.label(tensor, "caches")
         return out
 

@@ -106,8 +106,11 @@ def simulated_rank(rank: int, world_size: int):
     from megatron.core import optimizer, parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    from megatron_ebft import backend
+
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    with _replaced((parallel_state, "initialize_model_parallel",
+    with _replaced((backend, "found", backend.Found),  # kernels of a GPU take no fake tensors
+                   (parallel_state, "initialize_model_parallel",
                     partial(parallel_state.initialize_model_parallel, create_gloo_process_groups=False)),
                    (optimizer, "get_megatron_optimizer",
                     partial(optimizer.get_megatron_optimizer, use_gloo_process_groups=False)),

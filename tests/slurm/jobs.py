@@ -285,7 +285,7 @@ def test_every_interruption(cluster, whole):
 
 
 def test_a_real_time_limit(cluster, start):
-    """Longer than its time limit: SLURM's signal comes, the job goes on in a second slice, and ends as it would have."""
+    """Longer than its time limit: SLURM's signal comes, the job goes on in another slice, and ends as it would have."""
     steps = 60
     flags = [flag if flag != str(STEPS) else str(steps) for flag in RUN]
     flags[flags.index("--save-interval") + 1] = "1000"

@@ -1,0 +1,154 @@
+"""Which kernels are chosen, and that layers of Transformer Engine are the same model under the same names.
+
+Transformer Engine needs a GPU; a stand-in (fake_te.py), in a process of its own, takes its place behind Megatron-Core's
+own wrappers and layer spec.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_ebft import backend, report
+from megatron_ebft.backend import Found
+
+TESTS = Path(__file__).parent
+HOPPER = dict(gpu="NVIDIA H200 (compute capability 9.0)", no_compiler="", no_fp8={"tensorwise": "", "blockwise": ""})
+WITH_TE = Found(transformer_engine="2.11.0", no_transformer_engine="", **HOPPER)
+WITHOUT_TE = Found(no_transformer_engine="Transformer Engine is not installed", **HOPPER)
+BF16, FLOAT32 = torch.bfloat16, torch.float32
+
+
+@pytest.fixture
+def here(monkeypatch):
+    def has(found):
+        monkeypatch.setattr(backend, "found", lambda: found)
+        backend._warn_once.cache_clear()
+
+    return has
+
+
+@pytest.mark.parametrize("found, dtype, head_dim, layers, attention", [
+    (Found(), BF16, 128, "local", "sdpa"), (WITH_TE, BF16, 128, "transformer_engine", "flex"),
+    (WITH_TE, FLOAT32, 128, "local", "flex"), (WITHOUT_TE, BF16, 128, "local", "flex"),
+    (WITH_TE, BF16, 8, "transformer_engine", "sdpa")])
+@pytest.mark.filterwarnings("ignore:attention falls back")
+def test_what_is_chosen(here, found, dtype, head_dim, layers, attention):
+    here(found)
+    choice = backend.choose(dtype=dtype, head_dim=head_dim)
+    assert (choice.transformer_impl, choice.attention_kernel) == (layers, attention)
+    assert choice.fused_elementwise == bool(found.gpu)
+    choice = backend.choose("local", "sdpa", dtype=dtype, head_dim=head_dim)
+    assert (choice.transformer_impl, choice.attention_kernel) == ("local", "sdpa")
+
+
+@pytest.mark.parametrize("found, asked, message", [
+    (Found(), dict(transformer_impl="transformer_engine"), "--transformer-impl transformer_engine: no CUDA device"),
+    (Found(), dict(attention="flex"), "--ebft-attention flex: no CUDA device"),
+    (WITHOUT_TE, dict(transformer_impl="transformer_engine"), "--transformer-impl.*is not installed"),
+    (WITH_TE, dict(transformer_impl="transformer_engine", dtype=FLOAT32), "--transformer-impl.*--bf16.*TF32"),
+    (WITH_TE, dict(attention="flex", head_dim=8), "--ebft-attention flex.*heads of 8")])
+def test_what_cannot_be_is_named(here, found, asked, message):
+    here(found)
+    with pytest.raises(ValueError, match=message):
+        backend.choose(**{"dtype": BF16, "head_dim": 128, **asked})
+
+
+def test_one_warning_where_flex_attention_cannot_run(here, recwarn, monkeypatch):
+    here(WITH_TE)
+    monkeypatch.setattr(torch, "__version__", "2.7.1")
+    for _ in range(3):
+        assert backend.choose(dtype=BF16, head_dim=128).attention_kernel == "sdpa"
+    assert [str(w.message) for w in recwarn] == [
+        "attention falls back to torch's SDPA in chunks, which is slower: torch 2.7.1 is older than 2.11"]
+    here(Found())
+    backend.choose(dtype=BF16, head_dim=128)
+    assert len(recwarn) == 1  # without a GPU nobody expects it
+
+
+@pytest.mark.parametrize("found, lines", [
+    (Found(), ["GPU  no CUDA device", "layers, --bf16  local (no CUDA device)"]),
+    (WITH_TE, ["Transformer Engine  2.11.0", "FP8 blockwise  yes", "layers, --bf16  transformer_engine",
+               "attention, --bf16  FlexAttention", "layers, float32  local (for --bf16 alone"]),
+    (Found(weight_gradients=True, apex=True, no_transformer_engine="it is broken", **HOPPER),
+     ["Transformer Engine  it is broken", "apex  yes, with its kernel for weight gradients",
+      "weight gradients  added in the matrix product in layers (--bf16), in the matrix product in the head"])])
+def test_report(here, found, lines):
+    here(found)
+    said = [" ".join(line.split()) for line in report.report().splitlines()]
+    for line in lines:
+        assert any(x.startswith(" ".join(line.split())) for x in said), (line, said)
+
+
+@pytest.fixture(scope="module")
+def with_te(tmp_path_factory):
+    """What `compare` found with the stand-in."""
+    folder = tmp_path_factory.mktemp("te")
+    command = f"import fake_te; fake_te.install(); import test_backend; test_backend.compare({str(folder)!r})"
+    environment = os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "found.json").read_text())
+
+
+def compare(folder: str) -> None:
+    """Policies of both kinds of layers, and what checkpoints of one are to the other; where the stand-in is."""
+    import models
+    from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear
+    from test_checkpoint import ARGS, META, Run, seed_all
+    from test_golden import Case
+
+    from megatron_ebft import parallel
+    from megatron_ebft.checkpoint import load_checkpoint
+    from megatron_ebft.device import init_device
+    from megatron_ebft.fingerprint import sharded_tensors, sharded_weights, weights_fingerprint
+    from megatron_ebft.model import build_frozen, copy_weights, unwrap
+
+    init_device()
+    parallel.init_parallel(1, 1, seed=1)
+    backend.found = lambda: Found(no_transformer_engine="")
+    backend.no_transformer_engine = lambda dtype: ""  # the stand-in computes in float32
+    found, kinds = {}, ("local", "transformer_engine")
+    for name, changes in {"llama": {}, "other": dict(
+            qk_layernorm=True, add_bias_linear=True, add_qkv_bias=True, swiglu=False, normalization="LayerNorm",
+            position_embedding_type="learned_absolute", untie_embeddings_and_output_weights=False)}.items():
+        args = ARGS.__class__(**{**vars(ARGS), **changes})
+        local, te = (Run(args=args, transformer_impl=kind) for kind in kinds)
+        layer = unwrap(te.model[0]).decoder.layers[0]
+        assert isinstance(layer.self_attention.linear_qkv, TELayerNormColumnParallelLinear)
+        assert all(x.fuse_wgrad_accumulation for x in te.model[0].modules() if hasattr(x, "fuse_wgrad_accumulation"))
+        found[name] = {kind: {x.key: list(x.global_shape) for x in sharded_tensors(sharded_weights(run.model))}
+                       for kind, run in zip(kinds, (local, te))}
+        local.train(2).save(f"{folder}/{name}", 2)
+        load_checkpoint(f"{folder}/{name}", *te.parts, architecture=META["architecture"])
+        frozen = build_frozen(args, transformer_impl="transformer_engine")
+        copy_weights(te.model, frozen)
+        found[name]["fingerprints"] = [weights_fingerprint(x) for x in (local.model, te.model, frozen)]
+        for module in te.model[0].modules():  # which the stand-in cannot do
+            if hasattr(module, "fuse_wgrad_accumulation"):
+                module.fuse_wgrad_accumulation = False
+        for run in (local, te):
+            seed_all(2)
+            run.train(2)
+        a, b, start = (models.whole_tensors(x, of_gradients=False) for x in (local.model, te.model, [frozen]))
+        found[name]["difference"] = max(models.largest_difference(a[key], b[key]) for key in a)
+        found[name]["moved"] = min(models.largest_difference(a[key], start[key]) for key in a)
+    case = Case("step", 2, 3, transformer_impl="transformer_engine")
+    case.gradient()
+    case.check_gradient(1e-5)
+    with open(f"{folder}/found.json", "w") as file:
+        json.dump(found, file)
+
+
+@pytest.mark.parametrize("name", ["llama", "other"])
+def test_checkpoints_do_not_know_the_kind_of_layers(with_te, name):
+    """Same keys and shapes; saved with Megatron-Core's layers and trained on with Transformer Engine's; same hash."""
+    found = with_te[name]
+    assert found["local"] == found["transformer_engine"]
+    assert any(key.endswith("linear_fc1.layer_norm_weight") for key in found["local"])
+    assert len(set(found["fingerprints"])) == 1
+    assert found["difference"] < 1e-6 < found["moved"]
