@@ -20,12 +20,12 @@ def measure(run, gold, saver) -> tuple[float, float, float]:
     """Seconds of a step, of the wait for a save after it, and those that steps take longer until it is whole."""
     from benchmark import measure_step
 
-    alone = measure_step(run, gold)["step"]
+    alone = measure_step(run, gold)[0]["step"]
     start = time.perf_counter()
     saver.save(run.state, run.policy, run.optimizer, run.scheduler, {"architecture": {}})
     waited, slower = time.perf_counter() - start, 0.0
     while saver.finished() is None:
-        slower += measure_step(run, gold)["step"] - alone
+        slower += measure_step(run, gold)[0]["step"] - alone
     run.state.iteration += 1
     return alone, waited, max(slower, 0.0)
 
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     if not args.save:
         raise ValueError("--save: name a folder for the checkpoints")
     init_parallel(**parallel_sizes(args))
-    run, gold = build(args)
+    run, (gold, *_) = build(args)
     savers = {"waiting": Saver(args.save, keep=1), "--async-save": Saver(args.save, is_async=True, keep=1)}
     measure(run, gold, savers["waiting"])  # warms up
     found = {kind: [] for kind in savers}
