@@ -48,7 +48,7 @@ def measure(args, repeats: int) -> list[list[tuple[int, int, int, float]]]:
     from megatron_ebft.parallel import pp_group
     from megatron_ebft.rollout import sample_rollouts
 
-    run, gold = build(args)
+    run, (gold, *_) = build(args)
     passes = []
     for _ in range(1 + repeats):  # the first warms up
         timeline = []
