@@ -85,7 +85,7 @@ class Job:
         """Wait until the job has ended for good; its state and exit code. A message that SLURM loses when much happens
         at once keeps a job COMPLETING for minutes."""
         end = time.monotonic() + timeout
-        while (state := self.show("JobState")) in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "PREEMPTED"):
+        while (state := self.show("JobState")) in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "PREEMPTED", "SIGNALING"):
             assert time.monotonic() < end, f"still {state}:\n{self.text()}"
             time.sleep(0.2)
         return f"{state} {self.show('ExitCode').split(':')[0]}"
