@@ -182,6 +182,7 @@ def test_what_differs_is_named(tmp_path, capsys):
         tensors["reward"][3, 2] += 1e-3
         tensors["grad.model.norm.weight"] *= 1.01
         tensors["advantage"][0, 0] = torch.nan
+        tensors["log_probs"][0, -1] = torch.nan  # of a rollout left out: no difference
         tensors["grad.model.elsewhere"] = torch.ones(1)
 
     argv = ["--hf-model", str(GOLDEN / "llama"), "--batch", str(tampered(tmp_path, change)), "--output",

@@ -127,6 +127,7 @@ def test_a_rollout_stands_where_its_equal_does():
         row = part.keep(computed, first, part.room(computed))
         counts = (computed[:, part.blocks] & part.is_real[:, None]).sum((1, 2))
         assert 0 <= row.num_rollouts - counts.max() < 2 and row.num_rollouts < part.num_rollouts
+        assert row.kept.is_here_BKN[needed[:, part.blocks] & part.is_real[:, None]].all()
         index = row.pooled_index(range(G))
         for found, plain in ((row.pack(gold, tokens), part.pack(gold, tokens)),
                              (row.positions(starts, ROWS), part.positions(starts, ROWS))):

@@ -30,6 +30,7 @@ SMALL = ["--seq-length", "24", "--ebft-rollout-length", "4", "--ebft-stride", "4
 STEPS = 14
 RUN = [*SMALL, "--train-iters", str(STEPS), "--save-interval", "4", "--eval-interval", "5", "--lr", "1e-2",
        "--distributed-timeout-minutes", "2"]
+UNDER_WAY = ("PENDING", "RUNNING", "SIGNALING", "COMPLETING", "CONFIGURING", "PREEMPTED")
 NODES = ["--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1", "--gpus-per-node=0"]
 
 
@@ -85,7 +86,7 @@ class Job:
         """Wait until the job has ended for good; its state and exit code. A message that SLURM loses when much happens
         at once keeps a job COMPLETING for minutes."""
         end = time.monotonic() + timeout
-        while (state := self.show("JobState")) in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "PREEMPTED", "SIGNALING"):
+        while (state := self.show("JobState")) in UNDER_WAY:
             assert time.monotonic() < end, f"still {state}:\n{self.text()}"
             time.sleep(0.2)
         return f"{state} {self.show('ExitCode').split(':')[0]}"
