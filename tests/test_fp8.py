@@ -178,7 +178,7 @@ def expected_gradient(toy, log_q_KOG, cap: float, are_all_from_q: bool) -> dict:
 
 
 @pytest.mark.parametrize("length", [1, 2])
-def test_the_correction_of_the_loss(one_rank, float64, length, capsys):
+def test_the_correction_of_the_loss(one_rank, float64, length):
     """Relative bias of the whole gradient when rollouts are drawn in FP8, by enumeration.
 
     Weighted by the ratio of its probabilities, a rollout of one token among others from the policy has none left, but
@@ -195,9 +195,7 @@ def test_the_correction_of_the_loss(one_rank, float64, length, capsys):
 
     off, on, untruncated = (bias(cap, are_all_from_q=True) for cap in (0.0, 2.0, 1e9))
     alone_off, alone_on, alone_untruncated = (bias(cap, are_all_from_q=False) for cap in (0.0, 2.0, 1e9))
-    with capsys.disabled():
-        print(f"\nbias, rollouts of {length}: all in FP8 {off:.3f}, corrected {on:.3f} (untruncated "
-              f"{untruncated:.3f}); one in FP8 {alone_off:.3f}, corrected {alone_on:.1e} (untruncated "
-              f"{alone_untruncated:.1e})")
+    print(f"bias, rollouts of {length}: all in FP8 {off:.3f}, corrected {on:.3f} (untruncated {untruncated:.3f}); one "
+          f"in FP8 {alone_off:.3f}, corrected {alone_on:.1e} (untruncated {alone_untruncated:.1e})")
     assert off > 0.02 and on < off / 3
     assert length > 1 or alone_untruncated < 1e-10
