@@ -1,0 +1,75 @@
+"""FP8 by Transformer Engine on a Hopper GPU: its error, what it touches, and that changed weights reach the sampler."""
+
+import brute_force as bf
+import models
+import pytest
+import torch
+from models import relative_error
+
+from megatron_ebft import backend, ebft, fp8
+from megatron_ebft.fp8 import FP8, quantised
+from megatron_ebft.rollout import sample_rollouts
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_rank")]
+SIZES = dict(layers=4, hidden=512, ffn=1024, heads=8, kv_heads=4, vocab=512)
+BF16 = dict(params_dtype=torch.bfloat16, bf16=True, transformer_impl="transformer_engine")
+
+
+@pytest.fixture(params=["blockwise", "tensorwise"])
+def precision(request):
+    missing = backend.no_transformer_engine(torch.bfloat16) or backend.found().no_fp8[request.param]
+    if missing:
+        pytest.skip(missing)
+    return FP8(request.param)
+
+
+@pytest.fixture
+def policy():
+    return models.build_policy(*bf.random_llama(0, **SIZES), **BF16)
+
+
+def sampled(policy, precision):
+    """Rollouts of two rows in FP8, with their rows and the method's configuration."""
+    settings = bf.Settings(bf.Geometry(8, 8, 8, 4), 1.0)
+    config = models.ebft_config(settings, 128, SIZES["layers"], rollout_fp8=precision)
+    gold = models.gold_batch(torch.randint(SIZES["vocab"], (2, 128), generator=torch.Generator().manual_seed(1)))
+    return gold, config, sample_rollouts(policy, gold, config.layout, config.sampling, iteration=0)
+
+
+def test_a_layer_is_off_by_what_e4m3_rounds_away(policy, precision):
+    """One linear layer against float32, and against the emulation on the same numbers."""
+    linear = models.unwrap(policy[0]).decoder.layers[0].self_attention.linear_proj
+    x = torch.randn(256, 1, SIZES["hidden"], device="cuda", dtype=torch.bfloat16)
+    exact = x.float() @ linear.weight.float().t()
+    emulated = fp8.round_activations(x.float(), precision.recipe) @ fp8.round_weights(
+        linear.weight.float(), precision.recipe).t()
+    import transformer_engine.pytorch as te
+    from transformer_engine.common.recipe import Float8BlockScaling, Float8CurrentScaling, Format
+
+    recipe = {"blockwise": Float8BlockScaling, "tensorwise": lambda: Float8CurrentScaling(fp8_format=Format.E4M3)}
+    with torch.no_grad(), te.autocast(enabled=True, recipe=recipe[precision.recipe]()):
+        found = linear(x)[0].float()
+    assert 0.02 < relative_error(found.cpu(), exact.cpu()) < 0.06
+    assert relative_error(found.cpu(), emulated.cpu()) < 0.01
+
+
+def test_sampler_and_training_pass(policy, precision):
+    gold, config, rollouts = sampled(policy, precision)
+    scores = ebft.score(policy[0], gold, rollouts, config)
+    mismatch = (scores.rollout_BKNG - rollouts.log_probs_BKNG).abs().mean().item()
+    _, _, plain = sampled(policy, FP8())
+    in_bf16 = (ebft.score(policy[0], gold, plain, config).rollout_BKNG - plain.log_probs_BKNG).abs().mean().item()
+    assert 2 * in_bf16 < mismatch < 0.3  # FP8 did run, and is FP8
+
+
+def test_changed_weights_change_the_sampler(policy, precision):
+    first = sampled(policy, precision)[2].entropy_BKNG[..., 0]
+    with torch.no_grad():
+        for name, parameter in models.unwrap(policy[0]).named_parameters():
+            if "linear_fc2" in name:
+                parameter.mul_(1.5)
+    assert not torch.equal(first, sampled(policy, precision)[2].entropy_BKNG[..., 0])
+    with torch.no_grad(), quantised(policy, precision):
+        pass
+    workspaces = [m._fp8_workspaces for m in models.unwrap(policy[0]).modules() if hasattr(m, "_fp8_workspaces")]
+    assert workspaces and not any(workspaces)
