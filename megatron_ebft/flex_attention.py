@@ -55,7 +55,7 @@ def block_mask(reach: Reach) -> BlockMask:
     is_covered = is_touched
     for start, end in (rows.intervals[:2], rows.intervals[2:]):
         start, end = (torch.nn.functional.pad(x, (0, -queries % TILE))[..., None] for x in (start, end))
-        is_touched = is_touched | ((start < last) & (end > first) & (start < end))
+        is_touched = is_touched | ((start < last) & (end > first))  # an empty interval is [0, 0)
         is_covered = is_covered | ((start <= first) & (end >= first + TILE))
     is_touched = is_touched.unflatten(1, (-1, TILE)).any(2)[:, None]  # [B, 1, tiles of queries, tiles of keys]
     is_full = is_covered.unflatten(1, (-1, TILE)).all(2)[:, None]

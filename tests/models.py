@@ -161,10 +161,11 @@ def _rows(name: str, config: dict) -> int | None:
 
 
 def build_policy(config: dict, weights: dict, vocab_multiple: int = 1, **overrides) -> list:
-    """A policy with these weights, gradient buffers zero; all in torch's default dtype."""
-    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True)
-    policy = model.build_policy(architecture(config, vocab_multiple), ddp, params_dtype=torch.get_default_dtype(),
-                                **overrides)
+    """A policy with these weights, gradient buffers zero; in torch's default dtype unless overrides say otherwise."""
+    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True,
+                                        grad_reduce_in_fp32=overrides.get("bf16", False))
+    policy = model.build_policy(architecture(config, vocab_multiple), ddp,
+                                **{"params_dtype": torch.get_default_dtype(), **overrides})
     load(policy, config, weights)
     for chunk in policy:
         chunk.zero_grad_buffer()
@@ -175,7 +176,7 @@ def build_encoder(config: dict, weights: dict, fractions=(0.25, 0.5, 0.75), voca
     """An encoder with these weights, of the layers that these depths need."""
     deepest = max(feature_layers(fractions, config["num_hidden_layers"]))
     encoder = model.build_encoder(architecture(config, vocab_multiple), deepest,
-                                  params_dtype=torch.get_default_dtype(), **overrides)
+                                  **{"params_dtype": torch.get_default_dtype(), **overrides})
     load(encoder, config, weights)
     return encoder
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 GOLDEN = Path(__file__).parent / "golden"
 # With TINY's head dimension of 8 one frequency is kept, one is blended and two are divided by the factor.
@@ -107,6 +106,8 @@ def test_energy_agrees_in_float64(case, whitening):
     ids=["plain", "llama3", "tied", "qwen2"],
 )
 def test_forward_agrees_with_transformers(options):
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM  # no other test needs it
+
     config, weights = bf.random_llama(0, **TINY, **options)
     qwen2 = "qkv_bias" in options
     config_class, model_class = (Qwen2Config, Qwen2ForCausalLM) if qwen2 else (LlamaConfig, LlamaForCausalLM)

@@ -167,7 +167,7 @@ def waste(reach) -> float:
 
 def test_tiles_are_not_many_more_than_needed():
     """At the paper's geometry, with the 4 query heads to a key head of an 8B Llama: 1.50 in training, 1.32 in the
-    encoder, 1.76 and 1.74 in decoding (3.0 without packed heads). Most of what is unwanted is in tiles of own keys."""
+    encoder, 1.76 and 1.74 in decoding (3.0 without packed heads). Most of the waste is in tiles of own keys."""
     layout = StridedLayout(1024, 8, 8, 8, 4)
     row = layout.parts(0, 7)[0]
     assert waste(visibility.strided(row, None, 1)) < 1.51

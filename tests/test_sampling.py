@@ -5,10 +5,13 @@ import models
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from megatron_ebft import rollout, visibility
 from megatron_ebft.batch import GoldBatch
 from megatron_ebft.device import device
-from megatron_ebft.layout import StridedLayout
+from megatron_ebft.layout import Chunk, RowLayout, StridedLayout
 from megatron_ebft.rollout import SamplingConfig, sample_rollouts
 from megatron_ebft.sampling import filter_probabilities, sample, uniform
 
@@ -207,6 +210,44 @@ def test_sampling_leaves_the_mode_of_the_policy(policy):
         policy[0].train(training)
         sampled(policy, gold_rows(documents=False))
         assert policy[0].training is training
+
+
+class NothingForTheHost(TorchDispatchMode):
+    """Operations whose result the host has to read, which would make it wait for a GPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        masks = [x for x in tree_leaves(args[1:]) if isinstance(x, torch.Tensor) and x.dtype == torch.bool]
+        assert name not in ("_local_scalar_dense", "item", "nonzero", "masked_select", "is_nonzero", "unique"), name
+        assert not (name in ("index", "index_put", "index_put_") and masks), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_decoding_needs_nothing_of_the_host(policy, documents, monkeypatch):
+    """After the prefill no number is read, and none of the layout's host tensors is used or sent."""
+    work = rollout._Group.work
+
+    def refuse(*args):
+        raise AssertionError("asked of the host while decoding")
+
+    def watched(self, step, virtual, given):
+        if step == 0:
+            return work(self, step, virtual, given)
+        with pytest.MonkeyPatch.context() as patch, NothingForTheHost():
+            for name in ("blocks", "anchors", "is_real", "rollout_number", "rollout_anchor", "rollout_step"):
+                vars(self.row).pop(name, None)
+                patch.setattr(RowLayout, name, property(refuse))
+            for name in ("positions", "rollout_index", "anchor_predictors"):
+                patch.setattr(RowLayout, name, refuse)
+            patch.setattr(visibility, "upload", refuse)
+            patch.setattr(rollout, "upload", refuse)
+            patch.setattr(Chunk, "gold", property(lambda chunk: 20))  # of the path without a GPU's kernel
+            return work(self, step, virtual, given)
+
+    expected = sampled(policy, gold_rows(documents))
+    monkeypatch.setattr(rollout._Group, "work", watched)
+    assert torch.equal(sampled(policy, gold_rows(documents)), expected)
 
 
 @pytest.mark.parametrize("changes, flag", [(dict(temperature=0.0), "temperature"), (dict(top_p=0.0), "top-p"),

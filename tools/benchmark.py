@@ -1,8 +1,9 @@
 """Cost of an EBFT step against an SFT step: same rows, same model, one run.
 
     python tools/benchmark.py                                        # the shape of the README's table
-    torchrun --nproc-per-node N tools/benchmark.py --bf16 --num-layers 16 --hidden-size 2048 …
-    python tools/benchmark.py --pretrained-checkpoint DIR --data-path PREFIX --seq-length 256  # a trained model
+    python tools/benchmark.py --shape 8b-quarter                     # a shape by name, on a GPU
+    torchrun --nproc-per-node 8 tools/benchmark.py --shape 8b --tensor-model-parallel-size 8 --sequence-parallel
+    python tools/benchmark.py --pretrained-checkpoint DIR --data-path PREFIX --seq-length 256  # a trained model, CPU
 
 Takes the training flags of model, optimizer, memory and method (see `python -m megatron_ebft.train --help`); random
 weights and rows, or those of a checkpoint and a dataset; no masks, no reference. Tokens and operations are those of
@@ -12,14 +13,24 @@ medians are reported.
 Random weights hardly ever draw a rollout twice, so they show what a step costs where nothing is saved. Where the first
 EBFT step leaves rollouts out (--ebft-skip-duplicates), every repeat also runs one on the same rows that leaves out
 none, as "ebft, whole rows": what the savings are worth, beside the share of tokens they are.
+
+On a GPU operations and the expected peak of memory are what tools/plan.py says of the same flags, since torch's counter
+sees neither Transformer Engine's nor compiled kernels; attention counts as torch's SDPA in chunks. The share of
+attention is that of its kernels in the GPU's busy time of one more, profiled step.
 """
 
+import argparse
 import dataclasses
 import json
+import os
+import re
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 import warnings
+from pathlib import Path
 
 import torch
 from torch.utils import flop_counter
@@ -29,6 +40,21 @@ SHAPE = dict(num_layers=8, hidden_size=256, ffn_hidden_size=768, num_attention_h
              seq_length=512, vocab_size=8192, micro_batch_size=2, global_batch_size=2, ebft_track_kl=False,
              untie_embeddings_and_output_weights=True)
 """The default: small enough for two CPU cores, with every ingredient of a Llama."""
+LLAMA = dict(num_query_groups=8, vocab_size=128256, rotary_base=500000.0, use_rope_scaling=True, seq_length=1024,
+             max_position_embeddings=131072, global_batch_size=4, ebft_track_kl=False, bf16=True)
+LLAMA_8B = dict(num_layers=32, hidden_size=4096, ffn_hidden_size=14336, num_attention_heads=32,
+                untie_embeddings_and_output_weights=True, **LLAMA)
+SHAPES = {
+    "small": SHAPE,
+    "1b": dict(num_layers=16, hidden_size=2048, ffn_hidden_size=8192, num_attention_heads=32, kv_channels=64,
+               rope_scaling_factor=32.0, **LLAMA),
+    "8b": LLAMA_8B, "8b-quarter": {**LLAMA_8B, "num_layers": 8}}
+"""Llama 3.2 1B and 3.1 8B with the paper's blocks (the flags' defaults) in 4 rows; a quarter of the layers of 8B, which
+with optimizer and encoder fit one GPU of 80 GB (and in which head and sampler weigh four times as much)."""
+PEAKS = {"H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0, "A100": 312.0}
+"""Dense bfloat16 TFLOP/s by what is in a GPU's name."""
+ATTENTION = re.compile("flash|fmha|attention|triton_tem", re.I)
+"""Names of attention's kernels; compiled templates are FlexAttention's, there are no others."""
 
 
 def _flash_cpu(query, key, value, *args, out_shape=None, **kwargs):
@@ -135,29 +161,70 @@ def matmul_rate(dtype: torch.dtype, size: int, repeats: int = 5) -> float:
     return 2 * size**3 / best
 
 
-def benchmark(args) -> dict:
-    """All figures, JSON-able."""
+def planned(flags: list[str]) -> dict:
+    """What tools/plan.py says of rank 0 with these flags: operations and bytes at the peak, by phase."""
+    with tempfile.NamedTemporaryFile() as file:
+        command = ("import json, sys, plan\n"
+                   "json.dump(plan.measure_rank(json.loads(sys.argv[1]), 0), open(sys.argv[2], 'w'))")
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(
+            [str(Path(__file__).parent), str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])}
+        subprocess.run([sys.executable, "-c", command, json.dumps(flags), file.name], env=environment, check=True)
+        phases = json.load(file)["phases"]
+    return {"flops": {name: float(phase["flops"]) for name, phase in phases.items()},
+            "peak": max(sum(phase["peak"].values()) for phase in phases.values())}
+
+
+def attention_share(kernels: list[tuple[str, float]]) -> float:
+    """Attention's part of the time of all kernels, (name, time) each."""
+    return sum(time for name, time in kernels if ATTENTION.search(name)) / sum(time for _, time in kernels)
+
+
+def profiled_kernels(run, gold) -> list[tuple[str, float]]:
+    """Name and microseconds of the GPU's kernels in one step."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        measure_step(run, gold)
+    return [(event.key, event.self_device_time_total) for event in profile.key_averages()
+            if event.device_type == torch.autograd.DeviceType.CUDA]
+
+
+def benchmark(args, flags: list[str]) -> dict:
+    """All figures, JSON-able. flags: the same as `args`, for tools/plan.py."""
     from megatron_ebft.device import have_gpu
 
     run, batches = build_pretrained(args) if args.pretrained_checkpoint else build(args)
     runs = {"sft": dataclasses.replace(run, mode="sft"), "ebft": run}
-    if any(saved(measure_step(run, batches[0])[1]).values()):
+    if any(saved(measure_step(run, batches[0])[1]).values()) and not have_gpu():
         runs[WHOLE] = dataclasses.replace(run, config=dataclasses.replace(run.config, skip_duplicates=False))
-    flops = {name: count_flops(kind, batches[0]) for name, kind in runs.items()}  # also warms up
+    gpu, planned_peak, peaks = {}, {}, dict.fromkeys(runs, 0)
+    if have_gpu():
+        found = {name: planned([*flags, "--training-mode", name]) for name in runs}
+        flops, planned_peak = ({name: x[key] for name, x in found.items()} for key in ("flops", "peak"))
+        measure_step(runs["sft"], batches[0])  # compiles
+    else:
+        flops = {name: count_flops(kind, batches[0]) for name, kind in runs.items()}  # also warms up
     rate = matmul_rate(torch.bfloat16 if args.bf16 else torch.float32, 8192 if have_gpu() else 2048)
     steps, shares = {name: [] for name in runs}, []
     for repeat, gold in enumerate(batches):
         for name, kind in runs.items():
+            if have_gpu():
+                torch.cuda.reset_peak_memory_stats()
             seconds, metrics = measure_step(kind, gold)
             steps[name].append(seconds)
+            if have_gpu():
+                peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated())
             if name == "ebft":
                 shares.append(saved(metrics))
         if torch.distributed.get_rank() == 0:
             print(f"repeat {repeat + 1}/{args.repeats}: "
                   + ", ".join(f"{name} {found[-1]['step']:.3f} s" for name, found in steps.items()))
+    layout, gold = run.config.layout, batches[0]
+    if have_gpu():
+        gpu = {"peak_tflops": peak_tflops(torch.cuda.get_device_name()), "peak_bytes": peaks,
+               "planned_peak_bytes": planned_peak, "layers": run.policy[0].config.transformer_impl,
+               "attention": run.policy[0].config.attention_kernel,
+               "attention_share": {name: attention_share(profiled_kernels(kind, gold)) for name, kind in runs.items()}}
     seconds = {name: {phase: statistics.median(step[phase] for step in found) for phase in found[0]}
                for name, found in steps.items()}
-    layout, gold = run.config.layout, batches[0]
     others = [name for name in runs if name != "sft"]
     return {
         "device": torch.cuda.get_device_name() if have_gpu() else f"CPU, {torch.get_num_threads()} threads",
@@ -169,7 +236,7 @@ def benchmark(args) -> dict:
         "ratio": {name: seconds[name]["step"] / seconds["sft"]["step"] for name in others},
         "ratio_of_each_repeat": {name: [e["step"] / s["step"] for e, s in zip(steps[name], steps["sft"])]
                                  for name in others},
-        "flops_ratio": {name: sum(flops[name].values()) / sum(flops["sft"].values()) for name in others}}
+        "flops_ratio": {name: sum(flops[name].values()) / sum(flops["sft"].values()) for name in others}, "gpu": gpu}
 
 
 def saved(metrics: dict[str, float]) -> dict[str, float]:
@@ -177,47 +244,83 @@ def saved(metrics: dict[str, float]) -> dict[str, float]:
     return {"features": metrics["encoder_tokens_saved"], "train": metrics["training_tokens_saved"]}
 
 
+def peak_tflops(name: str) -> float | None:
+    """Dense bfloat16 TFLOP/s of a GPU, where its name is known."""
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
+
+
 def table(result: dict) -> str:
-    """The figures as Markdown."""
-    peak = result["matmul_gflops_per_second"]
+    """The figures as Markdown: seconds and GFLOP on a CPU, ms, TFLOP and MFU on a GPU."""
+    gpu, matmul = result["gpu"], result["matmul_gflops_per_second"]
+    scale, digits, unit, time_unit = (1e3, 1, "TFLOP", "ms") if gpu else (1, 3, "GFLOP", "seconds")
     lines = [f"{result['device']}, torch {result['torch']}; {result['gold_tokens']} gold and "
-             f"{result['rollout_tokens']} rollout tokens a step; matrix product {peak:.0f} GFLOP/s", "",
-             "| step | phase | seconds | share | GFLOP | GFLOP/s | of the matrix product | tokens saved |",
-             "|---|---|--:|--:|--:|--:|--:|--:|"]
+             f"{result['rollout_tokens']} rollout tokens a step; matrix product {matmul / scale:.0f} {unit}/s", "",
+             f"| step | phase | {time_unit} | share | {unit} | {unit}/s | of the matrix product | tokens saved |"
+             + (" MFU |" if gpu else ""), "|---|---|--:|--:|--:|--:|--:|--:|" + ("--:|" if gpu else "")]
     for name in result["seconds"]:
         seconds, gflops = result["seconds"][name], result["gflops"][name]
-        total = sum(gflops.values())
         for phase in [p for p in PHASES if p in seconds] + ["step"]:
-            work = total if phase == "step" else gflops.get(phase, 0.0)
+            work = sum(gflops.values()) if phase == "step" else gflops.get(phase, 0.0)
             rate = work / seconds[phase]
-            share = seconds[phase] / seconds["step"]
             tokens = result["tokens_saved"].get(phase) if name == "ebft" else None
-            lines.append(f"| {name} | {phase} | {seconds[phase]:.3f} | {share:.0%} | {work:.1f} | {rate:.0f} | "
-                         f"{rate / peak:.0%} | {'' if tokens is None else f'{tokens:.1%}'} |")
+            line = (f"| {name} | {phase} | {seconds[phase] * scale:.{digits}f} | "
+                    f"{seconds[phase] / seconds['step']:.0%} | {work / scale:.1f} | {rate / scale:.0f} | "
+                    f"{rate / matmul:.0%} | {'' if tokens is None else f'{tokens:.1%}'} |")
+            lines.append(line + (f" {mfu(rate, gpu['peak_tflops'])} |" if gpu else ""))
     for name, each in result["ratio_of_each_repeat"].items():
         lines += ["", f"{name} / sft: {result['ratio'][name]:.2f} × in time (single repeats {min(each):.2f} to "
                       f"{max(each):.2f}), {result['flops_ratio'][name]:.2f} × in operations"]
+    if gpu:
+        lines += ["", f"{gpu['layers']} layers, {gpu['attention']} attention", "",
+                  "| step | attention | peak GiB | tools/plan.py says |", "|---|--:|--:|--:|",
+                  *(f"| {name} | {gpu['attention_share'][name]:.1%} | {gpu['peak_bytes'][name] / 2**30:.1f} | "
+                    f"{gpu['planned_peak_bytes'][name] / 2**30:.1f} |" for name in ("sft", "ebft"))]
     return "\n".join(lines)
+
+
+def mfu(gflops_per_second: float, peak: float | None) -> str:
+    """Model FLOP/s as a share of the GPU's peak (TFLOP/s)."""
+    return "?" if peak is None else f"{gflops_per_second / 1e3 / peak:.1%}"
+
+
+def _own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser.add_argument("--shape", choices=SHAPES, default="small", help="model, rows and precision by name; flags "
+                        "given beside it win")
+    parser.add_argument("--repeats", type=int, default=5, help="steps of each kind that are timed")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there")
+    return parser
+
+
+def _as_flags(values: dict) -> list[str]:
+    """Defaults as the flags that set them."""
+    flags = []
+    for name, value in values.items():
+        flag = "--" + name.replace("_", "-")
+        flags += [flag, str(value)] if not isinstance(value, bool) else [flag if value else "--no" + flag[1:]]
+    return flags
 
 
 def main(argv: list[str]) -> None:
     warnings.filterwarnings("ignore")
     from megatron_ebft.arguments import build_parser, check_args, parallel_sizes
+    from megatron_ebft.device import have_gpu
     from megatron_ebft.parallel import init_parallel, shut_down
 
-    parser = build_parser()
+    parser = _own_flags(build_parser())
     parser.prog, parser.description = "tools/benchmark.py", __doc__.splitlines()[0]
-    parser.set_defaults(**SHAPE)
-    parser.add_argument("--repeats", type=int, default=5, help="steps of each kind that are timed")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there")
-    args = check_args(parser.parse_args(["--train-iters", "1000", *argv]))
+    own, rest = _own_flags(argparse.ArgumentParser(add_help=False, allow_abbrev=False)).parse_known_args(argv)
+    flags = ["--train-iters", "1000", *_as_flags(SHAPES[own.shape])]
+    args = check_args(parser.parse_args([*flags, *argv]))
+    if args.pretrained_checkpoint and have_gpu():
+        raise ValueError("--pretrained-checkpoint: on a GPU, where tools/plan.py counts operations, the benchmark has "
+                         "random weights alone; leave it out")
     for flag in ("ebft_document_mask", "ebft_answer_only", "ebft_kl_coef", "load", "save"):
         if vars(args)[flag]:
             raise ValueError(f"--{flag.replace('_', '-')}: not part of the benchmark, leave it out")
     if bool(args.pretrained_checkpoint) != bool(args.data_path or args.train_data_path):
         raise ValueError("--pretrained-checkpoint, --data-path: trained weights and text go together, give both")
     init_parallel(**parallel_sizes(args))
-    result = benchmark(args)
+    result = benchmark(args, [*flags, *rest, "--world-size", str(torch.distributed.get_world_size())])
     if torch.distributed.get_rank() == 0:
         print(table(result))
         if args.json:

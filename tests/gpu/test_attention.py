@@ -1,0 +1,91 @@
+"""Attention kernels on a GPU against float64: FlexAttention and chunked SDPA, rows and cached decoding, both passes."""
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_ebft import visibility
+from megatron_ebft.attention import DecodePattern, PrefillPattern, RolloutCache, StridedPattern
+from megatron_ebft.backend import no_flex_attention
+from megatron_ebft.layout import StridedLayout, document_starts
+
+pytestmark = pytest.mark.gpu
+LIMITS = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
+"""Relative error of outputs and gradients: some roundings of the dtype."""
+KERNELS = pytest.mark.parametrize("flex", [True, False], ids=["flex", "sdpa"])
+DTYPES = pytest.mark.parametrize("dtype", LIMITS, ids=["float32", "bfloat16"])
+
+
+def row_and_documents(has_documents: bool, pad_to: int = 8):
+    row = StridedLayout(256, 8, 8, 8, 4, pad_to).parts(0, 7)[0]
+    index = torch.arange(256, device="cuda")
+    return row, torch.stack([(index > 100).long(), (index > 37).long() + (index > 200)]) if has_documents else None
+
+
+def heads(row, dtype, heads=8, groups=2, dim=64):
+    generator = torch.Generator("cuda").manual_seed(0)
+    return [torch.randn(2, h, row.length, dim, generator=generator, device="cuda").to(dtype).requires_grad_()
+            for h in (heads, groups, groups)]
+
+
+def needs(flex, dtype):
+    if flex and no_flex_attention(dtype, 64):
+        pytest.skip(no_flex_attention(dtype, 64))
+
+
+def exact(row, document_BT, q, k, v):
+    """Output and gradients in float64, with the mask written out; of padding, zero."""
+    reach = visibility.strided(row, None if document_BT is None else document_starts(document_BT), 2)
+    mask = reach.sees(torch.arange(row.length, device="cuda"))[:, None]
+    leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    out = scaled_dot_product_attention(*leaves, attn_mask=mask, scale=0.2, enable_gqa=True)
+    return out, torch.autograd.grad(out[:, :, :row.end].square().sum(), leaves)
+
+
+def error(actual, expected) -> float:
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+@KERNELS
+@DTYPES
+@pytest.mark.parametrize("has_documents", [False, True])
+@pytest.mark.parametrize("shape", [(8, 2, 64), (14, 2, 128)], ids=["4 to a key head", "7 to a key head"])
+def test_rows(flex, dtype, has_documents, shape):
+    needs(flex, dtype)
+    row, document_BT = row_and_documents(has_documents)
+    q, k, v = heads(row, dtype, *shape)
+    expected, gradients = exact(row, document_BT, q, k, v)
+    out = StridedPattern(row, document_BT).attend(1, q, k, v, 0.2, flex)
+    assert out.isfinite().all()
+    assert error(out[:, :, :row.end], expected[:, :, :row.end]) < LIMITS[dtype]
+    for found, wanted in zip(torch.autograd.grad(out[:, :, :row.end].square().sum(), (q, k, v)), gradients):
+        assert found.isfinite().all() and error(found, wanted) < 2 * LIMITS[dtype]
+
+
+@KERNELS
+@DTYPES
+@pytest.mark.parametrize("has_documents", [False, True])
+@torch.no_grad()
+def test_decoding(flex, dtype, has_documents):
+    needs(flex, dtype)
+    row, document_BT = row_and_documents(has_documents)
+    starts = None if document_BT is None else document_starts(document_BT)
+    q, k, v = (x.detach() for x in heads(row, dtype))
+    with torch.enable_grad():
+        whole = exact(row, document_BT, q, k, v)[0].detach()
+    cache = RolloutCache(row, visibility.decoding(row, starts, 2), document_BT)
+    PrefillPattern(cache).attend(1, *(x[:, :, :256] for x in (q, k, v)), 0.2, flex)
+    for step in range(row.steps):
+        index = row.rollout_index(range(step, step + 1)).flatten().cuda()
+        now = [torch.nn.functional.pad(x[:, :, index], (0, 0, 0, row.decode_length - len(index))) for x in (q, k, v)]
+        out = DecodePattern(cache, step).attend(1, *now, 0.2, flex)
+        assert out.isfinite().all() and error(out[:, :, :len(index)], whole[:, :, index]) < LIMITS[dtype]
+
+
+def test_one_kernel_serves_all_documents():
+    needs(True, torch.bfloat16)
+    row, document_BT = row_and_documents(True)
+    q, k, v = heads(row, torch.bfloat16)
+    StridedPattern(row, document_BT).attend(1, q, k, v, 0.2, True).sum().backward()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        StridedPattern(row, document_BT.flip(0)).attend(1, q, k, v, 0.2, True).sum().backward()

@@ -1,0 +1,97 @@
+"""Whole steps on a GPU: the released code's, in float32 and BF16 with every kind of kernel; decoding without waiting.
+
+Limits for BF16 are twice what a CPU's BF16 gives on the same steps (test_golden.py has those of float32).
+"""
+
+import brute_force as bf
+import models
+import pytest
+import torch
+from models import largest_difference, relative_error
+from test_brute_force import GOLDEN, by_sample
+from test_golden import STEPS, Case
+
+from megatron_ebft import backend, ebft, rollout
+from megatron_ebft.layout import StridedLayout
+from megatron_ebft.rollout import SamplingConfig, sample_rollouts
+from megatron_ebft.training import SELF_CHECK_BF16, SELF_CHECK_FLOAT32
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_rank")]
+FLOAT32, BF16 = dict(params_dtype=torch.float32), dict(params_dtype=torch.bfloat16, bf16=True)
+PATHS = {f"{layers}, {attention}, {name}": dict(transformer_impl=layers, attention_kernel=attention, **precision)
+         for name, precision in (("float32", FLOAT32), ("bf16", BF16)) for layers in ("local", "transformer_engine")
+         for attention in ("sdpa", "flex") if (layers, name) != ("transformer_engine", "float32")}
+
+
+@pytest.fixture(params=PATHS)
+def path(request):
+    """Overrides of a model for one kind of kernels; skipped, with the reason, where it cannot be."""
+    options = PATHS[request.param]
+    try:
+        backend.choose(options["transformer_impl"], options["attention_kernel"], dtype=options["params_dtype"],
+                       head_dim=16)
+    except ValueError as error:
+        pytest.skip(str(error))
+    return options
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_golden_step(name, path):
+    case, is_bf16 = Case(name, 1, 3, **path), "bf16" in path
+    rewards, scores = case.rewards(), case.gradient()
+    golden = {key: by_sample(case.golden[key], case.docs) for key in ("alignment", "advantage")}
+    T, (_, K, _, G) = case.docs.shape[1], case.tokens.shape
+    log_probs = case.golden["log_probs"].unflatten(0, (len(case.docs), -1))
+    rollouts = log_probs[:, :, T - 1:].unflatten(2, (G, K)).permute(0, 3, 1, 2)
+    if name != "step_whitened" or not is_bf16:  # whitening divides by what BF16 rounds away
+        for key, found in (("alignment", rewards.alignment), ("advantage", rewards.advantage)):
+            assert largest_difference(found, golden[key]) <= (0.05 if is_bf16 else 1e-4), key
+        for key, grad in models.gradients(case.policy, case.model).items():
+            assert relative_error(grad, case.golden["grad." + key]) <= (0.3 if is_bf16 else 1e-3), key
+    assert largest_difference(scores.rollout_BKNG, rollouts) <= (0.1 if is_bf16 else 1e-4)
+    assert largest_difference(scores.gold_BT, log_probs[:, 0, : T - 1]) <= (0.1 if is_bf16 else 1e-4)
+
+
+def sampler(path, seq_length=128):
+    """A policy, rows with documents, and what samples from it."""
+    model, weights = bf.load_llama(GOLDEN / "llama")
+    policy = models.build_policy(model, weights, **path)
+    tokens = torch.randint(1, model["vocab_size"], (2, seq_length), generator=torch.Generator().manual_seed(0))
+    tokens[0, 50] = tokens[1, 90] = 0
+    gold, layout = models.gold_batch(tokens, eod=0), StridedLayout(seq_length, 8, 8, 8, 4)
+    return policy, gold, layout, lambda: sample_rollouts(policy, gold, layout, SamplingConfig(0.6, 1.0, 0, 1), 3)
+
+
+def test_sampler_and_training_pass_agree(path):
+    policy, gold, layout, draw = sampler(path)
+    config = models.ebft_config(bf.Settings(bf.Geometry(8, 8, 8, 4), temperature=0.6), 128, 4)
+    rollouts = draw()
+    scores = ebft.score(policy[0], gold, rollouts, config)
+    difference = (scores.rollout_BKNG - rollouts.log_probs_BKNG).abs().mean().item()
+    assert difference < (SELF_CHECK_BF16 if "bf16" in path else SELF_CHECK_FLOAT32)
+
+
+def test_decoding_does_not_wait_for_the_device(path, monkeypatch):
+    """Every step after the prefill only launches work: CUDA refuses whatever would wait."""
+    _, _, _, draw = sampler(path)
+    expected, work = draw(), rollout._Group.work
+
+    def watched(self, step, virtual, given):
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        try:
+            return work(self, step, virtual, given)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(rollout._Group, "work", watched)
+    assert torch.equal(draw().tokens_BKNG, expected.tokens_BKNG)
+
+
+def test_kernels_draw_the_same_tokens():
+    """In float32, where they differ by roundings too small to move a draw."""
+    drawn = []
+    for attention in ("sdpa", "flex"):
+        if attention == "flex" and backend.no_flex_attention(torch.float32, 16):
+            pytest.skip(backend.no_flex_attention(torch.float32, 16))
+        drawn.append(sampler(dict(transformer_impl="local", attention_kernel=attention, **FLOAT32))[3]().tokens_BKNG)
+    assert (drawn[0] == drawn[1]).float().mean() > 0.999

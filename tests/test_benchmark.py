@@ -1,0 +1,51 @@
+"""The benchmark's tables and the plan it is held against; a tiny step of its own for the rest."""
+
+import benchmark
+import plan
+import pytest
+import torch
+from test_plan import SHAPE
+
+
+def result(gpu: dict) -> dict:
+    seconds = {"sft": {"train": 0.1, "optimizer": 0.1, "step": 0.2},
+               "ebft": {"rollout": 0.25, "features": 0.25, "train": 0.4, "optimizer": 0.1, "step": 1.0}}
+    gflops = {"sft": {"train": 40000.0, "optimizer": 0.0},
+              "ebft": {"rollout": 1e5, "features": 5e4, "train": 1.5e5, "optimizer": 0.0}}
+    return {"device": "NVIDIA H200", "torch": "2.14", "matmul_gflops_per_second": 8e5, "gold_tokens": 4096,
+            "rollout_tokens": 16256, "seconds": seconds, "gflops": gflops,
+            "ratio": {"ebft": 5.0}, "ratio_of_each_repeat": {"ebft": [5.0]}, "flops_ratio": {"ebft": 7.5},
+            "tokens_saved": {"features": 0.1, "train": 0.2}, "gpu": gpu}
+
+
+def test_table_of_a_gpu():
+    gpu = {"peak_tflops": benchmark.peak_tflops("NVIDIA H200"), "layers": "local", "attention": "flex",
+           "attention_share": {"sft": 0.02, "ebft": 0.09}, "peak_bytes": {"sft": 2**35, "ebft": 3 * 2**34},
+           "planned_peak_bytes": {"sft": 2**35, "ebft": 2**35}}
+    lines = benchmark.table(result(gpu)).splitlines()
+    assert "| ebft | train | 400.0 | 40% | 150.0 | 375 | 47% | 20.0% | 37.9% |" in lines
+    assert "| ebft | step | 1000.0 | 100% | 300.0 | 300 | 38% |  | 30.3% |" in lines
+    assert "| ebft | 9.0% | 48.0 | 32.0 |" in lines
+    assert "| sft | train | 0.100 | 50% | 40000.0 | 400000 | 50% |  |" in benchmark.table(result({})).splitlines()
+
+
+def test_peaks_and_kernels_by_name():
+    names = ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA H200", "Some GPU")
+    assert [benchmark.peak_tflops(name) for name in names] == [989.0, 756.0, 989.0, None]
+    kernels = [("triton_tem_fused_flex_attention_0", 2.0), ("nvjet_tst_128x256_64x4_TNT", 5.0), (
+        "void pytorch_flash::flash_fwd_kernel<...>", 1.0), ("triton_poi_fused_silu_mul_1", 2.0)]
+    assert benchmark.attention_share(kernels) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("name", benchmark.SHAPES)
+def test_shapes_are_flags_of_training_and_of_the_plan(name):
+    flags = ["--train-iters", "1", *benchmark._as_flags(benchmark.SHAPES[name])]
+    args, _ = plan.parse([*flags, "--world-size", "1"])
+    assert {key: vars(args)[key] for key in benchmark.SHAPES[name]} == benchmark.SHAPES[name]
+
+
+def test_plan_counts_what_a_gpu_cannot():
+    flags = SHAPE if isinstance(SHAPE, list) else SHAPE.split()
+    found = benchmark.planned(["--train-iters", "1", "--world-size", "1", *flags])
+    assert found["flops"]["train"] > found["flops"]["features"] > 0 < found["peak"]
+    assert isinstance(torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType)  # as the profiler names kernels
