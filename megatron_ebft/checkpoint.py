@@ -100,7 +100,7 @@ class Saver:
     def __init__(self, directory: str, *, is_async: bool = False, keep: int = 0, retain_interval: int = 0,
                  flag: str = "--save"):
         self.directory, self.keep, self.retain_interval, self.flag = directory, keep, retain_interval, flag
-        self._queue = AsyncCallsQueue() if is_async else None
+        self._is_async, self._queue = is_async, AsyncCallsQueue()
         self._done: str | None = None
 
     def save(self, state: TrainState, model: list, optimizer, scheduler, metadata: dict,
@@ -122,11 +122,22 @@ class Saver:
         overlapped = [chunk for chunk in model if chunk.ddp_config.overlap_param_gather]
         for chunk in overlapped:
             chunk.disable_forward_pre_hook()  # gathers what the next forward pass would have gathered
+        try:
+            self._schedule(temporary, (model, optimizer, scheduler), record, companions)
+        finally:
+            for chunk in overlapped:
+                chunk.enable_forward_pre_hook()
+        if not self._is_async:  # written in another process all the same: torch's writer crashes its own on a full disk
+            self._settle(wait=True)
+
+    def _schedule(self, temporary: str, parts: tuple, record: dict, companions: dict | None) -> None:
+        """Copy the state to host memory and have it written."""
         with together(), writing(self.directory, self.flag), shielded(), torch.no_grad():
-            request = dist_checkpointing.save(_sharded_state(model, optimizer, scheduler, with_rng=True), temporary,
+            request = dist_checkpointing.save(_sharded_state(*parts, with_rng=True), temporary,
                                               async_sharded_save=True, **STRATEGY)
             request.finalize_fns.insert(0, functools.partial(self._release, temporary))
-            request.finalize_fns.append(functools.partial(self._commit, temporary, state.iteration, record, companions))
+            iteration = record["train_state"]["iteration"]
+            request.finalize_fns.append(functools.partial(self._commit, temporary, iteration, record, companions))
             if request.async_fn is not None:  # this rank has something to write
                 write = functools.partial(_write_and_sum, request.async_fn, temporary, dist.get_rank())
                 request = request._replace(async_fn=write)
@@ -134,12 +145,7 @@ class Saver:
             if dist.get_rank() == 0:
                 hold_space(temporary)
         with together(), writing(self.directory, self.flag):
-            if self._queue is None:
-                request.execute_sync()
-            else:
-                self._queue.schedule_async_request(request)
-        for chunk in overlapped:
-            chunk.enable_forward_pre_hook()
+            self._queue.schedule_async_request(request)
 
     def finished(self, wait: bool = False) -> str | None:
         """The folder of a save that has become whole since this was last asked, on every rank; all must ask.
@@ -152,7 +158,7 @@ class Saver:
         return done
 
     def _settle(self, wait: bool) -> None:
-        if self._queue is not None and self._queue.get_num_unfinalized_calls():
+        if self._queue.get_num_unfinalized_calls():
             with together(), writing(self.directory, self.flag):
                 self._queue.maybe_finalize_async_calls(blocking=wait)
 
