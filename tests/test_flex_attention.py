@@ -9,10 +9,11 @@ import itertools
 import pytest
 import torch
 from models import largest_difference
+from test_golden import Case
 from torch.nn.attention import flex_attention as flex
 from torch.nn.attention.flex_attention import create_mask
 
-from megatron_ebft import flex_attention, visibility
+from megatron_ebft import backend, flex_attention, visibility
 from megatron_ebft.attention import CausalPattern, DecodePattern, PrefillPattern, RolloutCache, StridedPattern
 from megatron_ebft.layout import StridedLayout, document_starts
 
@@ -152,6 +153,16 @@ def test_decoding_attends_as_the_whole_row(name, has_documents):
             assert out.shape == now[0].shape and out.isfinite().all()
             assert largest_difference(out[:, :, :len(index)], whole[:, :, index]) < 1e-6
     assert layout.num_blocks * layout.num_samples == len(index)
+
+
+def test_golden_gradient_through_flex_attention(one_rank, monkeypatch):
+    """Its operator's backward pass in plain torch (which flex_attention refuses on a CPU, in case it is compiled)."""
+    monkeypatch.setattr(backend, "found", lambda: backend.Found(no_compiler=""))
+    monkeypatch.setattr(flex, "_validate_device", lambda *args: None)
+    case = Case("step", 1, 3, attention_kernel="flex", bias_activation_fusion=False, bias_dropout_fusion=False)
+    assert case.policy[0].config.attention_kernel == "flex"
+    case.gradient()
+    case.check_gradient(1e-5)
 
 
 def computed(mask) -> int:

@@ -1,6 +1,7 @@
 """Whole steps on a GPU: the released code's, in float32 and BF16 with every kind of kernel; decoding without waiting.
 
-Limits for BF16 are twice what a CPU's BF16 gives on the same steps (test_golden.py has those of float32).
+Limits for BF16 are twice what a CPU's BF16 gives on the same steps: 0.015 for rewards and advantages, 0.056
+and 0.025 for log-probabilities of rollouts and gold tokens, 0.035 for gradients.
 """
 
 import brute_force as bf
@@ -43,13 +44,12 @@ def test_golden_step(name, path):
     T, (_, K, _, G) = case.docs.shape[1], case.tokens.shape
     log_probs = case.golden["log_probs"].unflatten(0, (len(case.docs), -1))
     rollouts = log_probs[:, :, T - 1:].unflatten(2, (G, K)).permute(0, 3, 1, 2)
-    if name != "step_whitened" or not is_bf16:  # whitening divides by what BF16 rounds away
-        for key, found in (("alignment", rewards.alignment), ("advantage", rewards.advantage)):
-            assert largest_difference(found, golden[key]) <= (0.05 if is_bf16 else 1e-4), key
-        for key, grad in models.gradients(case.policy, case.model).items():
-            assert relative_error(grad, case.golden["grad." + key]) <= (0.3 if is_bf16 else 1e-3), key
-    assert largest_difference(scores.rollout_BKNG, rollouts) <= (0.1 if is_bf16 else 1e-4)
-    assert largest_difference(scores.gold_BT, log_probs[:, 0, : T - 1]) <= (0.1 if is_bf16 else 1e-4)
+    for key, found in (("alignment", rewards.alignment), ("advantage", rewards.advantage)):
+        assert largest_difference(found, golden[key]) <= (0.04 if is_bf16 else 1e-4), key
+    for key, grad in models.gradients(case.policy, case.model).items():
+        assert relative_error(grad, case.golden["grad." + key]) <= (0.08 if is_bf16 else 1e-3), key
+    assert largest_difference(scores.rollout_BKNG, rollouts) <= (0.12 if is_bf16 else 1e-4)
+    assert largest_difference(scores.gold_BT, log_probs[:, 0, : T - 1]) <= (0.06 if is_bf16 else 1e-4)
 
 
 def sampler(path, seq_length=128):
