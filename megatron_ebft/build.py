@@ -139,11 +139,12 @@ def describe(run: Run) -> str:
     where = torch.cuda.get_device_name() if have_gpu() else "CPU"
     args = run.args
     stages, virtual = args.pipeline_model_parallel_size, args.num_virtual_stages_per_pipeline_rank
+    kernels = run.policy[0].config
     lines = [f"megatron_ebft {__version__} | {run.mode} | tensor {args.tensor_model_parallel_size}"
              f"{' with sequence' if args.sequence_parallel else ''} × pipeline {stages}"
              f"{f' × {virtual} virtual' if virtual > 1 else ''} × data {dp_size()} ranks on {where} | torch "
-             f"{torch.__version__}, megatron-core {megatron.core.__version__} | {parameters / 1e6:.3g} M parameters on "
-             "a rank"]
+             f"{torch.__version__}, megatron-core {megatron.core.__version__}, {kernels.transformer_impl} layers, "
+             f"{kernels.attention_kernel} attention | {parameters / 1e6:.3g} M parameters on a rank"]
     if run.mode == "ebft":
         layout, encoder = run.config.layout, run.metadata["encoder"]
         lines.append(f"rows of {layout.seq_length} tokens: {layout.num_blocks} blocks × {run.config.num_samples} "

@@ -62,7 +62,7 @@ def _weight_gradients(found: backend.Found, choice: backend.Choice) -> str:
 
 
 def main() -> None:
-    warnings.filterwarnings("ignore", module="megatron|torch")
+    warnings.filterwarnings("ignore", module=r"megatron\.|torch")
     init_device()
     print(report())
 

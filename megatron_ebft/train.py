@@ -15,7 +15,7 @@ from megatron_ebft import stopping
 def main(argv: list[str] | None = None) -> int:
     """Parse, build, train, close; returns the exit code."""
     # Megatron-Core's own: no Transformer Engine or apex, deprecations, and a probe of .grad by its optimizer.
-    warnings.filterwarnings("ignore", module="megatron|torch")
+    warnings.filterwarnings("ignore", module=r"megatron\.|torch")
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     from megatron_ebft.arguments import parallel_sizes, parse_args
     from megatron_ebft.build import build_run, describe
