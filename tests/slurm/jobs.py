@@ -287,7 +287,7 @@ def test_every_interruption(cluster, whole):
 
 def test_a_real_time_limit(cluster, start):
     """Longer than its time limit: SLURM's signal comes, the job goes on in another slice, and ends as it would have."""
-    steps = 40
+    steps = 100
     flags = [flag if flag != str(STEPS) else str(steps) for flag in RUN]
     flags[flags.index("--save-interval") + 1] = "1000"
     limited = cluster.submit("limited", *flags, time="2", options=[*NODES, "--signal=B:USR1@70"], END_MARGIN="10")
