@@ -5,6 +5,7 @@ files, 65 a step that was not finite, 70 a rank that hangs.
 Imports wait until `main`: saving a checkpoint starts a process that imports this file again.
 """
 
+import os
 import sys
 import time
 import warnings
@@ -47,9 +48,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def fail(error: Exception, code: int) -> None:
-    """The last words of a run."""
+    """The last words of a run; at once, since threads of torch may wait for ranks that are gone."""
+    sys.stdout.flush()
     print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.exit(code)
+    os._exit(code)
 
 
 if __name__ == "__main__":

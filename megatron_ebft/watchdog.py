@@ -101,7 +101,7 @@ class Watchdog(threading.Thread):
         """No more watching: an interpreter that ends while a thread is in torch's store aborts."""
         self._is_over.set()
         if self.is_alive():
-            self.join()
+            self.join(timeout=1.0)  # it may be waiting for a store that is gone
 
     def _report(self) -> None:
         place, is_waiting = _main_thread()

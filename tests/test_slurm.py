@@ -144,7 +144,7 @@ def test_preflight_goes_back_to_an_older_checkpoint(run, capsys, tmp_path):
     code, said = check(capsys, *flags)
     assert code == 0 and f"goes on from {tmp_path}/iter_0000000" in said, said
     newest = tmp_path / "iter_0000008"
-    for name in (".metadata", "ebft.json", MANIFEST, "common.pt"):  # cut, then with a flipped bit, then gone
+    for name in (".metadata", "ebft.json", MANIFEST, "metadata.json"):  # cut, then with a flipped bit, then gone
         for damage in ("cut", "flip", "gone"):
             shutil.rmtree(newest)
             shutil.copytree(run[0] / "base/iter_0000000", newest)
