@@ -71,6 +71,7 @@ class Watchdog(threading.Thread):
             dist.broadcast_object_list(port)
             if self.rank > 0:
                 self.store = dist.TCPStore(host, port[0], is_master=False, timeout=usual)
+            dist.barrier()  # a rank 0 that ends at once would leave the others looking for its store
             self.store.set_timeout(timedelta(seconds=self.period))
             self._report()
             self.start()
