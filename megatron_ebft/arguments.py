@@ -63,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_machine(parser.add_argument_group("parallelism, precision and memory"))
     _add_checkpoint(parser.add_argument_group("checkpoints"))
     _add_logging(parser.add_argument_group("evaluation and logging"))
-    _add_fp8(parser.add_argument_group("FP8 and its correction"))
+    _add_fp8(parser.add_argument_group("FP8"))
     ebft = parser.add_argument_group("EBFT")
     _add_ebft(ebft)
     ebft.add_argument(
@@ -241,6 +241,8 @@ def _add_ebft(group):
     add("--ebft-rl-coef", type=float, default=1.0, help="weight of the rollout loss")
     add("--ebft-ce-coef", type=float, default=0.03, help="γ, weight of the next-token loss on gold tokens")
     add("--ebft-kl-coef", type=float, default=0.0, help="β, weight of KL(policy ‖ starting policy)")
+    add("--ebft-importance-cap", type=float, default=2.0, help="each rollout token's loss is weighted by min(p of the "
+        "training pass / p of the sampler, this); 0: not weighted")
     add("--ebft-kl-estimator", choices=losses.KL_ESTIMATORS, default="k2", help="per token, d = log ratio: d (score "
         "function), d²/2, or exp(−d) − 1 + d")
 
@@ -256,8 +258,6 @@ def _add_fp8(group):
     add("--first-last-layers-bf16", action="store_true", help="the first and last layers stay out of FP8")
     add("--num-layers-at-start-in-bf16", type=int, default=1, help="so many at the beginning")
     add("--num-layers-at-end-in-bf16", type=int, default=1, help="so many at the end")
-    add("--ebft-importance-cap", type=float, default=2.0, help="each rollout token's loss is weighted by min(p of the "
-        "training pass / p of the sampler, this); 0: not weighted")
 
 
 def _add_steps(group):

@@ -28,10 +28,10 @@ from megatron_ebft.arguments import (
 )
 from megatron_ebft.checkpoint import TrainState, load_checkpoint, load_weights, newest_whole
 from megatron_ebft.checkpoint_files import (
+    POINTER,
     RECORD,
     complete_iterations,
     first_readable,
-    latest_iteration,
     read_metadata,
     read_record,
     resolve,
@@ -183,7 +183,7 @@ def find_resume(args) -> bool:
     if not args.load:
         return False
     is_own = bool(args.save) and os.path.abspath(args.load) == os.path.abspath(args.save)
-    if os.path.exists(os.path.join(args.load, RECORD)) or complete_iterations(args.load) or latest_iteration(args.load):
+    if complete_iterations(args.load) or any(os.path.exists(os.path.join(args.load, x)) for x in (RECORD, POINTER)):
         if first_readable(args.load, "--load")[1]["optimizer"] is not None:
             return True
         if args.pretrained_checkpoint or is_own:

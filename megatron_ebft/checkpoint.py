@@ -86,7 +86,7 @@ class TrainState:
     lost_to_saves: float = 0.0
     """Seconds in which training waited for checkpoints."""
     longest_save: float = 0.0
-    """Seconds from the beginning of a save until it was whole."""
+    """Seconds from the beginning of a save until it was whole, at the most; a new process knows nothing else of it."""
 
 
 class Saver:
@@ -210,6 +210,10 @@ def newest_whole(directory: str, flag: str = "--load") -> str:
         ValueError: none is whole; says what is wrong with each.
     """
     problems = []
+    try:
+        resolve(directory, flag)
+    except ValueError as error:  # of the one that the pointer names, manifest or folder are missing
+        problems.append(str(error))
     for folder in newest_first(directory, flag):
         try:
             with together():

@@ -60,16 +60,23 @@ def latest_iteration(directory: str, *, flag: str = "--load") -> int | None:
     Raises:
         ValueError: the pointer holds no iteration, or one whose folder is not there.
     """
-    complete = complete_iterations(directory)
-    pointer = os.path.join(directory, POINTER)
-    if not os.path.exists(pointer):
+    complete, text = complete_iterations(directory), _pointer(directory)
+    if text is None:
         return max(complete, default=None)
-    with open(pointer, errors="replace") as file:
-        text = file.read().strip()
     if not text.isdecimal() or int(text) not in complete:
         raise ValueError(f"{flag} {directory}: {POINTER} says {text!r}, but complete checkpoints there are "
-                         f"{_listed(complete)}; write one of these iterations into {pointer}, or remove that file")
+                         f"{_listed(complete)}; write one of these iterations into {os.path.join(directory, POINTER)}, "
+                         "or remove that file")
     return int(text)
+
+
+def _pointer(directory: str) -> str | None:
+    """What the pointer says; None where there is none."""
+    path = os.path.join(directory, POINTER)
+    if not os.path.exists(path):
+        return None
+    with open(path, errors="replace") as file:
+        return file.read().strip()
 
 
 def folder_name(iteration: int) -> str:
@@ -111,26 +118,12 @@ def newest_first(directory: str, flag: str) -> list[str]:
     """The folders a run may continue from: the one meant by the directory, and those of the iterations before it."""
     if os.path.exists(os.path.join(directory, RECORD)):
         return [directory]
-    try:
-        newest = resolve(directory, flag)
-    except ValueError:
-        pointed = _pointed(directory)
-        before = [number for number in complete_iterations(directory) if pointed is not None and number < pointed]
-        if not before:
-            raise
-        return [resolve_iteration(directory, number) for number in reversed(before)]
-    before = [number for number in complete_iterations(directory) if number < latest_iteration(directory)]
-    return [newest, *(resolve_iteration(directory, number) for number in reversed(before))]
-
-
-def _pointed(directory: str) -> int | None:
-    """The iteration that the pointer names, whether its checkpoint is there or not."""
-    path = os.path.join(directory, POINTER)
-    if not os.path.exists(path):
-        return None
-    with open(path, errors="replace") as file:
-        text = file.read().strip()
-    return int(text) if text.isdecimal() else None
+    complete, text = complete_iterations(directory), _pointer(directory)
+    if text is not None and text.isdecimal():  # its own checkpoint may be too damaged to count as complete
+        complete = [number for number in complete if number <= int(text)]
+    if not complete or text is not None and not text.isdecimal():
+        resolve(directory, flag)  # says what is wrong
+    return [resolve_iteration(directory, number) for number in reversed(complete)]
 
 
 def first_readable(directory: str, flag: str) -> tuple[str, dict]:

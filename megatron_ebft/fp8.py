@@ -31,11 +31,7 @@ LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 @dataclass(frozen=True)
 class FP8:
-    """What runs in FP8.
-
-    Raises:
-        ValueError: naming `flag`, if it cannot run here.
-    """
+    """What runs in FP8, by which recipe (one of RECIPES); `check` says whether it can, here."""
 
     recipe: str = "off"
     emulate: bool = False
@@ -43,10 +39,6 @@ class FP8:
     """Layers of the whole model that stay out of it, at its beginning."""
     at_end: int = 0
     flag: str = "--ebft-rollout-fp8"
-
-    def __post_init__(self):
-        if self.recipe not in RECIPES:
-            raise ValueError(f"{self.flag} {self.recipe}: must be one of {', '.join(RECIPES)}")
 
     def check(self, no_transformer_engine: str) -> None:
         """ValueError, naming the part that is missing, where this cannot run.

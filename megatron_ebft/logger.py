@@ -45,12 +45,13 @@ class Logger:
         if self.is_main:
             print(line, flush=True)
 
-    def _record(self, iteration: int, scalars: dict[str, float], text: str | None = None, flush: bool = False) -> None:
+    def _record(self, iteration: int = 0, scalars: dict[str, float] | None = None, text: str | None = None,
+                flush: bool = False) -> None:
         """To TensorBoard. A full disk costs a warning and what could not be written, not the run."""
         try:
             if self.writer is None:
                 self.writer = SummaryWriter(self.directory)
-            for name, value in scalars.items():
+            for name, value in (scalars or {}).items():
                 self.writer.add_scalar(name, value, iteration)
             if text is not None:
                 self.writer.add_text("rollouts", text, iteration)
@@ -59,8 +60,8 @@ class Logger:
             self.is_warned = False
         except OSError as error:
             if not self.is_warned:
-                self.print(f"warning: --tensorboard-dir {self.directory}: cannot be written from step {iteration} on "
-                           f"({error}); free space. Training goes on")
+                self.print(f"warning: --tensorboard-dir {self.directory}: cannot be written ({error}); until "
+                           "there is room again, values are lost. Training goes on")
             self.is_warned, self.writer = True, None
 
     def progress(self, what: str, items: list) -> Iterator:
@@ -104,7 +105,7 @@ class Logger:
     def flush(self) -> None:
         """Leave nothing in memory: what a checkpoint has behind it must not be lost with the process."""
         if self.is_main:
-            self._record(0, {}, flush=True)
+            self._record(flush=True)
 
     def saved(self, folder: str | None) -> None:
         """Say that a checkpoint is whole, if one is."""

@@ -181,8 +181,9 @@ class LanguageModel(GPTModel):
 
 def _block_spec(args: ModelArgs, num_layers: int, transformer_impl: str) -> TransformerBlockSubmodules:
     if transformer_impl == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import TENorm as norm
+
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=args.qk_layernorm)
-        norm = _transformer_engine_norm()
     else:
         layer = get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm, normalization=args.normalization)
         norm = Norm
@@ -192,12 +193,6 @@ def _block_spec(args: ModelArgs, num_layers: int, transformer_impl: str) -> Tran
     if args.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = norm
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
-
-
-def _transformer_engine_norm():
-    from megatron.core.extensions.transformer_engine import TENorm
-
-    return TENorm
 
 
 def split_layers(num_layers: int, stages: int, first: int | None = None, last: int | None = None,

@@ -428,6 +428,10 @@ def test_any_flipped_byte_or_cut_is_noticed(copy, capfd):
             newest_whole(str(folder))
         path.write_bytes(content)
     assert newest_whole(str(copy)) == str(folder)
+    os.rename(folder / MANIFEST, copy / "kept")
+    assert newest_whole(str(copy)) == str(copy / "iter_0000002")
+    assert "says '3', but complete checkpoints there are 2" in capfd.readouterr().out
+    os.rename(copy / "kept", folder / MANIFEST)
     for number in (2, 3):
         os.truncate(copy / f"iter_000000{number}" / MANIFEST, 10)
     with pytest.raises(ValueError, match="no checkpoint there is whole: .*iter_0000003.*damaged.*iter_0000002.*damag"):

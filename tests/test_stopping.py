@@ -13,8 +13,9 @@ import pytest
 import torch
 from ranks import free_port
 from safetensors import safe_open
-from test_training import arguments, data  # noqa: F401
+from test_training import arguments, data, scalars  # noqa: F401
 from test_training import start as start_run
+from torch.utils.tensorboard import SummaryWriter
 
 from megatron_ebft import parallel, stopping, training
 from megatron_ebft.checkpoint import Saver
@@ -151,6 +152,42 @@ def test_a_failed_save_costs_a_warning_but_at_the_end(arguments, tmp_path, one_r
     with pytest.raises(RuntimeError, match="the run's end, step 6, could not be saved; make room"):
         training.train(run, log)
     assert latest_iteration(str(tmp_path / "b")) == 4
+
+
+def test_a_disk_without_room_for_tensorboard_costs_a_warning(arguments, tmp_path, one_rank, monkeypatch,  # noqa: F811
+                                                             capsys):
+    run, log = start(arguments(*FLAGS, "--tensorboard-dir", str(tmp_path)))
+    add_scalar = SummaryWriter.add_scalar
+
+    def full(self, name, value, iteration):
+        if iteration in (2, 3):
+            raise OSError(28, "No space left on device")
+        add_scalar(self, name, value, iteration)
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", full)
+    assert training.train(run, log)
+    log.close(0.0)
+    said = capsys.readouterr().out
+    assert said.count("warning: --tensorboard-dir") == 1 and "No space left on device" in said
+    assert [step for step, _ in scalars(tmp_path)["train/loss"]] == [1, 4, 5, 6]
+
+
+def test_the_deadline_knows_saves_of_earlier_processes(arguments, tmp_path, one_rank, monkeypatch):  # noqa: F811
+    """Of a save in the background, until it is whole; a finished run cannot be asked for fewer steps."""
+    flags = [*FLAGS, "--async-save", "--save", str(tmp_path), "--load", str(tmp_path)]
+    finished = Saver.finished
+
+    def late(self, wait=False):
+        return finished(self, wait) if wait else None  # not whole before the run waits for it, two steps later
+
+    monkeypatch.setattr(Saver, "finished", late)
+    run, log = start(arguments(*flags))
+    assert training.train(run, log)
+    assert run.stopper.longest_save == run.state.longest_save > run.stopper.longest_step
+    run, log = start(arguments(*flags, "--train-iters", "8", "--override-opt-param-scheduler"))
+    assert run.state.longest_save > 0 and training.train(run, log) and run.stopper.longest_save > 0
+    with pytest.raises(ValueError, match="--train-iters 7: --load .* is at step 8 already"):
+        start(arguments(*flags, "--train-iters", "7", "--override-opt-param-scheduler"))
 
 
 def test_a_step_that_is_not_finite_is_dumped_and_the_checkpoint_stays(arguments, tmp_path, one_rank):  # noqa: F811

@@ -11,6 +11,8 @@
    on tensors without data, among ranks that are not there (simulate.py). Nothing is modelled apart, so memory,
    operations and messages are those of the code (meter.py, traffic.py).
 2. No rollout is left out (--ebft-skip-duplicates is off): what is saved depends on the policy, and need not be there.
+   Nothing is planned in FP8, which needs a GPU: with it rows end in some more padding, and the weights of a pass that
+   runs in FP8 take half as much again.
 3. Not in it: CUDA's context, NCCL's buffers and fragmentation, for which UNUSABLE of the memory is set aside, and
    temporaries inside operations. Evaluation needs less than training: its rows are as long, and have no backward pass.
 4. Times are an estimate: every operation takes the longer of computing and of moving its bytes, at EFFICIENCY of the
@@ -338,7 +340,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Cluster]:
             help="instead of the GPU's own" if name != "gpus_per_node" else "GPUs that NVLink joins, default 8")
     add("--json", metavar="FILE", help="write all figures there")
     args = check_args(parser.parse_args(argv))
-    args.ebft_skip_duplicates = False
+    args.ebft_skip_duplicates, args.ebft_rollout_fp8, args.ebft_encoder_fp8 = False, "off", "off"
     if args.vocab_size is None:
         raise ValueError("--vocab-size: give it, the plan reads no tokenizer")
     if args.use_checkpoint_args:

@@ -139,6 +139,8 @@ def checkpoint_bytes(args, vocab_size: int) -> tuple[int, int]:
 
 def check_save(args, size: int) -> str:
     """ValueError unless --save can be written and has room; else a line on the room there is."""
+    from megatron_ebft.checkpoint_files import complete_iterations, leftover_bytes
+
     if not args.save:
         raise ValueError("--save: name a folder, or the run ends without a checkpoint")
     folder = os.path.abspath(args.save)
@@ -150,8 +152,6 @@ def check_save(args, size: int) -> str:
     except OSError as error:
         raise ValueError(f"--save {args.save}: {folder} cannot be written ({error.strerror}); name another "
                          "folder") from error
-    from megatron_ebft.checkpoint_files import complete_iterations, leftover_bytes
-
     free, wanted = shutil.disk_usage(folder).free + leftover_bytes(args.save), 1
     if args.ebft_keep_checkpoints:
         wanted = max(1, args.ebft_keep_checkpoints + 1 - len(complete_iterations(args.save)))
