@@ -15,6 +15,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron_ebft import backend, energy, losses
 from megatron_ebft.ebft import EBFTConfig
 from megatron_ebft.features import FEATURE_NORMS, POOLINGS, FeatureMap
+from megatron_ebft.fp8 import BLOCK as FP8_BLOCK
 from megatron_ebft.fp8 import FP8, RECIPES
 from megatron_ebft.fp8 import ROWS as FP8_ROWS
 from megatron_ebft.layout import StridedLayout
@@ -38,7 +39,7 @@ UNSUPPORTED = {
                                         "--decoder-last-pipeline-num-layers",
     "--num-layers-per-virtual-pipeline-stage": "use --num-virtual-stages-per-pipeline-rank",
     "--fp16": "use --bf16",
-    "--fp8-format": "training in FP8 is not supported; --ebft-rollout-fp8 and --ebft-encoder-fp8 are",
+    "--fp8-param-gather": "weights stay in bf16, which rollouts and checkpoints read",
 }
 """Megatron's flags that are refused by name, and what to do instead. Parallel sizes of 1 pass."""
 
@@ -255,6 +256,10 @@ def _add_fp8(group):
             "tensorwise the faster")
     add("--ebft-fp8-emulate", action="store_true", help="round to FP8 and multiply as usual: the same numbers on any "
         "hardware, slowly")
+    add("--fp8-format", choices=("e4m3", "hybrid"), help="linear layers of the policy in the training pass in FP8, by "
+        "Transformer Engine: e4m3, or e4m3 forward and e5m2 backward; default: not in FP8")
+    add("--fp8-recipe", choices=RECIPES[1:], default="blockwise", help="of --fp8-format (delayed scaling would need "
+        "its history kept)")
     add("--first-last-layers-bf16", action="store_true", help="the first and last layers stay out of FP8")
     add("--num-layers-at-start-in-bf16", type=int, default=1, help="so many at the beginning")
     add("--num-layers-at-end-in-bf16", type=int, default=1, help="so many at the end")
@@ -341,9 +346,11 @@ def _check_parallelism(args) -> None:
         if args.seq_length % args.tensor_model_parallel_size:
             raise ValueError(f"--seq-length {args.seq_length}: with --sequence-parallel it must be a multiple of "
                              f"--tensor-model-parallel-size {args.tensor_model_parallel_size}")
-    if args.seq_length % row_multiple(args):
-        raise ValueError(f"--seq-length {args.seq_length}: with --ebft-rollout-fp8 or --ebft-encoder-fp8 it must be a "
-                         f"multiple of {row_multiple(args)}")
+    multiple = row_multiple(args)
+    if args.seq_length % multiple:
+        each = f" ({multiple // args.tensor_model_parallel_size} a tensor rank)" if args.sequence_parallel else ""
+        raise ValueError(f"--seq-length {args.seq_length}: with {', '.join(fp8_recipes(args))} it must be a multiple "
+                         f"of {multiple}{each}")
     if args.pipeline_model_parallel_size == 1:
         for flag, default in (("num_virtual_stages_per_pipeline_rank", 1), ("decoder_first_pipeline_num_layers", None),
                               ("decoder_last_pipeline_num_layers", None)):
@@ -375,6 +382,9 @@ def model_args(args: argparse.Namespace, vocab_size: int) -> ModelArgs:
     groups = args.num_query_groups or heads
     if args.kv_channels is None and hidden % heads:
         raise ValueError(f"--hidden-size {hidden}: must be a multiple of --num-attention-heads {heads}")
+    if args.sequence_parallel and "blockwise" in fp8_recipes(args).values() and hidden % FP8_BLOCK:
+        raise ValueError(f"--hidden-size {hidden}: in blockwise FP8 with --sequence-parallel it must be a multiple of "
+                         f"{FP8_BLOCK}")
     if heads % groups:
         raise ValueError(f"--num-attention-heads {heads}: must be a multiple of --num-query-groups {groups}")
     multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
@@ -430,15 +440,43 @@ def fp8_config(args: argparse.Namespace, part: str) -> FP8:
     return fp8
 
 
+def training_fp8(args: argparse.Namespace) -> dict:
+    """Fields of TransformerConfig for a training pass in FP8; ValueError, naming the flag, where it cannot be."""
+    import torch
+
+    if args.fp8_format is None:
+        return {}
+    missing = "--transformer-impl local has none of its layers" if args.transformer_impl == "local" else \
+        backend.no_transformer_engine(torch.bfloat16 if args.bf16 else torch.float32) or \
+        backend.found().no_fp8[args.fp8_recipe]
+    if missing:
+        raise ValueError(f"--fp8-format {args.fp8_format}: {missing}. The training pass has no FP8 without Transformer "
+                         "Engine (--ebft-fp8-emulate is for rollouts and encoder)")
+    return dict(fp8=args.fp8_format, fp8_recipe=args.fp8_recipe, first_last_layers_bf16=args.first_last_layers_bf16,
+                num_layers_at_start_in_bf16=args.num_layers_at_start_in_bf16,
+                num_layers_at_end_in_bf16=args.num_layers_at_end_in_bf16)
+
+
+def fp8_recipes(args: argparse.Namespace) -> dict[str, str]:
+    """Recipe of each of the passes that run in FP8, by flag."""
+    found = {"--ebft-rollout-fp8": args.ebft_rollout_fp8, "--ebft-encoder-fp8": args.ebft_encoder_fp8,
+             "--fp8-format": args.fp8_recipe if args.fp8_format else "off"}
+    return {flag: recipe for flag, recipe in found.items() if recipe != "off"}
+
+
 def row_multiple(args: argparse.Namespace) -> int:
     """What rows and decoding steps have a multiple of, in tokens: of tensor ranks that share them, and of FP8's."""
-    shared = args.tensor_model_parallel_size if args.sequence_parallel else 1
-    return shared * (1 if args.ebft_rollout_fp8 == args.ebft_encoder_fp8 == "off" else FP8_ROWS)
+    ranks, recipes = args.tensor_model_parallel_size if args.sequence_parallel else 1, fp8_recipes(args)
+    in_blocks = [flag for flag, recipe in recipes.items() if recipe == "blockwise"]
+    if in_blocks and args.sequence_parallel or "--fp8-format" in in_blocks:
+        return ranks * FP8_BLOCK
+    return ranks * FP8_ROWS if recipes else ranks
 
 
 def policy_overrides(args: argparse.Namespace) -> dict:
-    """The same for the policy, whose first and last stage may have a share of their own."""
-    return {**transformer_overrides(args), "first_stage_layers": args.decoder_first_pipeline_num_layers,
+    """The same for the policy, whose first and last stage may have a share of their own; its training pass has FP8."""
+    return {**transformer_overrides(args), **training_fp8(args),
+            "first_stage_layers": args.decoder_first_pipeline_num_layers,
             "last_stage_layers": args.decoder_last_pipeline_num_layers}
 
 

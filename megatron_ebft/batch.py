@@ -4,6 +4,7 @@ A micro-batch is some of the rows with some of their blocks. Cutting differently
 micro-batches of a pass have the same shape where pipeline stages hand them on, and where no rollout is left out.
 """
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_ebft import fp8
 from megatron_ebft.layout import (
     RowLayout,
     StridedLayout,
@@ -192,7 +194,7 @@ def _rows_of(tensor: Tensor | None, rows: slice) -> Tensor | None:
 
 
 def run_schedule(forward_step, micro_batches: MicroBatches | GoldMicroBatches, model, forward_only: bool) -> None:
-    """Run Megatron's pipeline schedule over the micro-batches.
+    """Run Megatron's pipeline schedule over the micro-batches; with a backward pass, in the precision of training.
 
     Args:
         model: a model, or a policy's list of virtual stages, each of which sees all micro-batches.
@@ -200,7 +202,8 @@ def run_schedule(forward_step, micro_batches: MicroBatches | GoldMicroBatches, m
     chunks = model if isinstance(model, list) else [model]
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     schedule = get_forward_backward_func(stages, len(chunks) if len(chunks) > 1 else None)
-    schedule(
-        forward_step_func=forward_step, data_iterator=[iter(micro_batches) for _ in chunks], model=chunks,
-        num_microbatches=len(micro_batches), seq_length=micro_batches.row_length,
-        micro_batch_size=micro_batches.micro_batch_size, forward_only=forward_only)
+    with contextlib.nullcontext() if forward_only else fp8.training(chunks):
+        schedule(
+            forward_step_func=forward_step, data_iterator=[iter(micro_batches) for _ in chunks], model=chunks,
+            num_microbatches=len(micro_batches), seq_length=micro_batches.row_length,
+            micro_batch_size=micro_batches.micro_batch_size, forward_only=forward_only)

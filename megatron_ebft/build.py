@@ -74,14 +74,15 @@ def build_run(args: argparse.Namespace) -> Run:
                          f"{architecture.max_position_embeddings}")
     wants_encoder = args.training_mode == "ebft" or args.ebft_encoder_load is not None
     config = ebft_config(args, architecture.num_layers) if wants_encoder else None
+    overrides, of_policy = transformer_overrides(args), policy_overrides(args)
     train_data, valid_data = build_data(args, tokenizer)
     if args.ebft_replay_steps:
         done = read_record(resume, "--load")["train_state"]["iteration"] if resume else 0
         check_replay(args, done, tokenizer.vocab_size)
 
-    overrides, fields = transformer_overrides(args), dataclasses.asdict(architecture)
+    fields = dataclasses.asdict(architecture)
     fixed = {name: value for name, value in fields.items() if name not in free_fields(fields)}
-    policy = build_policy(architecture, ddp_config(args), **policy_overrides(args))
+    policy = build_policy(architecture, ddp_config(args), **of_policy)
     if args.pretrained_checkpoint:
         load_weights(args.pretrained_checkpoint, policy, architecture=fixed)
     encoder = None

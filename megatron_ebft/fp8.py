@@ -1,4 +1,4 @@
-"""FP8 in the passes that take no gradient: rollouts of the policy, and the frozen encoder.
+"""FP8 in rollouts of the policy, in the frozen encoder and, by Megatron's flags, in the training pass.
 
 1. The linear layers of a decoder layer run in FP8 (e4m3). Attention, norms, embedding, output head and sampling stay as
    they are, and so do the first and last layers where that is asked for.
@@ -8,6 +8,8 @@
    step cannot leave old ones behind (Megatron-Core up to 0.18 does not refresh them by itself).
 4. On Hopper this is Transformer Engine's autocast around each layer. Anywhere else, `emulate` puts the same numbers
    through the same layers: weights and inputs are rounded to what FP8 could hold, and multiplied as usual.
+5. The training pass is Megatron-Core's (--fp8-format, --fp8-recipe), on Transformer Engine's layers alone. It is on in
+   nothing else: evaluation measures the model at full precision, and rollouts have a recipe of their own.
 """
 
 import contextlib
@@ -25,7 +27,9 @@ from megatron_ebft.parallel import tp_group
 RECIPES = ("off", "blockwise", "tensorwise")
 BLOCK = 128
 ROWS = 16
-"""Tokens of a row are a multiple of this: FP8 matrix products need 8, Megatron-Core pads to 16."""
+"""A rank's tokens are a multiple of this: FP8 matrix products need 8, Megatron-Core pads to 16. Blockwise, they are one
+of BLOCK where tensor ranks gather them (sequence parallelism; Transformer Engine 2.11 asserts it, later ones gather at
+full precision) and in training (activations are then quantised along tokens as well)."""
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
@@ -66,6 +70,22 @@ def quantised(chunks: list, fp8: FP8) -> Iterator[None]:
             for layer in _layers(chunks, fp8):
                 stack.enter_context(run_in_fp8(layer, fp8.recipe))
         yield
+
+
+@contextlib.contextmanager
+def training(policy: list) -> Iterator[None]:
+    """Within, forward and backward passes of the policy run in FP8, where --fp8-format asks for it.
+
+    The weights are quantised anew by the first micro-batch of a schedule.
+    """
+    configs = [unwrap(chunk).config for chunk in policy]
+    for config in configs:
+        config.fp8 = config.training_fp8
+    try:
+        yield
+    finally:
+        for config in configs:
+            config.fp8 = None
 
 
 def _layers(chunks: list, fp8: FP8) -> list[torch.nn.Module]:

@@ -111,6 +111,8 @@ class ModelConfig(TransformerConfig):
 
     attention_kernel: str = "sdpa"
     """`flex` or `sdpa`."""
+    training_fp8: str | None = None
+    """`fp8` of the training pass (fp8.training), which alone has one."""
 
 
 def transformer_config(args: ModelArgs, *, transformer_impl: str = "auto", attention_kernel: str = "auto",
@@ -292,6 +294,7 @@ def build_policy(args: ModelArgs, ddp: DistributedDataParallelConfig, *, first_s
               for vp_stage in range(virtual)]
     if config.transformer_impl == "transformer_engine":
         _accumulate_in_place(policy)
+    config.training_fp8, config.fp8 = config.fp8, None
     no_sync = [chunk.no_sync for chunk in policy]
     config.no_sync_func = no_sync if virtual > 1 else no_sync[0]
     config.finalize_model_grads_func = lambda models, num_tokens, **kwargs: finalize_model_grads(models, None, **kwargs)
@@ -310,9 +313,9 @@ def _accumulate_in_place(policy: list) -> None:
 
 
 def _frozen_overrides(overrides: dict) -> dict:
-    """A frozen model has one stage on each rank, whatever the policy has."""
-    interleaved = ("virtual_pipeline_model_parallel_size", "overlap_p2p_comm", "batch_p2p_comm")
-    return {name: value for name, value in overrides.items() if name not in interleaved}
+    """A frozen model has one stage on each rank and no training pass, whatever the policy has."""
+    others = ("virtual_pipeline_model_parallel_size", "overlap_p2p_comm", "batch_p2p_comm", "fp8")
+    return {name: value for name, value in overrides.items() if name not in others}
 
 
 def build_frozen(args: ModelArgs, **overrides):

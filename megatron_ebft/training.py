@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_ebft import ebft, energy
+from megatron_ebft.arguments import fp8_recipes
 from megatron_ebft.batch import GoldBatch
 from megatron_ebft.checkpoint import Saver, TrainState
 from megatron_ebft.dataset import document_ids, rows_for_step
@@ -133,7 +134,7 @@ def warn_of_mismatch(ratio: float, was_healthy: bool, iteration: int, log) -> bo
     if was_healthy and not is_healthy:
         log.print(f"warning: step {iteration}: sampler and training pass differ by a factor of {ratio:.3f} a token "
                   f"(mean exp|Δ log p|; healthy up to {HEALTHY_MISMATCH}): look at train/mismatch_kl and "
-                  "train/importance_truncated, and at --ebft-rollout-fp8")
+                  "train/importance_truncated, and at --ebft-rollout-fp8 and --fp8-format")
     return is_healthy
 
 
@@ -322,7 +323,7 @@ def mismatch_without_fp8(run: Run, gold: GoldBatch) -> float:
 def self_check(run: Run, means: Means, gold: GoldBatch) -> None:
     """First step of a process: sampler = trainer; before any training trainer = start; rewards finite.
 
-    With FP8, whose rounding would hide a mistake, sampler and trainer are compared without it, and what it adds must be
+    With FP8 in either, whose rounding would hide a mistake, they are compared without it, and what it adds must be
     within SELF_CHECK_FP8.
     """
     limit = SELF_CHECK_BF16 if run.args.bf16 else SELF_CHECK_FLOAT32
@@ -336,15 +337,19 @@ def self_check(run: Run, means: Means, gold: GoldBatch) -> None:
         problems.append("the policy's log-probabilities are not finite: check the weights of --pretrained-checkpoint "
                         "or --load")
     else:
-        has_fp8 = run.config.sampling.fp8.recipe != "off"
+        recipes = fp8_recipes(run.args)
+        recipes.pop("--ebft-encoder-fp8", None)
+        has_fp8 = bool(recipes)
         sampler = mismatch_without_fp8(run, gold) if has_fp8 else found["mismatch"]
         if not sampler <= limit:
             problems.append(f"the sampler's log-probabilities differ from the training pass's by {sampler:.2e} a token "
                             f"on average{' without FP8' * has_fp8} (limit {limit:.0e}): rollouts are not on-policy")
         elif has_fp8 and found["mismatch"] > SELF_CHECK_FP8:
-            problems.append(f"--ebft-rollout-fp8 {run.config.sampling.fp8.recipe} changes log-probabilities by "
+            problems.append(f"{' and '.join(map(' '.join, recipes.items()))}: changes log-probabilities by "
                             f"{found['mismatch']:.2e} a token on average (limit {SELF_CHECK_FP8:g}), more than the "
                             "correction can take back: use another recipe, or --first-last-layers-bf16")
+    if run.args.fp8_format:
+        limit = SELF_CHECK_FP8
     if run.state.iteration == 0 and found.get("distance_to_start", 0.0) > limit:
         problems.append(f"the policy's log-probabilities differ from the starting policy's by "
                         f"{found['distance_to_start']:.2e} a token before the first step (limit {limit:.0e})")

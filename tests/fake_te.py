@@ -1,7 +1,8 @@
 """A stand-in for Transformer Engine on a CPU: what Megatron-Core's wrappers call, computed by torch.
 
 Parameters, their names, the argument names of the constructors and the empty `_extra_state` are those of Transformer
-Engine 2.11 and 2.20; precision, parallel layers and speed are not. `install` must run before Megatron-Core is imported.
+Engine 2.11 and 2.20, and so is what they remember of their weights in FP8, which is emulated; parallel layers and speed
+are not. `install` must run before Megatron-Core is imported.
 """
 
 import contextlib
@@ -25,7 +26,38 @@ class _Module(torch.nn.Module):
         assert state is None or state.numel() == 0
 
 
+class Recipe:
+    """A recipe of FP8, or its number format."""
+
+    def __init__(self, kind):
+        self.kind = kind
+
+    def __call__(self, fp8_format=None, fp8_dpa=False):
+        return self
+
+
+class autocast(contextlib.ContextDecorator):
+    recipe: Recipe | None = None
+    """Of the innermost that is entered."""
+
+    def __init__(self, enabled=True, calibrating=False, recipe=None, amax_reduction_group=None):
+        self.inner = recipe if enabled else None
+
+    def __enter__(self):
+        self.outer, autocast.recipe = autocast.recipe, self.inner
+
+    def __exit__(self, *error):
+        autocast.recipe = self.outer
+
+
+def fp8_autocast(enabled=True, calibrating=False, fp8_recipe=None, fp8_group=None):
+    return autocast(enabled, calibrating, fp8_recipe, fp8_group)
+
+
 class Linear(_Module):
+    passes: list[tuple["Linear", str, bool]] = []
+    """Of all forward passes of all layers: the layer, its recipe, whether it had to quantise its weight."""
+
     def __init__(self, in_features, out_features, sequence_parallel=False, fuse_wgrad_accumulation=False, tp_group=None,
                  tp_size=1, get_rng_state_tracker=None, rng_tracker_name=None, init_method=None, bias=True,
                  return_bias=False, params_dtype=None, parallel_mode=None, device="cuda", ub_name=None):
@@ -38,9 +70,20 @@ class Linear(_Module):
         init_method(self.weight)
         self.bias = torch.nn.Parameter(torch.zeros(out_features, dtype=params_dtype, device=device)) if bias else \
             torch.empty(0)
+        self._fp8_workspaces, self.save_original_input = {}, False
 
     def forward(self, inp, is_first_microbatch=None):
-        out = linear(inp, self.weight, self.bias if self.use_bias and not self.return_bias else None)
+        from megatron_ebft import fp8
+
+        weight, recipe = self.weight, autocast.recipe and autocast.recipe.kind
+        is_new = recipe and (is_first_microbatch in (None, True) or not self._fp8_workspaces)
+        Linear.passes.append((self, recipe or "off", bool(is_new)))
+        if recipe:
+            inp = inp + (fp8.round_activations(inp.detach(), recipe) - inp).detach()
+            if is_new:
+                self._fp8_workspaces["weight"] = fp8.round_weights(weight.detach(), recipe)
+            weight = weight + (self._fp8_workspaces["weight"] - weight).detach()
+        out = linear(inp, weight, self.bias if self.use_bias and not self.return_bias else None)
         return (out, self.bias) if self.return_bias else out
 
 
@@ -58,7 +101,7 @@ class LayerNormLinear(Linear):
         shape = (self.in_features,)
         normed = rms_norm(inp, shape, self.layer_norm_weight, self.eps) if self.normalization == "RMSNorm" else \
             layer_norm(inp, shape, self.layer_norm_weight, self.layer_norm_bias, self.eps)
-        return super().forward(normed)
+        return super().forward(normed, is_first_microbatch)
 
 
 class _Norm(_Module):
@@ -95,7 +138,11 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds transformer_engine and any module of it, but for its optimizers, which run on GPUs only."""
 
     contents = {"transformer_engine": dict(__version__=VERSION), "transformer_engine.pytorch": dict(
-        Linear=Linear, LayerNormLinear=LayerNormLinear, RMSNorm=RMSNorm, LayerNorm=LayerNorm),
+        Linear=Linear, LayerNormLinear=LayerNormLinear, RMSNorm=RMSNorm, LayerNorm=LayerNorm, autocast=autocast,
+        fp8_autocast=fp8_autocast),
+        "transformer_engine.common.recipe": dict(
+            Float8BlockScaling=Recipe("blockwise"), Float8CurrentScaling=Recipe("tensorwise"),
+            Format=types.SimpleNamespace(E4M3="e4m3", HYBRID="hybrid")),
         "transformer_engine.pytorch.cpu_offload": dict(
             get_cpu_offload_context=lambda *args, **kwargs: (contextlib.nullcontext(), None))}
 

@@ -4,6 +4,7 @@ Transformer Engine needs a GPU; a stand-in (fake_te.py), in a process of its own
 own wrappers and layer spec.
 """
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -140,8 +141,72 @@ def compare(folder: str) -> None:
     case = Case("step", 2, 3, transformer_impl="transformer_engine")
     case.gradient()
     case.check_gradient(1e-5)
+    found["fp8"] = rollouts_in_fp8() | training_in_fp8()
     with open(f"{folder}/found.json", "w") as file:
         json.dump(found, file)
+
+
+def rollouts_in_fp8() -> dict:
+    """Log-probabilities by Transformer Engine's autocast and by emulation, before and after an optimizer step."""
+    from test_golden import Case
+
+    def draw(case, fp8):
+        sampling = dataclasses.replace(case.config.sampling, fp8=fp8)
+        return sample_rollouts(case.policy, case.gold, case.config.layout, sampling, 0).log_probs_BKNG
+
+    from megatron_ebft.fp8 import FP8
+    from megatron_ebft.rollout import sample_rollouts
+
+    te, local = (Case("step", 1, 3, transformer_impl=kind) for kind in ("transformer_engine", "local"))
+    differences = []
+    for _ in range(2):
+        for recipe in ("blockwise", "tensorwise"):
+            emulated = draw(local, FP8(recipe, emulate=True, at_end=1))
+            differences.append(float((draw(te, FP8(recipe, at_end=1)) - emulated).abs().max()))
+        for case in (te, local):
+            scale_weights(case.policy)
+    return {"difference": max(differences), "moved": float((emulated - draw(local, FP8())).abs().max())}
+
+
+def training_in_fp8() -> dict:
+    """Of two steps: recipes outside the training pass; layer, recipe and quantising in it; error of the gradient."""
+    import fake_te
+    import models
+    from test_golden import Case
+
+    from megatron_ebft import ebft
+    from megatron_ebft.metrics import Means
+    from megatron_ebft.model import local_layers
+    from megatron_ebft.rollout import sample_rollouts
+    from megatron_ebft.sft import cross_entropy_pass
+
+    passes = fake_te.Linear.passes
+    case = Case("step", 1, 3, transformer_impl="transformer_engine", fp8="e4m3", fp8_recipe="blockwise",
+                first_last_layers_bf16=True, num_layers_at_start_in_bf16=1, num_layers_at_end_in_bf16=0)
+    numbers = {part: number for number, layer in local_layers(case.policy[0]).items() for part in layer.modules()}
+    training, errors = [], []
+    passes.clear()
+    for _ in range(2):
+        rewards = case.rewards()
+        sample_rollouts(case.policy, case.gold, case.config.layout, case.config.sampling, 0)
+        cross_entropy_pass(case.policy, case.gold, 1, Means(), forward_only=True)
+        ebft.score(case.policy, case.gold, case.rollouts, case.config)
+        others, _ = {recipe for _, recipe, _ in passes}, passes.clear()
+        case.policy[0].zero_grad_buffer()
+        ebft.policy_gradient(case.policy, case.gold, case.rollouts, rewards.advantage, case.config, Means())
+        training.append([(numbers[layer], recipe, is_new) for layer, recipe, is_new in passes])
+        passes.clear()
+        errors.append(max(models.relative_error(grad, case.golden["grad." + name])
+                          for name, grad in models.gradients(case.policy, case.model).items()))
+        scale_weights(case.policy)
+    return {"others": sorted(others), "training": training, "error": errors[0]}
+
+
+def scale_weights(policy: list) -> None:
+    """As an optimizer step: in place."""
+    with torch.no_grad():
+        for p in policy[0].parameters():
+            p.mul_(1.25)
 
 
 @pytest.mark.parametrize("name", ["llama", "other"])
@@ -152,3 +217,20 @@ def test_checkpoints_do_not_know_the_kind_of_layers(with_te, name):
     assert any(key.endswith("linear_fc1.layer_norm_weight") for key in found["local"])
     assert len(set(found["fingerprints"])) == 1
     assert found["difference"] < 1e-6 < found["moved"]
+
+
+def test_rollouts_in_fp8_are_those_of_the_emulation(with_te):
+    """By Transformer Engine's autocast and Megatron-Core's wrappers, to the last bits, also after a step."""
+    assert with_te["fp8"]["difference"] < 1e-6 and with_te["fp8"]["moved"] > 1e-3
+
+
+def test_training_in_fp8(with_te):
+    """In the training pass alone, in the layers it is for; weights are quantised by a step's first micro-batch."""
+    found = with_te["fp8"]
+    assert found["others"] == ["off"]
+    for step in found["training"]:
+        assert {(layer, recipe) for layer, recipe, _ in step} == {(1, "off"), *((x, "blockwise") for x in (2, 3, 4))}
+        new = [is_new for layer, _, is_new in step if layer > 1]
+        linears = 4 * 3
+        assert len(new) > 2 * linears and all(new[:linears]) and not any(new[linears:])
+    assert 1e-3 < found["error"] < 0.5

@@ -137,7 +137,7 @@ def test_training(arguments, tmp_path, one_rank, monkeypatch, capsys):  # noqa: 
     training.train(run, log)
     assert capsys.readouterr().out.count("warning: step 1: sampler and training pass differ by a factor of 1.") == 1
     for name, value, match in (
-            ("SELF_CHECK_FP8", 1e-6, "--ebft-rollout-fp8 blockwise changes log-probabilities by .* another recipe"),
+            ("SELF_CHECK_FP8", 1e-6, "--ebft-rollout-fp8 blockwise: changes log-probabilities by .* another recipe"),
             ("mismatch_without_fp8", lambda *_: 0.01, "differ .* by 1.00e-02 a token on average without FP8")):
         monkeypatch.setattr(training, name, value)
         run, log = start(arguments(*flags))

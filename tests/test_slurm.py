@@ -116,7 +116,7 @@ def test_preflight_names_all_that_is_missing(run, capsys):
     (["--global-batch-size", "6"], "--global-batch-size 6: must be a multiple of --micro-batch-size 1 × 4 ranks"),
     (["--tokenizer-model", "/no/tokenizer"], "--tokenizer-model /no/tokenizer: no such folder"),
     (["--tokenizer-type", "NullTokenizer", "--vocab-size", "65", "--no-ebft-track-kl"], None),
-    (["--fp8-format", "hybrid"], "--fp8-format hybrid: training in FP8 is not supported"),
+    (["--fp8-param-gather"], "--fp8-param-gather: weights stay in bf16"),
     (["--pretrained-checkpoint", "/no/base"], "--pretrained-checkpoint /no/base: no such directory"),
     (["--bogus"], "unrecognized arguments: --bogus"),
     (["--split", "100,0,0"], "--split gives the valid split no share")])

@@ -340,7 +340,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Cluster]:
             help="instead of the GPU's own" if name != "gpus_per_node" else "GPUs that NVLink joins, default 8")
     add("--json", metavar="FILE", help="write all figures there")
     args = check_args(parser.parse_args(argv))
-    args.ebft_skip_duplicates, args.ebft_rollout_fp8, args.ebft_encoder_fp8 = False, "off", "off"
+    args.ebft_skip_duplicates, args.ebft_rollout_fp8, args.ebft_encoder_fp8, args.fp8_format = False, "off", "off", None
     if args.vocab_size is None:
         raise ValueError("--vocab-size: give it, the plan reads no tokenizer")
     if args.use_checkpoint_args:
