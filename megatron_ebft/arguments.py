@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_machine(parser.add_argument_group("parallelism, precision and memory"))
     _add_checkpoint(parser.add_argument_group("checkpoints"))
     _add_logging(parser.add_argument_group("evaluation and logging"))
-    _add_fp8(parser.add_argument_group("FP8"))
+    add_fp8(parser.add_argument_group("FP8"))
     ebft = parser.add_argument_group("EBFT")
     _add_ebft(ebft)
     ebft.add_argument(
@@ -248,7 +248,8 @@ def _add_ebft(group):
         "function), d²/2, or exp(−d) − 1 + d")
 
 
-def _add_fp8(group):
+def add_fp8(group):
+    """Flags of FP8."""
     add = group.add_argument
     for part, what in (("rollout", "linear layers of the policy while it samples"),
                        ("encoder", "linear layers of the encoder in training")):

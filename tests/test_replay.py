@@ -19,10 +19,10 @@ from preprocess_data import main as preprocess
 from ranks import run_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_brute_force import GOLDEN, load_golden
+from test_brute_force import GOLDEN, by_sample, load_golden
 from test_training import MODEL, SMALL, VOCAB, scalars, weights
 
-from megatron_ebft import countdown, train
+from megatron_ebft import countdown, energy, train
 from megatron_ebft.arguments import parse_args
 from megatron_ebft.build import build_run
 from megatron_ebft.device import backend, init_device
@@ -173,6 +173,20 @@ def test_a_step_of_a_run(folder, layout):
     assert found["kl_loss"] > 1e-6 and json.loads(metadata(folder / f"{layout}.safetensors")["flags"])["iteration"] == 3
     norm = sum(value.square().sum() for key, value in found.items() if key.startswith("grad.")).sqrt()
     assert norm.item() == pytest.approx(scalars(folder / "one" / "tensorboard")["train/grad_norm"][2][1], rel=1e-4)
+
+
+def test_an_encoder_in_fp8(tmp_path):
+    """The flags are the run's, and the file's rewards are those of the file's features."""
+    import replay
+
+    output = tmp_path / "out.safetensors"
+    replay.main(["--hf-model", str(GOLDEN / "llama"), "--batch", str(GOLDEN / "step.safetensors"), "--output",
+                 str(output), "--tolerance", "10", "--ebft-encoder-fp8", "blockwise", "--ebft-fp8-emulate"])
+    golden, found = load_file(GOLDEN / "step.safetensors"), load_file(output)
+    assert 1e-3 < relative_error(found["features_rollout"], golden["features_rollout"]) < 0.3
+    features = torch.cat([found["features_rollout"], found["features_gold"][:, None]], dim=1).transpose(1, 2)
+    alignment, _ = energy.rewards(features @ features.mT, "none")
+    assert largest_difference(alignment, by_sample(found["alignment"], found["docs"])) <= 1e-5
 
 
 def test_what_differs_is_named(tmp_path, capsys):

@@ -7,8 +7,8 @@
    in the same format, with features and gradients under Hugging Face names. What STEP holds of the results as well is
    compared, and if a difference is above --tolerance the exit status is 1: a check of a cluster, a conversion or a
    layout before a long run, and the way to look into a strange step.
-2. The method is the file's. The flags of parallelism, precision and memory are training's, so that those of a run can
-   be taken over as they are.
+2. The method is the file's. The flags of parallelism, precision, memory and FP8 are training's, so that those of a run
+   can be taken over as they are.
 3. To replay step i of a run, --load the checkpoint saved after step i − 1, and give the run's --ebft-encoder-load and
    --pretrained-checkpoint (for the first step, which has no checkpoint before it: --load what the run started from).
 """
@@ -33,7 +33,7 @@ def parse(argv: list[str]):
     Raises:
         ValueError: naming the flag or the file.
     """
-    from megatron_ebft.arguments import Parser, add_machine, check_args
+    from megatron_ebft.arguments import Parser, add_fp8, add_machine, check_args
     from megatron_ebft.checkpoint_files import read_metadata
     from megatron_ebft.families import describe, read_model
     from megatron_ebft.hf_files import HFWeights
@@ -54,6 +54,7 @@ def parse(argv: list[str]):
         f"relative to their norm; default: {TOLERANCES['float32']}, with --bf16 {TOLERANCES['bfloat16']}")
     add("--micro-batch-size", type=int, default=1, help="rows of a micro-batch on one rank; bounds memory")
     add_machine(parser.add_argument_group("parallelism, precision and memory, as in training"))
+    add_fp8(parser.add_argument_group("FP8, as in training"))
     mine = parser.parse_args(argv)
     if bool(mine.hf_model) == bool(mine.load):
         raise ValueError("--hf-model, --load: give one of the two, with the policy's weights")
@@ -143,6 +144,7 @@ def compute(step, policy: list, encoder, reference, config, say) -> dict[str, to
     """Every result but the gradients, which are left in the policy's buffers; the same on every rank."""
     from megatron_ebft import ebft
     from megatron_ebft.batch import MicroBatches
+    from megatron_ebft.fp8 import quantised
     from megatron_ebft.metrics import Means
     from megatron_ebft.parallel import all_documents, all_samples
     from megatron_ebft.step_file import gather_results
@@ -151,7 +153,7 @@ def compute(step, policy: list, encoder, reference, config, say) -> dict[str, to
     gold, rollouts = step.mine()
     rows = MicroBatches(gold, rollouts.tokens_BKNG, config.layout, config.layout.rollout_length,
                         config.micro_batch_size, config.blocks_per_microbatch)
-    with phase("features", [encoder], len(rows), say):
+    with phase("features", [encoder], len(rows), say), torch.no_grad(), quantised([encoder], config.encoder_fp8):
         features_BKND, features_BKD = whole_features(encoder, config.feature_map, rows)
     with phase("rewards", [encoder], len(rows), say):
         rewards = ebft.compute_rewards(encoder, gold, rollouts, config)
