@@ -1,5 +1,7 @@
 """FP8 by Transformer Engine on a Hopper GPU: its error, what it touches, and that changed weights reach the sampler."""
 
+import dataclasses
+
 import brute_force as bf
 import models
 import pytest
@@ -8,6 +10,7 @@ from models import relative_error
 
 from megatron_ebft import backend, ebft, fp8
 from megatron_ebft.fp8 import FP8, quantised
+from megatron_ebft.metrics import Means
 from megatron_ebft.rollout import sample_rollouts
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_rank")]
@@ -60,6 +63,29 @@ def test_sampler_and_training_pass(policy, precision):
     _, _, plain = sampled(policy, FP8())
     in_bf16 = (ebft.score(policy[0], gold, plain, config).rollout_BKNG - plain.log_probs_BKNG).abs().mean().item()
     assert 2 * in_bf16 < mismatch < 0.3  # FP8 did run, and is FP8
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("number_format", ["e4m3", "hybrid"])
+def test_training_pass(policy, precision, number_format, recompute):
+    """Its gradient is that of bf16 but for rounding (0.33 by emulation: large weights), before and after a step."""
+    gold, config, rollouts = sampled(policy, FP8())
+    config = dataclasses.replace(config, layout=dataclasses.replace(config.layout, pad_to=fp8.BLOCK))
+    advantage = torch.ones(rollouts.tokens_BKNG.shape[:3], device=rollouts.tokens_BKNG.device)
+    full = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1) if recompute else {}
+    in_fp8 = models.build_policy(*bf.random_llama(0, **SIZES), **BF16, **full, fp8=number_format,
+                                 fp8_recipe=precision.recipe)
+    for _ in range(2):
+        found = []
+        for chunks in (policy, in_fp8):
+            chunks[0].zero_grad_buffer()
+            ebft.policy_gradient(chunks, gold, rollouts, advantage, config, Means())
+            whole = models.whole_tensors(chunks, of_gradients=True)
+            found.append(torch.cat([tensor.flatten() for tensor in whole.values()]).float())
+            with torch.no_grad():
+                for parameter in chunks[0].parameters():
+                    parameter.mul_(1.1)
+        assert 0.01 < relative_error(found[1], found[0]) < 0.5
 
 
 def test_changed_weights_change_the_sampler(policy, precision):
