@@ -383,9 +383,9 @@ def model_args(args: argparse.Namespace, vocab_size: int) -> ModelArgs:
     groups = args.num_query_groups or heads
     if args.kv_channels is None and hidden % heads:
         raise ValueError(f"--hidden-size {hidden}: must be a multiple of --num-attention-heads {heads}")
-    if args.sequence_parallel and "blockwise" in fp8_recipes(args).values() and hidden % FP8_BLOCK:
+    if _gathers_blocks(args) and hidden % FP8_BLOCK:
         raise ValueError(f"--hidden-size {hidden}: in blockwise FP8 with --sequence-parallel it must be a multiple of "
-                         f"{FP8_BLOCK}")
+                         f"{FP8_BLOCK}, for a Transformer Engine older than {'.'.join(map(str, backend.RAGGED_TE))}")
     if heads % groups:
         raise ValueError(f"--num-attention-heads {heads}: must be a multiple of --num-query-groups {groups}")
     multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
@@ -468,10 +468,13 @@ def fp8_recipes(args: argparse.Namespace) -> dict[str, str]:
 def row_multiple(args: argparse.Namespace) -> int:
     """What rows and decoding steps have a multiple of, in tokens: of tensor ranks that share them, and of FP8's."""
     ranks, recipes = args.tensor_model_parallel_size if args.sequence_parallel else 1, fp8_recipes(args)
-    in_blocks = [flag for flag, recipe in recipes.items() if recipe == "blockwise"]
-    if in_blocks and args.sequence_parallel or "--fp8-format" in in_blocks:
+    if recipes.get("--fp8-format") == "blockwise" or _gathers_blocks(args):
         return ranks * FP8_BLOCK
     return ranks * FP8_ROWS if recipes else ranks
+
+
+def _gathers_blocks(args) -> bool:
+    return args.sequence_parallel and "blockwise" in fp8_recipes(args).values() and backend.gathers_whole_blocks()
 
 
 def policy_overrides(args: argparse.Namespace) -> dict:

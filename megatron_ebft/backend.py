@@ -32,6 +32,9 @@ TRANSFORMER_IMPLS = ("auto", "transformer_engine", "local")
 ATTENTIONS = ("auto", "flex", "sdpa")
 OLDEST_TE, OLDEST_FLEX = (2, 3), (2, 11)
 """The first Transformer Engine with blockwise FP8; the first torch whose FlexAttention this was written against."""
+RAGGED_TE = (2, 20)
+"""A Transformer Engine that gathers at full precision, over tensor ranks, what is not in whole blocks of FP8; 2.11
+asserts that there is no such thing."""
 FLEX_HEAD_DIMS = range(16, 257)
 """Head dimensions of FlexAttention's kernels: the least is torch's, the most what it has settings for."""
 NO_GPU = "no CUDA device"
@@ -144,6 +147,12 @@ def no_transformer_engine(dtype: torch.dtype) -> str:
     """Why Transformer Engine's layers are not for models of this dtype here, or ""."""
     wrong = "" if dtype == torch.bfloat16 else "for --bf16 alone: it multiplies float32 matrices in TF32"
     return found().no_transformer_engine or wrong
+
+
+def gathers_whole_blocks() -> bool:
+    """Whether blockwise FP8 over tensor ranks that share a sequence needs whole blocks, 128 tokens, on each of them."""
+    version = found().transformer_engine
+    return version is not None and numbers(version) < RAGGED_TE
 
 
 def no_flex_attention(dtype: torch.dtype, head_dim: int) -> str:

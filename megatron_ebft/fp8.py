@@ -28,8 +28,7 @@ RECIPES = ("off", "blockwise", "tensorwise")
 BLOCK = 128
 ROWS = 16
 """A rank's tokens are a multiple of this: FP8 matrix products need 8, Megatron-Core pads to 16. Blockwise, they are one
-of BLOCK where tensor ranks gather them (sequence parallelism; Transformer Engine 2.11 asserts it, later ones gather at
-full precision) and in training (activations are then quantised along tokens as well)."""
+of BLOCK in training (activations are then quantised along tokens as well) and where backend.gathers_whole_blocks."""
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 

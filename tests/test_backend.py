@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ebft import backend, report
+from megatron_ebft import arguments, backend, report
 from megatron_ebft.backend import Found
 
 TESTS = Path(__file__).parent
@@ -83,6 +83,19 @@ def test_report(here, found, lines):
     said = [" ".join(line.split()) for line in report.report().splitlines()]
     for line in lines:
         assert any(x.startswith(" ".join(line.split())) for x in said), (line, said)
+
+
+@pytest.mark.parametrize("version, flags, multiple", [
+    (None, [], 8), ("2.11.0", [], 8), (None, ["--ebft-encoder-fp8", "blockwise"], 128),
+    ("2.20.2", ["--ebft-encoder-fp8", "blockwise"], 128), ("2.11.0", ["--ebft-encoder-fp8", "tensorwise"], 128),
+    ("2.11.0", ["--ebft-encoder-fp8", "blockwise"], 1024), ("2.20.2", ["--fp8-format", "e4m3"], 1024),
+    ("2.20.2", ["--fp8-format", "e4m3", "--fp8-recipe", "tensorwise"], 128)])
+def test_multiples_of_tokens(here, version, flags, multiple):
+    """What 8 tensor ranks that share rows make of them: 16 each in FP8, whole blocks where those are gathered."""
+    here(Found(transformer_engine=version))
+    shared = ["--tensor-model-parallel-size", "8", "--sequence-parallel", "--seq-length", "1024", "--train-iters", "1"]
+    args = arguments.parse_args([*shared, *flags, "--data-path", "x", "--tokenizer-model", "x"])
+    assert arguments.row_multiple(args) == multiple
 
 
 @pytest.fixture(scope="module")

@@ -316,7 +316,7 @@ def test_the_first_step_notices_a_sampler_that_is_not_the_trainer(arguments, tmp
     (["--fp8-format", "hybrid", "--fp8-recipe", "tensorwise", "--seq-length", "32"],
      "--fp8-format hybrid: no CUDA device. The training pass has no FP8 without Transformer Engine"),
     (["--ebft-rollout-fp8", "blockwise", "--sequence-parallel", "--tensor-model-parallel-size", "2", "--seq-length",
-      "192"], r"--seq-length 192: with --ebft-rollout-fp8 .* a multiple of 256 \(128 a tensor rank\)"),
+      "48"], r"--seq-length 48: with --ebft-rollout-fp8 .* a multiple of 32 \(16 a tensor rank\)"),
     (["--ebft-rollout-fp8", "blockwise"], "--seq-length 24: with --ebft-rollout-fp8 .* a multiple of 16"),
     (["--ebft-encoder-fp8", "tensorwise", "--seq-length", "32"], "--ebft-encoder-fp8 tensorwise: no CUDA device.*"
      "--ebft-fp8-emulate computes the same"),
