@@ -30,8 +30,9 @@ from megatron_ebft.device import have_gpu
 
 TRANSFORMER_IMPLS = ("auto", "transformer_engine", "local")
 ATTENTIONS = ("auto", "flex", "sdpa")
-OLDEST_TE, OLDEST_FLEX = (2, 3), (2, 11)
-"""The first Transformer Engine with blockwise FP8; the first torch whose FlexAttention this was written against."""
+OLDEST_TE, OLDEST_FLEX = (2, 9), (2, 11)
+"""The first Transformer Engine with te.autocast and te.is_fp8_available; the first torch whose FlexAttention this was
+written against."""
 RAGGED_TE = (2, 20)
 """A Transformer Engine that gathers at full precision, over tensor ranks, what is not in whole blocks of FP8; 2.11
 asserts that there is no such thing."""

@@ -238,7 +238,8 @@ def by_layout(tmp_path_factory):
 @pytest.mark.parametrize("layout", ["1 1", "2 1", "1 2", "2 2"])
 def test_logits_are_those_of_transformers(by_layout, kind, layout):
     folder, differences = by_layout
-    assert 0 < differences[f"{kind} {layout}"] <= 1e-4
+    least = 0 if layout.startswith("1") else 1e-9  # unsplit sums may round as theirs do; split ones do not
+    assert least <= differences[f"{kind} {layout}"] <= 1e-4
     assert torch.load(folder / f"{kind}.logits").std() > 0.5
 
 
