@@ -135,7 +135,8 @@ def real(tmp_path_factory):
     found = {}
     for world_size in sorted({size for size, _ in LAYOUTS.values()}):
         layouts = [layout for layout in LAYOUTS if LAYOUTS[layout][0] == world_size]
-        by_rank = run_ranks(world_size, "test_plan:real_steps", str(tmp_path_factory.mktemp("plan")), layouts)
+        by_rank = run_ranks(world_size, "test_plan:real_steps", str(tmp_path_factory.mktemp("plan")), layouts,
+                            timeout=400)
         found |= dict(zip(layouts, zip(*by_rank, strict=True), strict=True))
     return found
 
