@@ -287,11 +287,11 @@ def test_every_interruption(cluster, whole):
 
 def test_a_real_time_limit(cluster, start):
     """Longer than its time limit: SLURM's signal comes, the job goes on in another slice, and ends as it would have."""
-    steps = 100
+    steps = 40
     flags = [flag if flag != str(STEPS) else str(steps) for flag in RUN]
     flags[flags.index("--save-interval") + 1] = "1000"
     limited = cluster.submit("limited", *flags, time="2", options=[*NODES, "--signal=B:USR1@70"], END_MARGIN="10")
-    assert limited.ends() == "COMPLETED 0", limited.text()
+    assert limited.ends(timeout=1500) == "COMPLETED 0", limited.text()
     assert re.search("got SIGUSR1", limited.text()) and "start 2" in limited.text()
     whole = cluster.submit("unlimited", *flags)
     assert whole.ends() == "COMPLETED 0", whole.text()
