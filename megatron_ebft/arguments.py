@@ -15,9 +15,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron_ebft import backend, energy, losses
 from megatron_ebft.ebft import EBFTConfig
 from megatron_ebft.features import FEATURE_NORMS, POOLINGS, FeatureMap
-from megatron_ebft.fp8 import BLOCK as FP8_BLOCK
-from megatron_ebft.fp8 import FP8, RECIPES
-from megatron_ebft.fp8 import ROWS as FP8_ROWS
+from megatron_ebft.fp8_flags import add_fp8, check_fp8_sizes, fp8_config, fp8_recipes, row_multiple, training_fp8
 from megatron_ebft.layout import StridedLayout
 from megatron_ebft.model import ModelArgs, feature_layers, split_layers
 from megatron_ebft.rollout import SamplingConfig
@@ -248,24 +246,6 @@ def _add_ebft(group):
         "function), d²/2, or exp(−d) − 1 + d")
 
 
-def add_fp8(group):
-    """Flags of FP8."""
-    add = group.add_argument
-    for part, what in (("rollout", "linear layers of the policy while it samples"),
-                       ("encoder", "linear layers of the encoder in training")):
-        add(f"--ebft-{part}-fp8", choices=RECIPES, default="off", help=f"{what} in FP8: blockwise is the closer one, "
-            "tensorwise the faster")
-    add("--ebft-fp8-emulate", action="store_true", help="round to FP8 and multiply as usual: the same numbers on any "
-        "hardware, slowly")
-    add("--fp8-format", choices=("e4m3", "hybrid"), help="linear layers of the policy in the training pass in FP8, by "
-        "Transformer Engine: e4m3, or e4m3 forward and e5m2 backward; default: not in FP8")
-    add("--fp8-recipe", choices=RECIPES[1:], default="blockwise", help="of --fp8-format (delayed scaling would need "
-        "its history kept)")
-    add("--first-last-layers-bf16", action="store_true", help="the first and last layers stay out of FP8")
-    add("--num-layers-at-start-in-bf16", type=int, default=1, help="so many at the beginning")
-    add("--num-layers-at-end-in-bf16", type=int, default=1, help="so many at the end")
-
-
 def _add_steps(group):
     add = group.add_argument
     add("--ebft-dump-steps", metavar="DIR", help="write steps to DIR/step_0000012.safetensors: rows, rollouts and what "
@@ -383,9 +363,6 @@ def model_args(args: argparse.Namespace, vocab_size: int) -> ModelArgs:
     groups = args.num_query_groups or heads
     if args.kv_channels is None and hidden % heads:
         raise ValueError(f"--hidden-size {hidden}: must be a multiple of --num-attention-heads {heads}")
-    if _gathers_blocks(args) and hidden % FP8_BLOCK:
-        raise ValueError(f"--hidden-size {hidden}: in blockwise FP8 with --sequence-parallel it must be a multiple of "
-                         f"{FP8_BLOCK}, for a Transformer Engine older than {'.'.join(map(str, backend.RAGGED_TE))}")
     if heads % groups:
         raise ValueError(f"--num-attention-heads {heads}: must be a multiple of --num-query-groups {groups}")
     multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
@@ -406,7 +383,9 @@ def model_args(args: argparse.Namespace, vocab_size: int) -> ModelArgs:
     split_layers(args.num_layers, args.pipeline_model_parallel_size, args.decoder_first_pipeline_num_layers,
                  args.decoder_last_pipeline_num_layers, args.num_virtual_stages_per_pipeline_rank)
     flags = {f.name: vars(args)[f.name] for f in dataclasses.fields(ModelArgs) if f.name not in derived}
-    return ModelArgs(**flags, **derived)
+    architecture = ModelArgs(**flags, **derived)
+    check_fp8_sizes(args, architecture)
+    return architecture
 
 
 def transformer_overrides(args: argparse.Namespace) -> dict:
@@ -426,55 +405,6 @@ def transformer_overrides(args: argparse.Namespace) -> dict:
                 pipeline_model_parallel_size=args.pipeline_model_parallel_size,
                 virtual_pipeline_model_parallel_size=virtual_stages(args), sequence_parallel=args.sequence_parallel,
                 transformer_impl=args.transformer_impl, attention_kernel=args.ebft_attention, **p2p, **recompute)
-
-
-def fp8_config(args: argparse.Namespace, part: str) -> FP8:
-    """What of the `rollout` or of the `encoder` runs in FP8; ValueError, naming the flag, where it cannot."""
-    import torch
-
-    at_start, at_end = args.num_layers_at_start_in_bf16, args.num_layers_at_end_in_bf16
-    if not args.first_last_layers_bf16:
-        at_start = at_end = 0
-    fp8 = FP8(vars(args)[f"ebft_{part}_fp8"], args.ebft_fp8_emulate, at_start, at_end, f"--ebft-{part}-fp8")
-    local = "" if args.transformer_impl != "local" else "--transformer-impl local has none of its layers"
-    fp8.check(local or backend.no_transformer_engine(torch.bfloat16 if args.bf16 else torch.float32))
-    return fp8
-
-
-def training_fp8(args: argparse.Namespace) -> dict:
-    """Fields of TransformerConfig for a training pass in FP8; ValueError, naming the flag, where it cannot be."""
-    import torch
-
-    if args.fp8_format is None:
-        return {}
-    missing = "--transformer-impl local has none of its layers" if args.transformer_impl == "local" else \
-        backend.no_transformer_engine(torch.bfloat16 if args.bf16 else torch.float32) or \
-        backend.found().no_fp8[args.fp8_recipe]
-    if missing:
-        raise ValueError(f"--fp8-format {args.fp8_format}: {missing}. The training pass has no FP8 without Transformer "
-                         "Engine (--ebft-fp8-emulate is for rollouts and encoder)")
-    return dict(fp8=args.fp8_format, fp8_recipe=args.fp8_recipe, first_last_layers_bf16=args.first_last_layers_bf16,
-                num_layers_at_start_in_bf16=args.num_layers_at_start_in_bf16,
-                num_layers_at_end_in_bf16=args.num_layers_at_end_in_bf16)
-
-
-def fp8_recipes(args: argparse.Namespace) -> dict[str, str]:
-    """Recipe of each of the passes that run in FP8, by flag."""
-    found = {"--ebft-rollout-fp8": args.ebft_rollout_fp8, "--ebft-encoder-fp8": args.ebft_encoder_fp8,
-             "--fp8-format": args.fp8_recipe if args.fp8_format else "off"}
-    return {flag: recipe for flag, recipe in found.items() if recipe != "off"}
-
-
-def row_multiple(args: argparse.Namespace) -> int:
-    """What rows and decoding steps have a multiple of, in tokens: of tensor ranks that share them, and of FP8's."""
-    ranks, recipes = args.tensor_model_parallel_size if args.sequence_parallel else 1, fp8_recipes(args)
-    if recipes.get("--fp8-format") == "blockwise" or _gathers_blocks(args):
-        return ranks * FP8_BLOCK
-    return ranks * FP8_ROWS if recipes else ranks
-
-
-def _gathers_blocks(args) -> bool:
-    return args.sequence_parallel and "blockwise" in fp8_recipes(args).values() and backend.gathers_whole_blocks()
 
 
 def policy_overrides(args: argparse.Namespace) -> dict:

@@ -3,7 +3,8 @@
 1. The linear layers of a decoder layer run in FP8 (e4m3). Attention, norms, embedding, output head and sampling stay as
    they are, and so do the first and last layers where that is asked for.
 2. blockwise: activations in blocks of 1 × 128, weights in blocks of 128 × 128, scales that are powers of two. A token
-   is quantised the same whatever else is in its batch. tensorwise: one scale for each tensor, faster and coarser.
+   is quantised the same whatever else is in its batch. tensorwise: one scale for each tensor, faster and coarser, and
+   not the same for another cut into micro-batches or with other rollouts left out.
 3. Weights are quantised once, when `quantised` is entered, and what was made is forgotten when it is left: an optimizer
    step cannot leave old ones behind (Megatron-Core up to 0.18 does not refresh them by itself).
 4. On Hopper this is Transformer Engine's autocast around each layer. Anywhere else, `emulate` puts the same numbers
@@ -39,7 +40,7 @@ class FP8:
     recipe: str = "off"
     emulate: bool = False
     at_start: int = 0
-    """Layers of the whole model that stay out of it, at its beginning."""
+    """Layers of the model, on all its stages, that stay out of it, at its beginning."""
     at_end: int = 0
     flag: str = "--ebft-rollout-fp8"
 

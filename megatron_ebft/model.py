@@ -313,9 +313,9 @@ def _accumulate_in_place(policy: list) -> None:
 
 
 def _frozen_overrides(overrides: dict) -> dict:
-    """A frozen model has one stage on each rank and no training pass, whatever the policy has."""
-    others = ("virtual_pipeline_model_parallel_size", "overlap_p2p_comm", "batch_p2p_comm", "fp8")
-    return {name: value for name, value in overrides.items() if name not in others}
+    """A frozen model has one stage on each rank, whatever the policy has."""
+    interleaved = ("virtual_pipeline_model_parallel_size", "overlap_p2p_comm", "batch_p2p_comm")
+    return {name: value for name, value in overrides.items() if name not in interleaved}
 
 
 def build_frozen(args: ModelArgs, **overrides):

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from megatron_ebft import ebft, energy
-from megatron_ebft.arguments import fp8_recipes
 from megatron_ebft.batch import GoldBatch
 from megatron_ebft.checkpoint import Saver, TrainState
 from megatron_ebft.dataset import document_ids, rows_for_step
@@ -17,6 +16,7 @@ from megatron_ebft.device import device
 from megatron_ebft.ebft import EBFTConfig, Rewards, Scores
 from megatron_ebft.evaluation import evaluate
 from megatron_ebft.fp8 import FP8
+from megatron_ebft.fp8_flags import fp8_recipes
 from megatron_ebft.metrics import Means, PhaseTimer
 from megatron_ebft.parallel import document_rank, document_size
 from megatron_ebft.rollout import Rollouts, sample_rollouts
@@ -337,8 +337,7 @@ def self_check(run: Run, means: Means, gold: GoldBatch) -> None:
         problems.append("the policy's log-probabilities are not finite: check the weights of --pretrained-checkpoint "
                         "or --load")
     else:
-        recipes = fp8_recipes(run.args)
-        recipes.pop("--ebft-encoder-fp8", None)
+        recipes = {flag: x for flag, x in fp8_recipes(run.args).items() if flag != "--ebft-encoder-fp8"}
         has_fp8 = bool(recipes)
         sampler = mismatch_without_fp8(run, gold) if has_fp8 else found["mismatch"]
         if not sampler <= limit:

@@ -36,7 +36,7 @@ class Recipe:
         return self
 
 
-class autocast(contextlib.ContextDecorator):
+class autocast:
     recipe: Recipe | None = None
     """Of the innermost that is entered."""
 

@@ -174,8 +174,10 @@ def check_constructors() -> None:
 
 def check_fp8() -> None:
     """The recipe and the number format that are in force in a layer, in rollouts and in training."""
+    import brute_force
+    import models
     from megatron.core.fp8_utils import get_fp8_context
-    from test_golden import Case
+    from test_brute_force import GOLDEN
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
     from megatron_ebft import fp8
@@ -187,7 +189,8 @@ def check_fp8() -> None:
 
     for recipe, name in (("blockwise", "Float8BlockScaling"), ("tensorwise", "Float8CurrentScaling")):
         seen = []
-        policy = Case("step", transformer_impl="transformer_engine", fp8="hybrid", fp8_recipe=recipe).policy
+        policy = models.build_policy(*brute_force.load_llama(GOLDEN / "llama"), transformer_impl="transformer_engine",
+                                     fp8="hybrid", fp8_recipe=recipe)
         layer = local_layers(policy[0])[1]
         caching = {part: module for part, module in layer.named_modules() if hasattr(module, "_fp8_workspaces")}
         assert caching.keys() == CACHING, caching.keys()

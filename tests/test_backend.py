@@ -16,6 +16,7 @@ import torch
 
 from megatron_ebft import arguments, backend, report
 from megatron_ebft.backend import Found
+from megatron_ebft.fp8_flags import row_multiple
 
 TESTS = Path(__file__).parent
 HOPPER = dict(gpu="NVIDIA H200 (compute capability 9.0)", no_compiler="", no_fp8={"tensorwise": "", "blockwise": ""})
@@ -95,7 +96,28 @@ def test_multiples_of_tokens(here, version, flags, multiple):
     here(Found(transformer_engine=version))
     shared = ["--tensor-model-parallel-size", "8", "--sequence-parallel", "--seq-length", "1024", "--train-iters", "1"]
     args = arguments.parse_args([*shared, *flags, "--data-path", "x", "--tokenizer-model", "x"])
-    assert arguments.row_multiple(args) == multiple
+    assert row_multiple(args) == multiple
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--hidden-size", "120", "--num-attention-heads", "4"], "--hidden-size 120: with --ebft-rollout-fp8 .* of 16"),
+    (["--ffn-hidden-size", "88"], "--ffn-hidden-size 88: .* a multiple of 32"),
+    (["--num-query-groups", "2", "--kv-channels", "8"], "--num-query-groups × --kv-channels 16: .* a multiple of 32"),
+    (["--fp8-format", "e4m3", "--first-last-layers-bf16", "--num-layers-at-end-in-bf16", "3",
+      "--pipeline-model-parallel-size", "2"], "--num-layers-at-end-in-bf16 3: must be from 0 .* stage, 2"),
+    (["--ebft-fp8-emulate", "--ffn-hidden-size", "88"], None), (["--ebft-rollout-fp8", "off"], None),
+    (["--training-mode", "sft", "--ffn-hidden-size", "88"], None)])
+def test_sizes_that_fp8_does_not_take(here, flags, message):
+    here(WITH_TE)
+    args = arguments.parse_args([
+        "--num-layers", "4", "--hidden-size", "128", "--num-attention-heads", "8", "--ffn-hidden-size", "256",
+        "--tensor-model-parallel-size", "2", "--seq-length", "1024", "--train-iters", "1", "--data-path", "x",
+        "--tokenizer-model", "x", "--ebft-rollout-fp8", "blockwise", *flags])
+    if message is None:
+        arguments.model_args(args, 64)
+    else:
+        with pytest.raises(ValueError, match=message):
+            arguments.model_args(args, 64)
 
 
 @pytest.fixture(scope="module")
@@ -160,8 +182,11 @@ def compare(folder: str) -> None:
 
 
 def rollouts_in_fp8() -> dict:
-    """Log-probabilities by Transformer Engine's autocast and by emulation, before and after an optimizer step."""
-    from test_golden import Case
+    """Log-probabilities by Transformer Engine's autocast and by emulation, before and after an optimizer step whose
+    training pass, in FP8 as well, remembers the weights before it; and whether a rollout leaves weights behind."""
+    import brute_force
+    import models
+    from test_golden import GOLDEN, Case
 
     def draw(case, fp8):
         sampling = dataclasses.replace(case.config.sampling, fp8=fp8)
@@ -171,21 +196,27 @@ def rollouts_in_fp8() -> dict:
     from megatron_ebft.rollout import sample_rollouts
 
     te, local = (Case("step", 1, 3, transformer_impl=kind) for kind in ("transformer_engine", "local"))
+    te.policy = models.build_policy(*brute_force.load_llama(GOLDEN / "llama"), transformer_impl="transformer_engine",
+                                    fp8="e4m3", fp8_recipe="blockwise")
     differences = []
-    for _ in range(2):
+    for step in range(2):
         for recipe in ("blockwise", "tensorwise"):
             emulated = draw(local, FP8(recipe, emulate=True, at_end=1))
             differences.append(float((draw(te, FP8(recipe, at_end=1)) - emulated).abs().max()))
+        if step == 0:
+            left = any(getattr(module, "_fp8_workspaces", None) for module in te.policy[0].modules())
+        te.gradient()
         for case in (te, local):
             scale_weights(case.policy)
-    return {"difference": max(differences), "moved": float((emulated - draw(local, FP8())).abs().max())}
+    return {"difference": max(differences), "moved": float((emulated - draw(local, FP8())).abs().max()), "left": left}
 
 
 def training_in_fp8() -> dict:
     """Of two steps: recipes outside the training pass; layer, recipe and quantising in it; error of the gradient."""
+    import brute_force
     import fake_te
     import models
-    from test_golden import Case
+    from test_golden import GOLDEN, Case
 
     from megatron_ebft import ebft
     from megatron_ebft.metrics import Means
@@ -194,12 +225,15 @@ def training_in_fp8() -> dict:
     from megatron_ebft.sft import cross_entropy_pass
 
     passes = fake_te.Linear.passes
-    case = Case("step", 1, 3, transformer_impl="transformer_engine", fp8="e4m3", fp8_recipe="blockwise",
-                first_last_layers_bf16=True, num_layers_at_start_in_bf16=1, num_layers_at_end_in_bf16=0)
+    te = dict(transformer_impl="transformer_engine")
+    case = Case("step", 1, 3, **te)
+    case.policy = models.build_policy(*brute_force.load_llama(GOLDEN / "llama"), **te, fp8="e4m3",
+                                      fp8_recipe="blockwise", first_last_layers_bf16=True,
+                                      num_layers_at_start_in_bf16=1, num_layers_at_end_in_bf16=0)
     numbers = {part: number for number, layer in local_layers(case.policy[0]).items() for part in layer.modules()}
-    training, errors = [], []
+    training = []
     passes.clear()
-    for _ in range(2):
+    for step in range(2):
         rewards = case.rewards()
         sample_rollouts(case.policy, case.gold, case.config.layout, case.config.sampling, 0)
         cross_entropy_pass(case.policy, case.gold, 1, Means(), forward_only=True)
@@ -209,10 +243,11 @@ def training_in_fp8() -> dict:
         ebft.policy_gradient(case.policy, case.gold, case.rollouts, rewards.advantage, case.config, Means())
         training.append([(numbers[layer], recipe, is_new) for layer, recipe, is_new in passes])
         passes.clear()
-        errors.append(max(models.relative_error(grad, case.golden["grad." + name])
-                          for name, grad in models.gradients(case.policy, case.model).items()))
+        if step == 0:
+            error = max(models.relative_error(grad, case.golden["grad." + name])
+                        for name, grad in models.gradients(case.policy, case.model).items())
         scale_weights(case.policy)
-    return {"others": sorted(others), "training": training, "error": errors[0]}
+    return {"others": sorted(others), "training": training, "error": error}
 
 
 def scale_weights(policy: list) -> None:
@@ -234,7 +269,8 @@ def test_checkpoints_do_not_know_the_kind_of_layers(with_te, name):
 
 def test_rollouts_in_fp8_are_those_of_the_emulation(with_te):
     """By Transformer Engine's autocast and Megatron-Core's wrappers, to the last bits, also after a step."""
-    assert with_te["fp8"]["difference"] < 1e-6 and with_te["fp8"]["moved"] > 1e-3
+    found = with_te["fp8"]
+    assert found["difference"] < 1e-6 and found["moved"] > 1e-3 and not found["left"]
 
 
 def test_training_in_fp8(with_te):

@@ -12,7 +12,7 @@
    operations and messages are those of the code (meter.py, traffic.py).
 2. No rollout is left out (--ebft-skip-duplicates is off): what is saved depends on the policy, and need not be there.
    Nothing is planned in FP8, which needs a GPU: with it rows end in some more padding, and the weights of a pass that
-   runs in FP8 take half as much again.
+   runs in FP8 take half as much again; those of training (--fp8-format) as much again, all the time.
 3. Not in it: CUDA's context, NCCL's buffers and fragmentation, for which UNUSABLE of the memory is set aside, and
    temporaries inside operations. Evaluation needs less than training: its rows are as long, and have no backward pass.
 4. Times are an estimate: every operation takes the longer of computing and of moving its bytes, at EFFICIENCY of the

@@ -33,9 +33,10 @@ def parse(argv: list[str]):
     Raises:
         ValueError: naming the flag or the file.
     """
-    from megatron_ebft.arguments import Parser, add_fp8, add_machine, check_args
+    from megatron_ebft.arguments import Parser, add_machine, check_args
     from megatron_ebft.checkpoint_files import read_metadata
     from megatron_ebft.families import describe, read_model
+    from megatron_ebft.fp8_flags import add_fp8
     from megatron_ebft.hf_files import HFWeights
     from megatron_ebft.model import ModelArgs
     from megatron_ebft.step_file import read_step
