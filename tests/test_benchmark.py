@@ -1,5 +1,7 @@
 """The benchmark's tables and the plan it is held against; a tiny step of its own for the rest."""
 
+import re
+
 import benchmark
 import plan
 import pytest
@@ -35,6 +37,30 @@ def test_peaks_and_kernels_by_name():
     kernels = [("triton_tem_fused_flex_attention_0", 2.0), ("nvjet_tst_128x256_64x4_TNT", 5.0), (
         "void pytorch_flash::flash_fwd_kernel<...>", 1.0), ("triton_poi_fused_silu_mul_1", 2.0)]
     assert benchmark.attention_share(kernels) == pytest.approx(0.3)
+    assert benchmark.time_of(benchmark.MATRIX_PRODUCT, kernels) == 5.0
+
+
+def test_fp8_beside_none(capsys, monkeypatch):
+    """Emulated on a CPU: an EBFT step with and without in one run."""
+    monkeypatch.setattr(benchmark, "matmul_rate", lambda *_: 1e9)
+    benchmark.main(["--num-layers", "4", "--hidden-size", "64", "--seq-length", "64", "--repeats", "1",
+                    "--ebft-rollout-fp8", "blockwise", "--ebft-encoder-fp8", "blockwise", "--ebft-fp8-emulate"])
+    table = capsys.readouterr().out
+    seconds = {name: float(re.search(rf"^\| {name} \| rollout \| ([\d.]+) ", table, re.M)[1])
+               for name in ("ebft", "ebft, no FP8")}
+    said = float(re.search(r"With FP8 rollout ([\d.]+) ×, features", table)[1])
+    assert said == pytest.approx(seconds["ebft, no FP8"] / seconds["ebft"], abs=0.02)
+
+
+def test_fp8_on_a_gpu():
+    gpu = {"peak_tflops": None, "layers": "te", "attention": "flex", "attention_share": {"sft": 0, "ebft": 0},
+           "peak_bytes": {"sft": 1, "ebft": 1}, "planned_peak_bytes": {"sft": 1, "ebft": 1},
+           "rollout_products_ms": {"ebft": 80.0, benchmark.NO_FP8: 120.0}}
+    found = result(gpu)
+    found["seconds"][benchmark.NO_FP8] = {**found["seconds"]["ebft"], "rollout": 0.35, "step": 1.1}
+    found["gflops"][benchmark.NO_FP8] = found["gflops"]["ebft"]
+    assert ("With FP8 rollout 1.40 ×, features 1.00 ×, step 1.10 × as fast; matrix products of rollouts 1.50 × (80.0 "
+            "and 120.0 ms)") in benchmark.table(found)
 
 
 @pytest.mark.parametrize("name", benchmark.SHAPES)

@@ -11,12 +11,15 @@ one rank. Prints a table and, with --json, writes the same as JSON. Every repeat
 medians are reported.
 
 Random weights hardly ever draw a rollout twice, so they show what a step costs where nothing is saved. Where the first
-EBFT step leaves rollouts out (--ebft-skip-duplicates), every repeat also runs one on the same rows that leaves out
-none, as "ebft, whole rows": what the savings are worth, beside the share of tokens they are.
+EBFT step leaves rollouts out (--ebft-skip-duplicates), every repeat on a CPU also runs one on the same rows that leaves
+out none, as "ebft, whole rows": what the savings are worth, beside the share of tokens they are.
+
+With --ebft-rollout-fp8 or --ebft-encoder-fp8 every repeat also runs an EBFT step with neither, as "ebft, no FP8".
 
 On a GPU operations and the expected peak of memory are what tools/plan.py says of the same flags, since torch's counter
 sees neither Transformer Engine's nor compiled kernels; attention counts as torch's SDPA in chunks. The share of
-attention is that of its kernels in the GPU's busy time of one more, profiled step.
+attention is that of its kernels in the GPU's busy time of one more, profiled step; matrix products of rollouts are the
+kernels of one more, profiled sampling (what quantises activations is not among them). MFU is of the bfloat16 peak.
 """
 
 import argparse
@@ -55,6 +58,8 @@ PEAKS = {"H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0, "A100": 312.0}
 """Dense bfloat16 TFLOP/s by what is in a GPU's name."""
 ATTENTION = re.compile("flash|fmha|attention|triton_tem", re.I)
 """Names of attention's kernels; compiled templates are FlexAttention's, there are no others."""
+MATRIX_PRODUCT = re.compile("gemm|nvjet|xmma", re.I)
+"""Names of cuBLAS's kernels, in bfloat16 and in FP8."""
 
 
 def _flash_cpu(query, key, value, *args, out_shape=None, **kwargs):
@@ -72,7 +77,7 @@ for _operation, _formula in ((torch.ops.aten._scaled_dot_product_flash_attention
         flop_counter.register_flop_formula(_operation)(_formula)
 
 
-WHOLE = "ebft, whole rows"
+WHOLE, NO_FP8 = "ebft, whole rows", "ebft, no FP8"
 
 
 def build_pretrained(args):
@@ -174,31 +179,49 @@ def planned(flags: list[str]) -> dict:
             "peak": max(sum(phase["peak"].values()) for phase in phases.values())}
 
 
+def time_of(kind: re.Pattern, kernels: list[tuple[str, float]]) -> float:
+    """Time of the kernels of a kind, of (name, time) each."""
+    return sum(time for name, time in kernels if kind.search(name))
+
+
 def attention_share(kernels: list[tuple[str, float]]) -> float:
     """Attention's part of the time of all kernels, (name, time) each."""
-    return sum(time for name, time in kernels if ATTENTION.search(name)) / sum(time for _, time in kernels)
+    return time_of(ATTENTION, kernels) / sum(time for _, time in kernels)
 
 
-def profiled_kernels(run, gold) -> list[tuple[str, float]]:
-    """Name and microseconds of the GPU's kernels in one step."""
+def profiled_kernels(work, *args) -> list[tuple[str, float]]:
+    """Name and microseconds of the GPU's kernels in `work(*args)`."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        measure_step(run, gold)
+        work(*args)
     return [(event.key, event.self_device_time_total) for event in profile.key_averages()
             if event.device_type == torch.autograd.DeviceType.CUDA]
+
+
+def sample(run, gold) -> None:
+    from megatron_ebft.rollout import sample_rollouts
+
+    config = run.config
+    sample_rollouts(run.policy, gold, config.layout, config.sampling, 0, config.rollout_rows)
 
 
 def benchmark(args, flags: list[str]) -> dict:
     """All figures, JSON-able. flags: the same as `args`, for tools/plan.py."""
     from megatron_ebft.device import have_gpu
+    from megatron_ebft.fp8 import FP8
 
     run, batches = build_pretrained(args) if args.pretrained_checkpoint else build(args)
     runs = {"sft": dataclasses.replace(run, mode="sft"), "ebft": run}
     if any(saved(measure_step(run, batches[0])[1]).values()) and not have_gpu():
         runs[WHOLE] = dataclasses.replace(run, config=dataclasses.replace(run.config, skip_duplicates=False))
+    if run.config.sampling.fp8.recipe != "off" or run.config.encoder_fp8.recipe != "off":
+        sampling = dataclasses.replace(run.config.sampling, fp8=FP8())
+        runs[NO_FP8] = dataclasses.replace(run, config=dataclasses.replace(run.config, sampling=sampling,
+                                                                           encoder_fp8=FP8()))
     gpu, planned_peak, peaks = {}, {}, dict.fromkeys(runs, 0)
     if have_gpu():
-        found = {name: planned([*flags, "--training-mode", name]) for name in runs}
-        flops, planned_peak = ({name: x[key] for name, x in found.items()} for key in ("flops", "peak"))
+        by_mode = {mode: planned([*flags, "--training-mode", mode]) for mode in ("sft", "ebft")}
+        flops, planned_peak = ({name: by_mode[kind.mode][key] for name, kind in runs.items()}
+                               for key in ("flops", "peak"))
         measure_step(runs["sft"], batches[0])  # compiles
     else:
         flops = {name: count_flops(kind, batches[0]) for name, kind in runs.items()}  # also warms up
@@ -222,7 +245,12 @@ def benchmark(args, flags: list[str]) -> dict:
         gpu = {"peak_tflops": peak_tflops(torch.cuda.get_device_name()), "peak_bytes": peaks,
                "planned_peak_bytes": planned_peak, "layers": run.policy[0].config.transformer_impl,
                "attention": run.policy[0].config.attention_kernel,
-               "attention_share": {name: attention_share(profiled_kernels(kind, gold)) for name, kind in runs.items()}}
+               "attention_share": {name: attention_share(profiled_kernels(measure_step, kind, gold))
+                                   for name, kind in runs.items()}}
+        if NO_FP8 in runs:
+            gpu["rollout_products_ms"] = {
+                name: time_of(MATRIX_PRODUCT, profiled_kernels(sample, runs[name], gold)) / 1e3
+                for name in ("ebft", NO_FP8)}
     seconds = {name: {phase: statistics.median(step[phase] for step in found) for phase in found[0]}
                for name, found in steps.items()}
     others = [name for name in runs if name != "sft"]
@@ -270,6 +298,13 @@ def table(result: dict) -> str:
     for name, each in result["ratio_of_each_repeat"].items():
         lines += ["", f"{name} / sft: {result['ratio'][name]:.2f} × in time (single repeats {min(each):.2f} to "
                       f"{max(each):.2f}), {result['flops_ratio'][name]:.2f} × in operations"]
+    if NO_FP8 in result["seconds"]:
+        plain, fp8 = result["seconds"][NO_FP8], result["seconds"]["ebft"]
+        lines += ["", "With FP8 " + ", ".join(f"{phase} {plain[phase] / fp8[phase]:.2f} ×" for phase in (
+            "rollout", "features", "step")) + " as fast"]
+        if gpu:
+            fp8, plain = (gpu["rollout_products_ms"][name] for name in ("ebft", NO_FP8))
+            lines[-1] += f"; matrix products of rollouts {plain / fp8:.2f} × ({fp8:.1f} and {plain:.1f} ms)"
     if gpu:
         lines += ["", f"{gpu['layers']} layers, {gpu['attention']} attention", "",
                   "| step | attention | peak GiB | tools/plan.py says |", "|---|--:|--:|--:|",

@@ -49,7 +49,11 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)' "${BOOT-}" "
 
 start megatron_ebft.report | tee "$out/report.txt"
 start pytest tests/gpu -q "$@" | tee "$out/tests.txt"
+fp8=()
+if grep -Eq '^ *FP8 blockwise +yes$' "$out/report.txt"; then
+  fp8=(--ebft-rollout-fp8 blockwise --ebft-encoder-fp8 blockwise) # timed without as well, in the same run
+fi
 for shape in ${SHAPES-1b 8b-quarter}; do
-  start benchmark --shape "$shape" --repeats "${REPEATS:-5}" --json "$out/benchmark_$shape.json" |
+  start benchmark --shape "$shape" "${fp8[@]}" --repeats "${REPEATS:-5}" --json "$out/benchmark_$shape.json" |
     tee "$out/benchmark_$shape.txt"
 done
