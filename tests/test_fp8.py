@@ -145,6 +145,22 @@ def test_training(arguments, tmp_path, one_rank, monkeypatch, capsys):  # noqa: 
             training.train(run, log)
 
 
+def test_the_self_check_knows_training_in_fp8(arguments, tmp_path, one_rank, monkeypatch):  # noqa: F811
+    """The start is then compared with a pass that rounds; sampler and trainer are compared without."""
+    run, log = start(arguments("--tensorboard-dir", str(tmp_path), "--train-iters", "1", "--ebft-kl-coef", "0.1"))
+    run.args.fp8_format = "e4m3"  # the pass itself needs a GPU
+    monkeypatch.setattr(training, "SELF_CHECK_FLOAT32", -1.0)
+    monkeypatch.setattr(training, "mismatch_without_fp8", lambda *_: -2.0)
+    training.train(run, log)
+    for limit, match in (("SELF_CHECK_FP8", "--fp8-format blockwise: changes .*starting policy's by .* before the"),
+                         ("SELF_CHECK_FLOAT32", "on average without FP8 .limit -3e")):
+        run, log = start(arguments("--tensorboard-dir", str(tmp_path), "--train-iters", "1", "--ebft-kl-coef", "0.1"))
+        run.args.fp8_format = "e4m3"
+        with monkeypatch.context() as patch, pytest.raises(StepFailed, match=match):
+            patch.setattr(training, limit, -3.0)
+            training.train(run, log)
+
+
 # ---------------------------------------------------------------- the correction
 
 
