@@ -8,6 +8,7 @@
 
 import contextlib
 import datetime
+import gc
 import os
 
 import torch
@@ -191,3 +192,4 @@ def shut_down() -> None:
     """Leave the process groups in order."""
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+    gc.collect()  # models nobody uses hold groups, and each group of gloo has a thread that never sleeps for long

@@ -2,10 +2,13 @@
 
 1. A token is drawn by inverting the distribution function at one uniform number, which is a hash of
    (seed, iteration, document, block, sample, step): no generator state, no dependence on who computes it.
-2. Top-k and top-p keep the tokens above a threshold per row. The threshold is found by bisection on the bits of the
-   probabilities, which needs only sums over the vocabulary: no sort, no gathered logits. Equal probabilities are kept
-   or dropped together.
+2. Top-k and top-p keep the tokens above a threshold per row. The threshold is found by radix selection on the bits of
+   the probabilities, a byte a round: four small histograms are summed over the vocabulary's ranks, with no sort and no
+   gathered logits. Equal probabilities are kept or dropped together. Masses are integers, so that no sum depends on an
+   order, be it of ranks or of a GPU's atomic additions.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -38,22 +41,33 @@ def filter_probabilities(p: Tensor, top_p: float, top_k: int, group: dist.Proces
     (1: all); ties are kept. p: float32 [..., V], this rank's shard of a distribution.
     """
     if top_k > 0:
-        p = _keep_most_likely(p, lambda kept: _sum((kept > 0).to(p.dtype), group) >= top_k)
+        p = _keep_most_likely(p, (p > 0).long(), lambda count: count.clamp(max=top_k), group)
     if top_p < 1:
-        mass = _sum(p, group) * top_p
-        p = _keep_most_likely(p, lambda kept: _sum(kept, group) >= mass)
+        p = _keep_most_likely(p, (p * 2.0**52).long(), lambda mass: mass.double() * top_p, group)
     return p
 
 
-def _keep_most_likely(p: Tensor, is_enough) -> Tensor:
-    """p above the highest threshold at which what is kept is enough, found on the bits of non-negative floats."""
-    bits = p.view(torch.int32)
-    low = torch.zeros_like(bits[..., :1])  # everything kept: enough, or nothing is
-    high = torch.full_like(low, 0x3F800001)  # above 1.0: nothing kept
-    for _ in range(31):
-        middle = low + (high - low) // 2
-        enough = is_enough(p.where(bits >= middle, 0.0))
-        low, high = middle.where(enough, low), high.where(enough, middle)
+def _keep_most_likely(p: Tensor, weights: Tensor, needed: Callable[[Tensor], Tensor], group: dist.ProcessGroup
+                      ) -> Tensor:
+    """p from the highest threshold on from which there is needed(total weight); that must be at most the total.
+
+    weights: int64 [..., V]; sums must stay below 2 ** 63.
+    """
+    bits = p.view(torch.int32)  # of non-negative floats these are in their order
+    low = above = wanted = torch.zeros_like(weights[..., :1])
+    for shift in (24, 16, 8, 0):  # the threshold is in [low, low + (256 << shift)); above: weight past that interval
+        bucket = (bits >> shift) - (low >> shift)
+        bucket = bucket.where((bucket >= 0) & (bucket < 256), 256)
+        mass = weights.new_zeros(*weights.shape[:-1], 257).scatter_add_(-1, bucket, weights)
+        if dist.get_world_size(group) > 1:
+            dist.all_reduce(mass, group=group)
+        mass = mass[..., :256]
+        reach = above + mass.flip(-1).cumsum(-1).flip(-1)  # weight from each bucket on: falls
+        if shift == 24:
+            wanted = needed(reach[..., :1])
+        last = ((reach >= wanted).sum(-1, keepdim=True) - 1).clamp(min=0)  # less than 0 for NaN alone
+        low = low + (last << shift)
+        above = reach.gather(-1, last) - mass.gather(-1, last)
     return p.where(bits >= low, 0.0)
 
 

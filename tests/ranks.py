@@ -6,18 +6,33 @@ starts the process groups itself. Ranks on CPUs talk over gloo, so these tests n
 
 import contextlib
 import faulthandler
+import functools
 import importlib
+import itertools
 import json
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import random
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 TESTS = Path(__file__).parent
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+
+
+@functools.cache
+def server() -> multiprocessing.context.BaseContext:
+    """Starts processes by forking one that has imported the package, which takes most of a rank's time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["megatron_ebft.training"])
+    with mock.patch.dict(os.environ, ENVIRONMENT):
+        multiprocessing.forkserver.ensure_running()
+    return context
 
 
 def free_port() -> int:
@@ -35,37 +50,61 @@ def run_ranks(world_size: int, function: str, *args, timeout: float = 120.0) -> 
     Raises:
         AssertionError: with each failed rank's last output; the other ranks are stopped.
     """
-    port = free_port()
+    environment = {"WORLD_SIZE": str(world_size), "MASTER_PORT": str(free_port()), "MASTER_ADDR": "127.0.0.1"}
     with tempfile.TemporaryDirectory() as folder:
         results = [Path(folder, f"{rank}.json") for rank in range(world_size)]
         logs = [open(Path(folder, f"{rank}.log"), "w+") for rank in range(world_size)]
         processes = []
         for rank in range(world_size):
-            environment = os.environ | {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_PORT": str(port),
-                "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1",
-                "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
-            command = [sys.executable, __file__, function, str(results[rank]), str(timeout), *map(json.dumps, args)]
-            processes.append(subprocess.Popen(command, env=environment, cwd=TESTS.parent, stdout=logs[rank],
-                                              stderr=subprocess.STDOUT))
+            variables = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            processes.append(server().Process(target=_rank, args=(
+                function, args, variables, str(results[rank]), logs[rank].name, timeout)))
+            processes[-1].start()
         try:
             _wait(processes, timeout)
-            problems = [f"rank {rank} ended with {process.poll()}:\n{_tail(log)}"
-                        for rank, (process, log) in enumerate(zip(processes, logs)) if process.poll() != 0]
+            problems = [f"rank {rank} ended with {process.exitcode}:\n{_tail(log)}"
+                        for rank, (process, log) in enumerate(zip(processes, logs)) if process.exitcode != 0]
             assert not problems, "\n".join(problems)
             return [json.loads(result.read_text()) for result in results]
         finally:
             for process, log in zip(processes, logs):
                 process.kill()
-                process.wait()
+                process.join()
                 log.close()
+
+
+def enter_world(size: int) -> bool:
+    """In a rank: start torch.distributed among the first `size` ranks; False in those that are left out.
+
+    Worlds may follow one another, each left by parallel.shut_down(): every rank calls this for each of them. (Over
+    init_method="file://…" the ranks that wait for a world keep the processors busy.)
+    """
+    import torch.distributed as dist
+
+    from megatron_ebft.device import backend
+
+    rank, number = int(os.environ["RANK"]), next(_worlds)
+    if rank < size:
+        dist.init_process_group(backend(), store=dist.PrefixStore(str(number), _store()), rank=rank, world_size=size)
+    return rank < size
+
+
+_worlds = itertools.count()
+
+
+@functools.cache
+def _store():
+    from torch.distributed import TCPStore
+
+    return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=os.environ["RANK"] == "0",
+                    wait_for_workers=False)
 
 
 def _wait(processes: list, timeout: float) -> None:
     """Until all have ended; a few seconds more once one has failed (the others may fail for a better reason)."""
     end = time.monotonic() + timeout
-    while any(process.poll() is None for process in processes) and time.monotonic() < end:
-        if any(process.poll() for process in processes):
+    while any(process.is_alive() for process in processes) and time.monotonic() < end:
+        if any(process.exitcode for process in processes):
             end = min(end, time.monotonic() + 3)
         time.sleep(0.05)
 
@@ -75,15 +114,14 @@ def _tail(log, characters: int = 6000) -> str:
     return log.read()[-characters:]
 
 
-def _main() -> None:
-    """One rank: python ranks.py module:function result_file timeout args…"""
-    faulthandler.dump_traceback_later(float(sys.argv[3]) - 1)  # shows where a rank waits for ever
-    sys.path[:0] = [str(TESTS), str(TESTS.parent), str(TESTS.parent / "tools"),
-                    str(TESTS.parent / "tools/convert")]
-    module, name = sys.argv[1].split(":")
-    result = getattr(importlib.import_module(module), name)(*map(json.loads, sys.argv[4:]))
-    Path(sys.argv[2]).write_text(json.dumps(result))
-
-
-if __name__ == "__main__":
-    _main()
+def _rank(function: str, args: tuple, variables: dict[str, str], result: str, log: str, timeout: float) -> None:
+    """What one rank does, in a process of its own."""
+    for stream in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), stream)
+    faulthandler.dump_traceback_later(timeout - 1)  # shows where a rank waits for ever
+    os.environ.update(ENVIRONMENT | variables)
+    os.chdir(TESTS.parent)
+    sys.path[:0] = [str(TESTS), str(TESTS.parent), str(TESTS.parent / "tools"), str(TESTS.parent / "tools/convert")]
+    module, name = function.split(":")
+    found = getattr(importlib.import_module(module), name)(*json.loads(json.dumps(args)))
+    Path(result).write_text(json.dumps(found))

@@ -25,7 +25,7 @@ import transformers
 import verify
 from megatron.core import parallel_state
 from preprocess_data import main as preprocess
-from ranks import run_ranks
+from ranks import enter_world, run_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_checkpoint import Run
@@ -201,8 +201,8 @@ def four_ranks(folder: str) -> dict:
     """Largest difference of a logit by model and layout; None where this rank is no last stage."""
     init_device()
     tokens, found = torch.load(f"{folder}/tokens.pt"), {}
-    torch.distributed.init_process_group("gloo")
     for tp, pp in ((1, 1), (2, 1), (1, 2), (2, 2)):
+        enter_world(4)
         parallel.init_parallel(tp, pp, seed=1)
         for kind in MODELS:
             checkpoint = f"{folder}/{kind}.checkpoint"
@@ -216,7 +216,8 @@ def four_ranks(folder: str) -> dict:
             if (tp, pp) == (2, 2):
                 Saver(f"{checkpoint} 2 2").save(TrainState(3, 6), *run.parts,
                                 {"architecture": asdict(args), "tokenizer": None})
-        parallel_state.destroy_model_parallel()
+        del run
+        parallel.shut_down()
     return found
 
 

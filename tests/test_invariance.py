@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer import get_megatron_optimizer
 from models import largest_difference
-from ranks import run_ranks
+from ranks import enter_world, run_ranks
 
-from megatron_ebft import model, parallel, readout, rollout, sampling, training
+from megatron_ebft import model, parallel, readout, sampling, training
 from megatron_ebft.arguments import (
     ddp_config,
     ebft_config,
@@ -30,8 +30,9 @@ from megatron_ebft.arguments import (
     transformer_overrides,
 )
 from megatron_ebft.checkpoint import TrainState
-from megatron_ebft.device import backend, device, init_device
+from megatron_ebft.device import device, init_device
 from megatron_ebft.metrics import PhaseTimer
+from megatron_ebft.rollout import sample_rollouts
 
 ROWS, T, VOCAB, EOD, STEPS = 4, 20, 24, 0, 2
 FLAGS = """--train-iters 3 --global-batch-size 4 --seq-length 20 --num-layers 4 --hidden-size 16 --ffn-hidden-size 24
@@ -140,7 +141,7 @@ def gather(value) -> list:
 
 
 def train(folder: str, names: list[str]) -> dict:
-    """Metrics of each step by name; rollouts of the first step and final weights go to the folder.
+    """Metrics of each step by name; rollouts of each step and final weights go to the folder.
 
     The same processes form one world after another; those that a small one has no use for wait for the next.
     """
@@ -149,38 +150,43 @@ def train(folder: str, names: list[str]) -> dict:
     init_device()
     for name in names:
         world, flags = GRID[name]
-        if rank >= world:
+        if not enter_world(world):
             continue
         args = parse_args(FLAGS + (OTHER if name.startswith("other") else []) + flags)
-        dist.init_process_group(backend(), init_method=f"file://{folder}/{name}.store", rank=rank, world_size=world)
         parallel.init_parallel(**parallel_sizes(args))
         gold, run = gold_rows(), build_run(args, f"{folder}/other.pt" if name.startswith("other") else None)
-        before = rollouts(run, gold, 0)
-        metrics = []
-        for _ in range(STEPS):
-            metrics.append(training.train_step(run, gold, PhaseTimer(), check=run.state.iteration == 0))
-            run.state.iteration += 1
-        tokens = [before, rollouts(run, gold, STEPS)]
-        weights = models.whole_tensors(run.policy, of_gradients=False)
+        metrics, state = [], {"rollouts": []}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(training, "sample_rollouts", watched(state["rollouts"]))
+            for _ in range(STEPS):
+                metrics.append(training.train_step(run, gold, PhaseTimer(), check=run.state.iteration == 0))
+                run.state.iteration += 1
+        state["weights"] = models.whole_tensors(run.policy, of_gradients=False)
         if rank == 0:
-            torch.save({"rollouts": tokens, "weights": weights}, f"{folder}/{name}.pt")
+            torch.save(state, f"{folder}/{name}.pt")
         if name == "tp1 pp1 dp2":
             vocabulary = vocabulary_parallel()
         found[name] = metrics
+        del run
         parallel.shut_down()
     return {"metrics": found, "vocabulary": vocabulary}
 
 
-def rollouts(run: training.Run, gold, iteration: int) -> torch.Tensor:
-    """Rollouts of the whole global batch, [ROWS, K, n, G]."""
-    tokens = rollout.sample_rollouts(run.policy, gold, run.config.layout, run.config.sampling, iteration,
-                                     run.config.rollout_rows).tokens_BKNG
-    whole = torch.full((ROWS, tokens.shape[1], run.config.num_samples, tokens.shape[3]), -1)
-    mine = slice(parallel.sample_rank() * tokens.shape[2], (parallel.sample_rank() + 1) * tokens.shape[2])
-    for rows, samples, part in gather((gold.index_B.tolist(), mine, tokens.cpu())):
-        whole[rows, :, samples] = part
-    assert (whole >= 0).all()
-    return whole
+def watched(found: list):
+    """sample_rollouts that leaves the tokens of the whole global batch, [ROWS, K, n, G]."""
+    def sample(policy, gold, *args, **options):
+        rollouts = sample_rollouts(policy, gold, *args, **options)
+        tokens = rollouts.tokens_BKNG
+        samples = parallel.sample_size() * tokens.shape[2]
+        whole = torch.full((ROWS, tokens.shape[1], samples, tokens.shape[3]), -1)
+        mine = slice(parallel.sample_rank() * tokens.shape[2], (parallel.sample_rank() + 1) * tokens.shape[2])
+        for rows, columns, part in gather((gold.index_B.tolist(), mine, tokens.cpu())):
+            whole[rows, :, columns] = part
+        assert (whole >= 0).all()
+        found.append(whole)
+        return rollouts
+
+    return sample
 
 
 def vocabulary_parallel() -> dict[str, float]:
@@ -242,7 +248,7 @@ def test_steps_are_the_same(results, name):
         assert found.keys() == wanted.keys()
         for key in found.keys() - set(SAVED):
             assert found[key] == pytest.approx(wanted[key], rel=1e-5, abs=1e-6), key
-    for found, wanted in zip(state["rollouts"], expected_state["rollouts"]):
+    for found, wanted in zip(state["rollouts"], expected_state["rollouts"], strict=True):
         assert torch.equal(found, wanted)
     assert state["weights"].keys() == expected_state["weights"].keys()
     for key, wanted in expected_state["weights"].items():

@@ -6,7 +6,6 @@
 4. The order in which pipeline stages decode, against the formula for their idle time.
 """
 
-import os
 import weakref
 from dataclasses import replace
 from itertools import product
@@ -18,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import largest_difference, relative_error
-from ranks import run_ranks
+from ranks import enter_world, run_ranks
 from rollout_schedule import replay
 from test_brute_force import GOLDEN, by_sample, load_golden
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_ebft import ebft, energy, features, model, parallel, relay, rollout
 from megatron_ebft.batch import MicroBatches
-from megatron_ebft.device import backend, init_device
+from megatron_ebft.device import init_device
 from megatron_ebft.metrics import Means
 from megatron_ebft.rollout import Rollouts
 
@@ -75,11 +74,10 @@ def method(chosen: bf.Settings, samples: int = 1, pad_to: int = 1, **sizes) -> e
 
 def rank_work(folder: str) -> dict:
     init_device()
-    found, worlds = {}, iter(range(1000))
+    found = {}
 
     def start(tp: int, pp: int, samples: int = 1, **virtual):
-        dist.init_process_group(backend(), init_method=f"file://{folder}/{next(worlds)}.store",
-                                rank=int(os.environ["RANK"]), world_size=4)
+        assert enter_world(4)
         parallel.init_parallel(tp, pp, seed=1, sample_parallel_size=samples, **virtual)
 
     for sp in (False, True):

@@ -5,13 +5,11 @@ counting those of real ranks over gloo."""
 import contextlib
 import itertools
 import math
-import os
 
 import plan
 import pytest
 import torch
-import torch.distributed as dist
-from ranks import run_ranks
+from ranks import enter_world, run_ranks
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -63,15 +61,14 @@ def optimizer_tensors(optimizer) -> list:
         [group["params"] for group in x.optimizer.param_groups] for x in chained]
 
 
-def real_steps(folder: str, layouts: list[str]) -> list[dict]:
+def real_steps(layouts: list[str]) -> list[dict]:
     """On every rank: what a step holds and does in each of the layouts."""
     from megatron_ebft.device import init_device
 
     init_device()
     found = []
     for layout in layouts:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/{layout}", rank=int(os.environ["RANK"]),
-                                world_size=LAYOUTS[layout][0])
+        assert enter_world(LAYOUTS[layout][0])
         found.append(real_step(flags(layout)))
     return found
 
@@ -130,13 +127,12 @@ def allocator_peak(profile, held: int) -> int:
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory):
+def real():
     """By layout, what each of its ranks found."""
     found = {}
     for world_size in sorted({size for size, _ in LAYOUTS.values()}):
         layouts = [layout for layout in LAYOUTS if LAYOUTS[layout][0] == world_size]
-        by_rank = run_ranks(world_size, "test_plan:real_steps", str(tmp_path_factory.mktemp("plan")), layouts,
-                            timeout=400)
+        by_rank = run_ranks(world_size, "test_plan:real_steps", layouts, timeout=400)
         found |= dict(zip(layouts, zip(*by_rank, strict=True), strict=True))
     return found
 

@@ -5,7 +5,6 @@ they are (`rank_work`); the tests look at the files they leave.
 """
 
 import json
-import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +12,9 @@ from types import SimpleNamespace
 import brute_force as bf
 import pytest
 import torch
-import torch.distributed as dist
 from models import largest_difference, relative_error
 from preprocess_data import main as preprocess
-from ranks import run_ranks
+from ranks import enter_world, run_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_brute_force import GOLDEN, by_sample, load_golden
@@ -25,7 +23,7 @@ from test_training import MODEL, SMALL, VOCAB, scalars, weights
 from megatron_ebft import countdown, energy, train
 from megatron_ebft.arguments import parse_args
 from megatron_ebft.build import build_run
-from megatron_ebft.device import backend, init_device
+from megatron_ebft.device import init_device
 from megatron_ebft.layout import StridedLayout, document_starts
 from megatron_ebft.metrics import PhaseTimer
 from megatron_ebft.model import unwrap
@@ -58,13 +56,10 @@ def rank_work(folder: str, data: list[str]) -> None:
     import replay
 
     init_device()
-    worlds = iter(range(1000))
 
     def run(main, world: int, argv: list[str]) -> None:
         """An entry point on the first `world` ranks; it leaves the process groups itself."""
-        store = f"file://{folder}/{next(worlds)}.store"
-        if int(os.environ["RANK"]) < world:
-            dist.init_process_group(backend(), init_method=store, rank=int(os.environ["RANK"]), world_size=world)
+        if enter_world(world):
             main(argv)
 
     llama = ["--hf-model", str(GOLDEN / "llama")]

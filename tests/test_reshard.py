@@ -17,7 +17,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
-from ranks import run_ranks
+from ranks import enter_world, run_ranks
 from test_checkpoint import ARGS, META, Run
 
 from megatron_ebft import checkpoint, parallel
@@ -106,8 +106,9 @@ def gather(value) -> list:
 
 def enter(layout: str) -> None:
     if dist.is_initialized():
-        parallel_state.destroy_model_parallel()
+        parallel.shut_down()
     tp, pp, virtual, _ = LAYOUTS[layout]
+    enter_world(2 if layout == "DP 2" else 4)
     parallel.init_parallel(tp, pp, seed=1, virtual_pipeline_model_parallel_size=virtual)
 
 
@@ -208,7 +209,8 @@ def test_the_run_is_the_same(results, case):
     tolerance = 0.02 if "bf16" in case else 1e-5
     assert found["loss"] == pytest.approx(expected["loss"], rel=tolerance)
     assert found["norm"] == pytest.approx(expected["norm"], rel=tolerance)
-    assert max(found["next"].values()) <= (0 if "again" in case else tolerance)
+    for kind, difference in found["next"].items():  # squares have twice the relative error
+        assert difference <= (0 if "again" in case else tolerance * (2 if kind == "exp_avg_sq" else 1)), kind
 
 
 def test_the_runs_can_tell(results):

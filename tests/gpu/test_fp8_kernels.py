@@ -31,10 +31,11 @@ def policy():
     return models.build_policy(*bf.random_llama(0, **SIZES), **BF16)
 
 
-def sampled(policy, precision):
-    """Rollouts of two rows in FP8, with their rows and the method's configuration."""
+def sampled(policy, precision, pad_to=fp8.ROWS):
+    """Rollouts of two rows in FP8, padded as a run's, with their rows and the method's configuration."""
     settings = bf.Settings(bf.Geometry(8, 8, 8, 4), 1.0)
     config = models.ebft_config(settings, 128, SIZES["layers"], rollout_fp8=precision)
+    config = dataclasses.replace(config, layout=dataclasses.replace(config.layout, pad_to=pad_to))
     gold = models.gold_batch(torch.randint(SIZES["vocab"], (2, 128), generator=torch.Generator().manual_seed(1)))
     return gold, config, sample_rollouts(policy, gold, config.layout, config.sampling, iteration=0)
 
@@ -70,8 +71,7 @@ def test_sampler_and_training_pass(policy, precision):
 def test_training_pass(policy, precision, number_format, recompute):
     """Its gradient is that of bf16 but for rounding (0.26 by emulation: large weights), after a step that of a policy
     that never had other weights: each tensor's, over two micro-batches."""
-    gold, config, rollouts = sampled(policy, FP8())
-    config = dataclasses.replace(config, layout=dataclasses.replace(config.layout, pad_to=fp8.BLOCK))
+    gold, config, rollouts = sampled(policy, FP8(), fp8.BLOCK)
     advantage = torch.ones(rollouts.tokens_BKNG.shape[:3], device=rollouts.tokens_BKNG.device)
     full = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1) if recompute else {}
     flags = dict(**BF16, **full, fp8=number_format, fp8_recipe=precision.recipe)

@@ -260,42 +260,42 @@ def assert_same(job: Job, whole: Job, steps: int = STEPS) -> None:
     assert [step for step, _ in scalars(job.run)["train/loss"]] == [*range(1, steps + 1)]
 
 
+def processes(cluster: Cluster, variable: str) -> list[str]:
+    """Those with a variable of this value (a regular expression) in their environment, the oldest first."""
+    return cluster.run("bash", "-c", f"grep -lzx '{variable}' /proc/[0-9]*/environ | cut -d / -f 3 | sort -n").split()
+
+
 def test_every_interruption(cluster, whole):
-    """Signals to the script and to the ranks, a killed rank, a lost node, requeued by hand, and one at the very end."""
+    """Signals to the script and to the ranks, a killed rank, a lost node, requeued by hand, the time limit, and a
+    signal at the very end."""
     job = cluster.submit("interrupted", *RUN)
     job.until(rf"step 3/{STEPS}")
     cluster.run("scancel", "--batch", "--signal=USR1", job.number)
     job.until("start 2.*(?s:.*)step 5/")
     cluster.run("scancel", "--signal=TERM", job.number)
     job.until("start 3.*(?s:.*)step 7/")
-    ranks = cluster.run("bash", "-c", "grep -lzx RANK=3 /proc/[0-9]*/environ | cut -d / -f 3 | sort -n")
-    cluster.run("kill", "-KILL", ranks.split()[0])  # the others are its children
+    cluster.run("kill", "-KILL", processes(cluster, "RANK=3")[0])  # the others are its children
     job.until("attempt 2.*(?s:.*)step 9/")
     cluster.run("scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=test")
     cluster.run("bash", "-c", "scontrol update NodeName=node2 State=RESUME || "  # it may have come back by itself
                 "! scontrol show node node2 | grep State=DOWN")
     job.until("start 4.*(?s:.*)step 11/")
     cluster.run("scontrol", "requeue", job.number)
-    job.until(rf"start 5.*(?s:.*)step {STEPS}/")
+    job.until("start 5.*(?s:.*)M parameters on a")
+    ranks = processes(cluster, "RANK=[0-3]")
+    job.until("start 5.*(?s:.*)step 12/")
+    cluster.run("kill", "-STOP", *ranks)  # a step that takes until SLURM looks at time limits, twice a minute
+    cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=10")  # no more than SLURM is to signal before
+    job.until("start 5.*(?s:.*)got SIGUSR1")
+    cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=30")
+    cluster.run("kill", "-CONT", *ranks)
+    job.until(rf"start 6.*(?s:.*)step {STEPS}/")
     cluster.run("scancel", "--batch", "--signal=USR1", job.number)
     assert job.ends() == "COMPLETED 0", job.text()
-    assert job.text().count("attempt 1") >= 5 and job.text().count("crash 1") == 1
+    assert job.text().count("attempt 1") >= 6 and job.text().count("crash 1") == 1
     assert_same(job, whole)
     for attempt in (job.run / "logs").glob("*.*.*"):
         assert len([*attempt.glob("rank-*.log")]) == 3, attempt
-
-
-def test_a_real_time_limit(cluster, start):
-    """Longer than its time limit: SLURM's signal comes, the job goes on in another slice, and ends as it would have."""
-    steps = 40
-    flags = [flag if flag != str(STEPS) else str(steps) for flag in RUN]
-    flags[flags.index("--save-interval") + 1] = "1000"
-    limited = cluster.submit("limited", *flags, time="2", options=[*NODES, "--signal=B:USR1@70"], END_MARGIN="10")
-    assert limited.ends(timeout=1500) == "COMPLETED 0", limited.text()
-    assert re.search("got SIGUSR1", limited.text()) and "start 2" in limited.text()
-    whole = cluster.submit("unlimited", *flags)
-    assert whole.ends() == "COMPLETED 0", whole.text()
-    assert_same(limited, whole, steps)
 
 
 def test_sweep(cluster, start):
