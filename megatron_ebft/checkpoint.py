@@ -16,7 +16,9 @@
 import contextlib
 import functools
 import logging
+import multiprocessing
 import os
+import pickle
 import random
 from dataclasses import asdict, dataclass
 from inspect import signature
@@ -26,6 +28,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -133,6 +136,8 @@ class Saver:
     def _schedule(self, temporary: str, parts: tuple, record: dict, companions: dict | None) -> None:
         """Copy the state to host memory and have it written."""
         with together(), writing(self.directory, self.flag), shielded(), torch.no_grad():
+            if filesystem_async._results_queue is None:
+                filesystem_async._results_queue = _Results()
             request = dist_checkpointing.save(_sharded_state(*parts, with_rng=True), temporary,
                                               async_sharded_save=True, **STRATEGY)
             request.finalize_fns.insert(0, functools.partial(self._release, temporary))
@@ -192,6 +197,23 @@ class Saver:
                 publish(self.directory, temporary, iteration)
                 drop_old(self.directory, self.keep, self.retain_interval)
         self._done = folder
+
+
+class _Results:
+    """The queue in which a writing process says what it wrote, passed on as bytes.
+
+    Megatron-Core's is served by a process that has to import torch and Megatron-Core to take its first item, on every
+    rank: seconds of the first save, which is the one that a stop waits for.
+    """
+
+    def __init__(self):
+        self._queue = multiprocessing.get_context("spawn").Manager().Queue()
+
+    def put(self, found) -> None:
+        self._queue.put(pickle.dumps(found))
+
+    def get_nowait(self):
+        return pickle.loads(self._queue.get_nowait())
 
 
 def _write_and_sum(write, temporary: str, rank: int, *args, **kwargs) -> None:

@@ -8,12 +8,14 @@ import contextlib
 import faulthandler
 import functools
 import importlib
+import io
 import itertools
 import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
 import random
+import runpy
 import socket
 import sys
 import tempfile
@@ -73,6 +75,31 @@ def run_ranks(world_size: int, function: str, *args, timeout: float = 120.0) -> 
                 log.close()
 
 
+def run_script(path: Path, *flags: str, before: str = "") -> tuple[int, str]:
+    """`python path flags…`, after the statements of `before`; its exit code, negative for a signal, and its output."""
+    with tempfile.NamedTemporaryFile("w+") as log:
+        process = server().Process(target=_rank, args=("ranks:script", (str(path), flags, before), {}, os.devnull,
+                                                       log.name, 120.0))
+        process.start()
+        process.join()
+        return process.exitcode, _tail(log)
+
+
+def script(path: str, flags: list[str], before: str) -> None:
+    exec(before, {})
+    sys.argv = [path, *flags]
+    runpy.run_path(path, run_name="__main__")
+
+
+def train(flags: list[str]) -> str:
+    """In a rank: `python -m megatron_ebft.train flags…`; what it prints."""
+    from megatron_ebft.train import main
+
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        main(flags)
+    return output.getvalue()
+
+
 def enter_world(size: int) -> bool:
     """In a rank: start torch.distributed among the first `size` ranks; False in those that are left out.
 
@@ -118,6 +145,7 @@ def _rank(function: str, args: tuple, variables: dict[str, str], result: str, lo
     """What one rank does, in a process of its own."""
     for stream in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), stream)
+    sys.stdout.reconfigure(line_buffering=True)
     faulthandler.dump_traceback_later(timeout - 1)  # shows where a rank waits for ever
     os.environ.update(ENVIRONMENT | variables)
     os.chdir(TESTS.parent)

@@ -10,7 +10,6 @@
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -25,7 +24,7 @@ import transformers
 import verify
 from megatron.core import parallel_state
 from preprocess_data import main as preprocess
-from ranks import enter_world, run_ranks
+from ranks import enter_world, run_ranks, run_script
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_checkpoint import Run
@@ -357,11 +356,6 @@ def test_tensors_keep_a_dtype_of_their_own(tmp_path):
 # ---------------------------------------------------------------- memory, interruptions
 
 
-def run_tool(name: str, *flags: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(TOOLS / name), *flags], capture_output=True, text=True, timeout=300,
-                          **options)
-
-
 MEMORY = """
 import sys
 from pathlib import Path
@@ -397,6 +391,9 @@ def test_memory_is_that_of_the_largest_tensor(tmp_path):
     assert same(tensors(tmp_path / "large.h"), tensors(large))
 
 
+SMALL_FILES = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))"
+
+
 @pytest.mark.parametrize("tool", ["hf_to_megatron.py", "megatron_to_hf.py"])
 def test_a_full_disk_leaves_nothing_that_looks_whole(tmp_path, tool):
     source = hugging_face(tmp_path / "source", "llama 2", vocab_size=4096)
@@ -404,14 +401,11 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(tmp_path, tool):
     flags = ["--hf-model", str(source)] if tool.startswith("hf") else [
         "--load", str(there(source, tmp_path / "checkpoint"))]
 
-    def small_files():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-
-    done = run_tool(tool, *flags, "--output", str(output), preexec_fn=small_files)
-    assert done.returncode == 1 and f"error: --output {output}: cannot write there" in done.stderr, done.stderr
-    assert "Traceback" not in done.stderr and "Nothing was left there" in done.stderr.splitlines()[-1]
+    code, text = run_script(TOOLS / tool, *flags, "--output", str(output), before=SMALL_FILES)
+    assert code == 1 and f"error: --output {output}: cannot write there" in text, text
+    assert "Traceback" not in text and "Nothing was left there" in text.splitlines()[-1]
     assert not output.exists() or os.listdir(output) == []
-    assert run_tool(tool, *flags, "--output", str(output)).returncode == 0
+    assert run_script(TOOLS / tool, *flags, "--output", str(output))[0] == 0
 
 
 def test_too_little_space_is_found_before(tmp_path, monkeypatch):
@@ -454,30 +448,22 @@ def test_an_interrupted_conversion_is_not_taken_for_a_whole_one(tmp_path, monkey
     assert same(tensors(back(checkpoint, found)), tensors(source))
     for tool, flags in (("hf_to_megatron.py", ["--hf-model", str(source)]),
                         ("megatron_to_hf.py", ["--load", str(checkpoint)])):
-        killed(tool, *flags, "--output", str(tmp_path / tool))
+        assert run_script(TOOLS / tool, *flags, "--output", str(tmp_path / tool), before=KILLED)[0] == -9
         assert not (tmp_path / tool / "config.json").exists()
         assert not (tmp_path / tool).exists() or latest_iteration(str(tmp_path / tool)) is None
-        assert run_tool(tool, *flags, "--output", str(tmp_path / tool)).returncode == 0
+        assert run_script(TOOLS / tool, *flags, "--output", str(tmp_path / tool))[0] == 0
 
 
 KILLED = """
-import os, runpy, sys, torch
+import os
 from megatron_ebft import checkpoint_reader, hf_files
 for cls in (hf_files.HFWeights, checkpoint_reader.CheckpointReader):
     def read(self, name, read=cls.read, calls=[]):
         calls.append(name)
         return read(self, name) if len(calls) < 10 else os.kill(os.getpid(), 9)
     cls.read = read
-sys.argv = sys.argv[1:]
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
-runpy.run_path(sys.argv[0], run_name="__main__")
 """
-
-
-def killed(tool: str, *flags: str) -> None:
-    """SIGKILL at the tenth tensor."""
-    done = subprocess.run([sys.executable, "-c", KILLED, str(TOOLS / tool), *flags], capture_output=True, timeout=300)
-    assert done.returncode == -9, done.stderr
+"""SIGKILL at the tenth tensor."""
 
 
 # ---------------------------------------------------------------- refusals

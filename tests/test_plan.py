@@ -14,9 +14,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 SHAPE = ("--train-iters 9 --num-layers 4 --hidden-size 64 --ffn-hidden-size 176 --num-attention-heads 4 --bf16 "
-         "--num-query-groups 2 --seq-length 96 --vocab-size 1000 --global-batch-size 4 --ebft-kl-coef 0.1").split()
+         "--num-query-groups 2 --seq-length 96 --vocab-size 1000 --global-batch-size 2 --ebft-kl-coef 0.1 "
+         "--ebft-rollout-length 4").split()
 LAYOUTS = {
-    "one rank": (1, "--micro-batch-size 2 --ebft-blocks-per-microbatch 4"),
+    "one rank": (1, "--global-batch-size 4 --micro-batch-size 2 --ebft-blocks-per-microbatch 6"),
     "tp2 pp2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
     "tp2 sp pp2 recompute": (4, "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2 "
                                 "--untie-embeddings-and-output-weights --recompute-granularity full"),
