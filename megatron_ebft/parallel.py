@@ -190,6 +190,8 @@ def together():
 
 def shut_down() -> None:
     """Leave the process groups in order."""
+    global _sample_group, _wrap_group
+    _sample_group = _wrap_group = None
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
     gc.collect()  # models nobody uses hold groups, and each group of gloo has a thread that never sleeps for long

@@ -38,7 +38,8 @@ def filter_probabilities(p: Tensor, top_p: float, top_k: int, group: dist.Proces
     """Probabilities with all but the most likely tokens set to 0, not renormalised.
 
     Kept: the `top_k` most likely tokens (0: all), and of these the fewest whose share of their mass reaches `top_p`
-    (1: all); ties are kept. p: float32 [..., V], this rank's shard of a distribution.
+    (1: all); ties are kept. p: float32 [..., V], this rank's shard of a distribution, whose mass counts in units of
+    2 ** -52.
     """
     if top_k > 0:
         p = _keep_most_likely(p, (p > 0).long(), lambda count: count.clamp(max=top_k), group)
@@ -57,8 +58,9 @@ def _keep_most_likely(p: Tensor, weights: Tensor, needed: Callable[[Tensor], Ten
     low = above = wanted = torch.zeros_like(weights[..., :1])
     for shift in (24, 16, 8, 0):  # the threshold is in [low, low + (256 << shift)); above: weight past that interval
         bucket = (bits >> shift) - (low >> shift)
-        bucket = bucket.where((bucket >= 0) & (bucket < 256), 256)
+        bucket.masked_fill_((bucket < 0) | (bucket >= 256), 256)
         mass = weights.new_zeros(*weights.shape[:-1], 257).scatter_add_(-1, bucket, weights)
+        del bucket  # as large as the weights
         if dist.get_world_size(group) > 1:
             dist.all_reduce(mass, group=group)
         mass = mass[..., :256]
@@ -85,7 +87,7 @@ def sample(logits: Tensor, numbers: Tensor, temperature: float, top_p: float, to
     """
     shape = logits.shape[:-1]
     logits, numbers = logits.flatten(0, -2), numbers.flatten(0, -2)
-    size = max(1, temporary_elements() // logits.shape[-1])
+    size = max(1, temporary_elements() // max(logits.shape[-1], 257))  # histograms have 257 entries
     parts = [_sample(logits[i : i + size], numbers[i : i + size], temperature, top_p, top_k, group)
              for i in range(0, len(logits), size)]
     return tuple(torch.cat(x).unflatten(0, shape) for x in zip(*parts))

@@ -81,8 +81,12 @@ def run_script(path: Path, *flags: str, before: str = "") -> tuple[int, str]:
         process = server().Process(target=_rank, args=("ranks:script", (str(path), flags, before), {}, os.devnull,
                                                        log.name, 120.0))
         process.start()
-        process.join()
-        return process.exitcode, _tail(log)
+        try:
+            process.join(120)
+            return process.exitcode, _tail(log)
+        finally:
+            process.kill()
+            process.join()
 
 
 def script(path: str, flags: list[str], before: str) -> None:
@@ -96,7 +100,8 @@ def train(flags: list[str]) -> str:
     from megatron_ebft.train import main
 
     with contextlib.redirect_stdout(io.StringIO()) as output:
-        main(flags)
+        code = main(flags)
+    assert code == 0, f"{code}: {output.getvalue()}"
     return output.getvalue()
 
 

@@ -22,8 +22,9 @@ LAYOUTS = {
     "tp2 sp pp2 recompute": (4, "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2 "
                                 "--untie-embeddings-and-output-weights --recompute-granularity full"),
     "interleaved, samples": (4, "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 "
-                                "--ebft-sample-parallel-size 2 --ebft-rollout-rows 1 --ebft-document-mask"),
-    "sft": (2, "--training-mode sft")}
+                                "--ebft-sample-parallel-size 2 --ebft-rollout-rows 1 --ebft-document-mask "
+                                "--global-batch-size 4"),
+    "sft": (2, "--training-mode sft --global-batch-size 4")}
 
 
 def flags(layout: str) -> list[str]:

@@ -128,7 +128,7 @@ def test_the_same_run_on_one_rank_and_on_four(arguments, data, tmp_path, one_ran
     first = run_ranks(4, "ranks:train", [*flags, "--tensor-model-parallel-size", "2", "--sequence-parallel"])[0]
     assert "tensor 2 with sequence × pipeline 2 × data 1" in first and "2 groups of rows over 2 stages" in first
     (folder / "latest_checkpointed_iteration.txt").write_text("2")
-    second = run_ranks(4, "ranks:train", [*flags, "--ebft-sample-parallel-size", "2"])[0]
+    second = finish(start_ranks([*flags, "--ebft-sample-parallel-size", "2"], 4))
     assert "step 2/4" not in second and "step 3/4" in second and "--tensor-model-parallel-size 2 → 1" in second
     expected, found = scalars(tmp_path / "one" / "tensorboard"), scalars(folder / "tensorboard")
     for tag in (tag for tag in expected if tag.startswith(("train/", "eval/")) and "tokens_per" not in tag):

@@ -27,7 +27,7 @@ SCRIPT, STUB = REPO / "slurm/ebft_8b.sh", REPO / "tests/slurm/stub.py"
 VOCAB = 64
 SMALL = ["--seq-length", "24", "--ebft-rollout-length", "4", "--ebft-stride", "4", "--ebft-context-length", "4",
          "--ebft-eval-length", "8", "--eval-iters", "1", "--split", "80,20,0", "--global-batch-size", "2"]
-STEPS = 14
+STEPS = 16
 RUN = [*SMALL, "--train-iters", str(STEPS), "--save-interval", "4", "--eval-interval", "5", "--lr", "1e-2",
        "--distributed-timeout-minutes", "2"]
 UNDER_WAY = ("PENDING", "RUNNING", "SIGNALING", "COMPLETING", "CONFIGURING", "PREEMPTED")
@@ -75,12 +75,12 @@ class Job:
 
     def until(self, pattern: str, timeout: float = 180) -> None:
         """Wait for a line of the output."""
-        end = time.monotonic() + timeout
+        end, state = time.monotonic() + timeout, "PENDING"
         while not re.search(pattern, self.text()):
-            state = self.show("JobState")
-            assert time.monotonic() < end and state not in ("FAILED", "TIMEOUT", "CANCELLED"), (
+            assert time.monotonic() < end and state not in ("FAILED", "TIMEOUT", "CANCELLED", "COMPLETED"), (
                 f"no {pattern!r}; the job is {state}:\n{self.text()}")
             time.sleep(0.1)
+            state = self.show("JobState")  # before the text is looked at again: it may end with the job
 
     def ends(self, timeout: float = 600) -> str:
         """Wait until the job has ended for good; its state and exit code. A message that SLURM loses when much happens
@@ -283,7 +283,7 @@ def test_every_interruption(cluster, whole):
     cluster.run("scontrol", "requeue", job.number)
     job.until("start 5.*(?s:.*)M parameters on a")
     ranks = processes(cluster, "RANK=[0-3]")
-    job.until("start 5.*(?s:.*)step 12/")
+    job.until("start 5.*(?s:.*)step 13/")
     cluster.run("kill", "-STOP", *ranks)  # a step that takes until SLURM looks at time limits, twice a minute
     cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=10")  # no more than SLURM is to signal before
     job.until("start 5.*(?s:.*)got SIGUSR1")
