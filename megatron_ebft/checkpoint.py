@@ -136,7 +136,7 @@ class Saver:
     def _schedule(self, temporary: str, parts: tuple, record: dict, companions: dict | None) -> None:
         """Copy the state to host memory and have it written."""
         with together(), writing(self.directory, self.flag), shielded(), torch.no_grad():
-            if filesystem_async._results_queue is None:
+            if getattr(filesystem_async, "_results_queue", False) is None:
                 filesystem_async._results_queue = _Results()
             request = dist_checkpointing.save(_sharded_state(*parts, with_rng=True), temporary,
                                               async_sharded_save=True, **STRATEGY)

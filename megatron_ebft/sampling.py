@@ -8,8 +8,6 @@
    order, be it of ranks or of a GPU's atomic additions.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -28,10 +26,14 @@ def uniform(seed: int, iteration: int, document: Tensor, block: Tensor, sample: 
 
 
 def _sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    total = x.sum(-1, keepdim=True)
+    return _over_ranks(x.sum(-1, keepdim=True), group)
+
+
+def _over_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum over the vocabulary's ranks, in place."""
     if dist.get_world_size(group) > 1:
-        dist.all_reduce(total, group=group)
-    return total
+        dist.all_reduce(x, group=group)
+    return x
 
 
 def filter_probabilities(p: Tensor, top_p: float, top_k: int, group: dist.ProcessGroup) -> Tensor:
@@ -42,32 +44,28 @@ def filter_probabilities(p: Tensor, top_p: float, top_k: int, group: dist.Proces
     2 ** -52.
     """
     if top_k > 0:
-        p = _keep_most_likely(p, (p > 0).long(), lambda count: count.clamp(max=top_k), group)
+        p = _keep_most_likely(p, (p > 0).long(), top_k, group)
     if top_p < 1:
-        p = _keep_most_likely(p, (p * 2.0**52).long(), lambda mass: mass.double() * top_p, group)
+        mass = (p * 2.0**52).long()
+        p = _keep_most_likely(p, mass, _sum(mass, group).double() * top_p, group)
     return p
 
 
-def _keep_most_likely(p: Tensor, weights: Tensor, needed: Callable[[Tensor], Tensor], group: dist.ProcessGroup
-                      ) -> Tensor:
-    """p from the highest threshold on from which there is needed(total weight); that must be at most the total.
+def _keep_most_likely(p: Tensor, weights: Tensor, wanted: Tensor | int, group: dist.ProcessGroup) -> Tensor:
+    """p at and above the highest threshold from which there is as much weight as wanted; all of it, where there is not.
 
     weights: int64 [..., V]; sums must stay below 2 ** 63.
     """
     bits = p.view(torch.int32)  # of non-negative floats these are in their order
-    low = above = wanted = torch.zeros_like(weights[..., :1])
+    low = above = torch.zeros_like(weights[..., :1])
     for shift in (24, 16, 8, 0):  # the threshold is in [low, low + (256 << shift)); above: weight past that interval
         bucket = (bits >> shift) - (low >> shift)
         bucket.masked_fill_((bucket < 0) | (bucket >= 256), 256)
         mass = weights.new_zeros(*weights.shape[:-1], 257).scatter_add_(-1, bucket, weights)
         del bucket  # as large as the weights
-        if dist.get_world_size(group) > 1:
-            dist.all_reduce(mass, group=group)
-        mass = mass[..., :256]
+        mass = _over_ranks(mass, group)[..., :256]
         reach = above + mass.flip(-1).cumsum(-1).flip(-1)  # weight from each bucket on: falls
-        if shift == 24:
-            wanted = needed(reach[..., :1])
-        last = ((reach >= wanted).sum(-1, keepdim=True) - 1).clamp(min=0)  # less than 0 for NaN alone
+        last = ((reach >= wanted).sum(-1, keepdim=True) - 1).clamp(min=0)
         low = low + (last << shift)
         above = reach.gather(-1, last) - mass.gather(-1, last)
     return p.where(bits >= low, 0.0)

@@ -8,7 +8,6 @@ import contextlib
 import faulthandler
 import functools
 import importlib
-import io
 import itertools
 import json
 import multiprocessing
@@ -93,16 +92,6 @@ def script(path: str, flags: list[str], before: str) -> None:
     exec(before, {})
     sys.argv = [path, *flags]
     runpy.run_path(path, run_name="__main__")
-
-
-def train(flags: list[str]) -> str:
-    """In a rank: `python -m megatron_ebft.train flags…`; what it prints."""
-    from megatron_ebft.train import main
-
-    with contextlib.redirect_stdout(io.StringIO()) as output:
-        code = main(flags)
-    assert code == 0, f"{code}: {output.getvalue()}"
-    return output.getvalue()
 
 
 def enter_world(size: int) -> bool:

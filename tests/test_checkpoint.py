@@ -13,6 +13,7 @@ import pytest
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -334,6 +335,13 @@ def test_old_checkpoints_are_removed(saved, tmp_path):
         saver.save(TrainState(iteration), *run.parts, META)
     assert complete_iterations(str(tmp_path)) == [4, 6, 7] and latest_iteration(str(tmp_path)) == 7
     assert sorted(os.listdir(tmp_path)) == [*(f"iter_000000{i}" for i in (4, 6, 7)), POINTER]
+
+
+def test_no_helper_of_a_save_imports_torch(saved):
+    """It would cost every rank seconds of its first save."""
+    server = filesystem_async._results_queue._queue._manager._process
+    assert server.is_alive() and "libtorch" not in Path(f"/proc/{server.pid}/maps").read_text()
+    assert "libtorch" in Path("/proc/self/maps").read_text()
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):

@@ -70,7 +70,7 @@ def real_steps(layouts: list[str]) -> list[dict]:
     init_device()
     found = []
     for layout in layouts:
-        assert enter_world(LAYOUTS[layout][0])
+        enter_world(LAYOUTS[layout][0])
         found.append(real_step(flags(layout)))
     return found
 

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 from preprocess_data import main as preprocess
-from ranks import free_port, run_ranks
+from ranks import free_port
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_ebft import rollout
@@ -125,7 +125,7 @@ def test_the_same_run_on_one_rank_and_on_four(arguments, data, tmp_path, one_ran
     folder = tmp_path / "four"
     flags = [*data, *MODEL, *SMALL, *common, "--save", str(folder), "--load", str(folder),
              "--pipeline-model-parallel-size", "2"]
-    first = run_ranks(4, "ranks:train", [*flags, "--tensor-model-parallel-size", "2", "--sequence-parallel"])[0]
+    first = finish(start_ranks([*flags, "--tensor-model-parallel-size", "2", "--sequence-parallel"], 4))
     assert "tensor 2 with sequence × pipeline 2 × data 1" in first and "2 groups of rows over 2 stages" in first
     (folder / "latest_checkpointed_iteration.txt").write_text("2")
     second = finish(start_ranks([*flags, "--ebft-sample-parallel-size", "2"], 4))
