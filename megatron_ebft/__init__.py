@@ -1,3 +1,25 @@
 """Energy-Based Fine-Tuning of language models on Megatron-Core."""
 
+import importlib.abc
+import sys
+
 __version__ = "0.1.0"
+
+
+class _BeforeMegatronCore(importlib.abc.MetaPathFinder):
+    """Runs `backend.settle_accelerators` when Megatron-Core is first imported, which is too late to change its mind.
+
+    A hook, because this package must import fast: every save starts a process that imports it.
+    """
+
+    def find_spec(self, name, path=None, target=None):
+        if name == "megatron.core":
+            sys.meta_path.remove(self)
+            from megatron_ebft import backend
+
+            backend.settle_accelerators()
+        return None
+
+
+if "megatron.core" not in sys.modules:
+    sys.meta_path.insert(0, _BeforeMegatronCore())

@@ -7,7 +7,10 @@
 3. Compiled element-wise kernels (SwiGLU; bias, dropout and residual) on GPUs. GELU is left alone: Megatron-Core's fused
    one is the tanh approximation, another model. No fused rotary embedding: none takes positions that vary over a batch.
    Masked softmax and persistent layer norm belong to modules that are not used here.
-4. Weight gradients are added to the float32 buffer inside the matrix product by Transformer Engine's layers, and in
+4. A Transformer Engine that does not import, and everything written for GPUs where there is none, is hidden from
+   Megatron-Core before that is imported (`settle_accelerators`): it would fail with them, or hand CPU tensors to CUDA
+   kernels.
+5. Weight gradients are added to the float32 buffer inside the matrix product by Transformer Engine's layers, and in
    Megatron-Core's own (the output head, always) where apex has brought its kernel. Of apex nothing else is used, but
    Megatron-Core's optimizer takes its Adam where Transformer Engine's is missing.
 
@@ -21,6 +24,7 @@ import importlib.util
 import os
 import re
 import shutil
+import sys
 import warnings
 from dataclasses import dataclass, field
 
@@ -39,6 +43,8 @@ asserts that there is no such thing."""
 FLEX_HEAD_DIMS = range(16, 257)
 """Head dimensions of FlexAttention's kernels: the least is torch's, the most what it has settings for."""
 NO_GPU = "no CUDA device"
+FOR_GPUS = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C", "fused_weight_gradient_mlp_cuda")
+"""Optional packages whose kernels Megatron-Core takes wherever they import."""
 
 
 @dataclass(frozen=True)
@@ -88,15 +94,45 @@ def found() -> Found:
         no_compiler=_no_compiler(), no_fp8=_no_fp8(missing))
 
 
-def _transformer_engine() -> tuple[str | None, str]:
-    """Version and why its layers cannot be used."""
+def settle_accelerators() -> None:
+    """Hide from Megatron-Core the optional packages that cannot be used here; runs before it is imported."""
+    if not have_gpu():
+        for name in FOR_GPUS:
+            _hide(name)
+    elif _import_error():
+        for name in FOR_GPUS[:2]:
+            _hide(name)
+
+
+def _hide(package: str) -> None:
+    """Make every later import of a package fail as if it were not installed, unless it was imported already."""
+    if package not in sys.modules:
+        sys.modules[package] = None
+
+
+@functools.cache
+def _import_error() -> str:
+    """Why Transformer Engine does not import, or ""."""
     if importlib.util.find_spec("transformer_engine") is None:
-        return None, "Transformer Engine is not installed"
+        return "Transformer Engine is not installed"
     try:
         importlib.import_module("transformer_engine.pytorch")
-        version = importlib.metadata.version("transformer_engine")
     except Exception as error:  # its parts are loaded from several packages, each with errors of its own
-        return None, f"Transformer Engine does not import ({type(error).__name__}: {str(error).splitlines()[0]})"
+        for name in [name for name in sys.modules if name.split(".")[0] in FOR_GPUS[:2]]:
+            del sys.modules[name]
+        reason = (str(error).splitlines() or [""])[0]
+        return f"Transformer Engine does not import ({type(error).__name__}: {reason})"
+    return ""
+
+
+def _transformer_engine() -> tuple[str | None, str]:
+    """Version and why its layers cannot be used."""
+    if _import_error():
+        return None, _import_error()
+    try:
+        version = importlib.metadata.version("transformer_engine")
+    except importlib.metadata.PackageNotFoundError:
+        return None, "Transformer Engine has no version, its installation is incomplete"
     if numbers(version) < OLDEST_TE:
         return version, f"Transformer Engine {version} is older than {'.'.join(map(str, OLDEST_TE))}"
     return version, ""

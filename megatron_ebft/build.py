@@ -134,6 +134,16 @@ def check_batch(args) -> None:
                          f"{args.global_batch_size} makes {micro_batches}")
 
 
+def mixed_precision(args) -> str:
+    """What is known of FP8 in one of rollouts and training alone."""
+    one, other = "rollouts", "the training pass"
+    if args.fp8_format:
+        one, other = other, one
+    return (f"note: {one} run in FP8 and {other} does not. In published runs FP8 in rollouts alone lost accuracy, with "
+            "and without importance weights, and FP8 in both did not: --ebft-rollout-fp8 and --fp8-format set the two "
+            "sides")
+
+
 def describe(run: Run) -> str:
     """What is about to run, in two or three lines."""
     parameters = sum(p.numel() for chunk in run.policy for p in chunk.parameters())
@@ -160,6 +170,8 @@ def describe(run: Run) -> str:
             idle = idle_fraction(groups, stages, layout.rollout_length, virtual)
             lines.append(f"rollouts: {groups} groups of rows over {stages} stages, which idle {idle:.1%} of the time "
                          "if all steps take equally long")
+        if (run.config.sampling.fp8.recipe != "off") != bool(args.fp8_format):
+            lines.append(mixed_precision(args))
     if args.ebft_replay_steps:
         lines.append(f"documents and rollouts are those of the steps in {args.ebft_replay_steps}")
     if run.state.iteration:

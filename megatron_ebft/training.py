@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
 from megatron_ebft import ebft, energy
@@ -362,14 +363,17 @@ def optimizer_step(run: Run, loss: float) -> float:
     Raises:
         StepFailed: the loss or the norm is not finite; nothing was changed.
     """
-    run.optimizer.prepare_grads()
-    norm = float(run.optimizer.get_grad_norm())
+    optimizer = run.optimizer
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise StepFailed(
             f"step {run.state.iteration + 1}: loss {loss}, gradient norm {norm}: not finite, stopped before the "
             f"optimizer step (samples {run.state.consumed_samples} to "
             f"{run.state.consumed_samples + run.args.global_batch_size - 1}). The last checkpoint is good; lower --lr "
             "or --clip-grad, or look at these samples")
-    successful, _, _ = run.optimizer.step()
+    if optimizer.config.clip_grad > 0:  # the rest of Megatron's step(), which would take the norm once more
+        clip_grad_by_total_norm_fp32(optimizer.get_parameters(), optimizer.config.clip_grad, norm)
+    successful = optimizer.step_with_ready_grads()
     assert successful, "only fp16 loss scaling skips steps"
     return norm

@@ -7,6 +7,7 @@ are not. `install` must run before Megatron-Core is imported.
 
 import contextlib
 import functools
+import importlib
 import importlib.abc
 import importlib.machinery
 import sys
@@ -173,3 +174,4 @@ def _unused(name: str) -> type:
 def install() -> None:
     """Make `import transformer_engine` find this."""
     sys.meta_path.insert(0, _Finder())
+    importlib.import_module("transformer_engine")  # without a GPU what is not yet imported is hidden

@@ -62,19 +62,28 @@ MATRIX_PRODUCT = re.compile("gemm|nvjet|xmma", re.I)
 """Names of cuBLAS's kernels, in bfloat16 and in FP8."""
 
 
-def _flash_cpu(query, key, value, *args, out_shape=None, **kwargs):
-    return flop_counter.sdpa_flop_count(query, key, value)
+def _attention_flops(query_shape, key_shape, value_shape) -> int:
+    """Of both products of attention, the whole rectangle: [B, H, Q, D] with [B, J, C, D] and [B, J, C, E]."""
+    batch, heads, queries, dim = query_shape
+    keys = key_shape[2]
+    return 2 * batch * heads * queries * keys * (dim + value_shape[3])
 
 
-def _flash_cpu_backward(grad, query, key, value, *args, out_shape=None, **kwargs):
-    return flop_counter.sdpa_backward_flop_count(grad, query, key, value)
+def _sdpa(query, key, value, *args, out_shape=None, **kwargs):
+    return _attention_flops(query, key, value)
 
 
-for _operation, _formula in ((torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, _flash_cpu),
-                             (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward,
-                              _flash_cpu_backward)):
-    if _operation not in flop_counter.flop_registry:  # torch 2.15 has them
-        flop_counter.register_flop_formula(_operation)(_formula)
+def _sdpa_backward(grad, query, key, value, *args, out_shape=None, **kwargs):
+    """The scores again, then the gradients of both operands of both products: 5 products for 2."""
+    batch, heads, queries, dim = query
+    return 2 * batch * heads * queries * key[2] * (3 * dim + 2 * value[3])
+
+
+for _operation, _formula in (("_scaled_dot_product_flash_attention_for_cpu", _sdpa),
+                             ("_scaled_dot_product_flash_attention_for_cpu_backward", _sdpa_backward)):
+    # torch has none before 2.15, and its formulas for other kernels know no grouped heads before 2.13
+    flop_counter.flop_registry.pop(getattr(torch.ops.aten, _operation), None)
+    flop_counter.register_flop_formula(getattr(torch.ops.aten, _operation))(_formula)
 
 
 WHOLE, NO_FP8 = "ebft, whole rows", "ebft, no FP8"

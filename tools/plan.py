@@ -26,6 +26,7 @@ import argparse
 import json
 import math
 import multiprocessing
+import os
 import sys
 import time
 import warnings
@@ -361,6 +362,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Cluster]:
 
 def main(argv: list[str]) -> None:
     warnings.filterwarnings("ignore")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # also of the planning processes: a GPU's kernels take no fake tensors
     args, cluster = parse(argv)
     limit = cluster.gpu_memory_gib * (1 - UNUSABLE)
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
