@@ -1,5 +1,6 @@
 """The benchmark's tables and the plan it is held against; a tiny step of its own for the rest."""
 
+import json
 import re
 
 import benchmark
@@ -23,11 +24,14 @@ def result(gpu: dict) -> dict:
 def test_table_of_a_gpu():
     gpu = {"peak_tflops": benchmark.peak_tflops("NVIDIA H200"), "layers": "local", "attention": "flex",
            "attention_share": {"sft": 0.02, "ebft": 0.09}, "peak_bytes": {"sft": 2**35, "ebft": 3 * 2**34},
-           "planned_peak_bytes": {"sft": 2**35, "ebft": 2**35}}
+           "planned_peak_bytes": {"sft": 2**35, "ebft": 2**35}, "kernels": {"ebft": {
+               "train": [("nvjet_tst_128x256", 200.0, 400), ("triton_tem_fused_flex", 100.5, 8)]}}}
     lines = benchmark.table(result(gpu)).splitlines()
     assert "| ebft | train | 400.0 | 40% | 150.0 | 375 | 47% | 20.0% | 37.9% |" in lines
     assert "| ebft | step | 1000.0 | 100% | 300.0 | 300 | 38% |  | 30.3% |" in lines
     assert "| ebft | 9.0% | 48.0 | 32.0 |" in lines
+    assert "| train | 400.0 | 300.5 | 408 | 100.5 | 200.0 | 0.0 | 0.0 | 0.0 | 0.0 | 0.0 | 0.0 |" in lines
+    assert "| train | 100.50 | 8 | `triton_tem_fused_flex` |" in lines
     assert "| sft | train | 0.100 | 50% | 40000.0 | 400000 | 50% |  |" in benchmark.table(result({})).splitlines()
 
 
@@ -36,7 +40,7 @@ def test_peaks_and_kernels_by_name():
     assert [benchmark.peak_tflops(name) for name in names] == [989.0, 756.0, 989.0, None]
     kernels = [("triton_tem_fused_flex_attention_0", 2.0), ("nvjet_tst_128x256_64x4_TNT", 5.0), (
         "void pytorch_flash::flash_fwd_kernel<...>", 1.0), ("triton_poi_fused_silu_mul_1", 2.0)]
-    assert benchmark.attention_share(kernels) == pytest.approx(0.3)
+    assert benchmark.attention_share({"train": [(*kernel, 1) for kernel in kernels]}) == pytest.approx(0.3)
     assert benchmark.time_of(benchmark.MATRIX_PRODUCT, kernels) == 5.0
 
 
@@ -54,7 +58,7 @@ def test_fp8_beside_none(capsys, monkeypatch):
 
 def test_fp8_on_a_gpu():
     gpu = {"peak_tflops": None, "layers": "te", "attention": "flex", "attention_share": {"sft": 0, "ebft": 0},
-           "peak_bytes": {"sft": 1, "ebft": 1}, "planned_peak_bytes": {"sft": 1, "ebft": 1},
+           "peak_bytes": {"sft": 1, "ebft": 1}, "planned_peak_bytes": {"sft": 1, "ebft": 1}, "kernels": {},
            "rollout_products_ms": {"ebft": 80.0, benchmark.NO_FP8: 120.0}}
     found = result(gpu)
     found["seconds"][benchmark.NO_FP8] = {**found["seconds"]["ebft"], "rollout": 0.35, "step": 1.1}
@@ -74,3 +78,16 @@ def test_plan_counts_what_a_gpu_cannot():
     found = benchmark.planned([*SHAPE, "--world-size", "1", "--ebft-rollout-fp8", "blockwise"])  # planned without
     assert found["flops"]["train"] > found["flops"]["features"] > 0 < found["peak"]
     assert isinstance(torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType)  # as the profiler names kernels
+
+
+def test_plan_made_ahead(tmp_path, monkeypatch):
+    """Written on one machine, read on another; for the flags it was made for, FP8's left aside."""
+    file = tmp_path / "plan.json"
+    monkeypatch.setattr(benchmark, "planned", lambda flags: {"flops": {"train": 1.0}, "peak": len(flags)})
+    benchmark.main(["--num-layers", "4", "--write-plan", str(file)])
+    flags = json.loads(file.read_text())["flags"]
+    assert benchmark.read_plan(file, [*flags, "--ebft-rollout-fp8", "blockwise"])["sft"]["flops"] == {"train": 1.0}
+    with pytest.raises(ValueError, match="other flags .*--seq-length"):
+        benchmark.read_plan(file, [*flags, "--seq-length=64"])
+    with pytest.raises(ValueError, match="cannot be read"):
+        benchmark.read_plan(tmp_path / "none.json", flags)

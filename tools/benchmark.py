@@ -18,11 +18,12 @@ With --ebft-rollout-fp8 or --ebft-encoder-fp8 every repeat also runs an EBFT ste
 
 On a GPU operations and the expected peak of memory are what tools/plan.py says of the same flags, since torch's counter
 sees neither Transformer Engine's nor compiled kernels; attention counts as torch's SDPA in chunks. The share of
-attention is that of its kernels in the GPU's busy time of one more, profiled step; matrix products of rollouts are the
-kernels of one more, profiled sampling (what quantises activations is not among them). MFU is of the bfloat16 peak.
+attention is that of its kernels in the GPU's busy time of one more, profiled step, whose longest kernels are printed by
+phase; matrix products of rollouts are its kernels of that kind (what quantises activations is not among them). MFU is of the bfloat16 peak.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -58,8 +59,12 @@ PEAKS = {"H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0, "A100": 312.0}
 """Dense bfloat16 TFLOP/s by what is in a GPU's name."""
 ATTENTION = re.compile("flash|fmha|attention|triton_tem", re.I)
 """Names of attention's kernels; compiled templates are FlexAttention's, there are no others."""
-MATRIX_PRODUCT = re.compile("gemm|nvjet|xmma", re.I)
+MATRIX_PRODUCT = re.compile("gemm|nvjet|xmma|cutlass", re.I)
 """Names of cuBLAS's kernels, in bfloat16 and in FP8."""
+KINDS = {"attention": ATTENTION, "products": MATRIX_PRODUCT,
+         "FP8 casts": re.compile("transformer_engine.*(quant|cast|transpose|scal)|amax", re.I), "compiled": re.compile("triton"), "copies": re.compile("memcpy|memset|copy|CatArray", re.I),
+         "norms": re.compile("norm", re.I), "optimizer": re.compile("multi_tensor", re.I), "rest": re.compile("")}
+"""Kinds of kernels by name, the first that fits."""
 
 
 def _attention_flops(query_shape, key_shape, value_shape) -> int:
@@ -175,6 +180,11 @@ def matmul_rate(dtype: torch.dtype, size: int, repeats: int = 5) -> float:
     return 2 * size**3 / best
 
 
+def plan_of(flags: list[str]) -> dict[str, dict]:
+    """`planned` for both training modes."""
+    return {mode: planned([*flags, "--training-mode", mode]) for mode in ("sft", "ebft")}
+
+
 def planned(flags: list[str]) -> dict:
     """What tools/plan.py says of rank 0 with these flags: operations and bytes at the peak, by phase."""
     with tempfile.NamedTemporaryFile() as file:
@@ -188,29 +198,80 @@ def planned(flags: list[str]) -> dict:
             "peak": max(sum(phase["peak"].values()) for phase in phases.values())}
 
 
+def read_plan(file: str, flags: list[str]) -> dict[str, dict]:
+    """What --write-plan left in a file, for the same flags.
+
+    Raises:
+        ValueError: the file is missing, no plan, or was made for other flags.
+    """
+    try:
+        plan = json.loads(Path(file).read_text())
+        planned_flags, modes = plan["flags"], plan["modes"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--plan {file}: cannot be read ({error}); make it with --write-plan {file}") from None
+    if set(planned_flags) != set(without_fp8(flags)):
+        changed = sorted(set(planned_flags) ^ set(without_fp8(flags)))
+        raise ValueError(f"--plan {file}: made for other flags ({' '.join(changed)}); make it again with --write-plan")
+    return modes
+
+
+def without_fp8(flags: list[str]) -> list[str]:
+    """The flags but for those of rollouts and encoder in FP8, which the plan leaves out."""
+    kept, rest = [], iter(flags)
+    for flag in rest:
+        if flag in ("--ebft-rollout-fp8", "--ebft-encoder-fp8"):
+            next(rest)
+        else:
+            kept.append(flag)
+    return kept
+
+
 def time_of(kind: re.Pattern, kernels: list[tuple[str, float]]) -> float:
     """Time of the kernels of a kind, of (name, time) each."""
     return sum(time for name, time in kernels if kind.search(name))
 
 
-def attention_share(kernels: list[tuple[str, float]]) -> float:
-    """Attention's part of the time of all kernels, (name, time) each."""
+def attention_share(phases: dict[str, list]) -> float:
+    """Attention's part of the time of all kernels, by phase as `profiled_step` gives them."""
+    kernels = [(name, time) for kernels in phases.values() for name, time, _ in kernels]
     return time_of(ATTENTION, kernels) / sum(time for _, time in kernels)
 
 
-def profiled_kernels(work, *args) -> list[tuple[str, float]]:
-    """Name and microseconds of the GPU's kernels in `work(*args)`."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        work(*args)
-    return [(event.key, event.self_device_time_total) for event in profile.key_averages()
-            if event.device_type == torch.autograd.DeviceType.CUDA]
+def profiled_step(run, gold) -> dict[str, list[tuple[str, float, int]]]:
+    """Name, milliseconds and number of calls of the GPU's kernels in one step, by phase, longest first."""
+    from megatron_ebft.training import train_step
+
+    phases = {}
+
+    @contextlib.contextmanager
+    def timer(phase):
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            yield
+            torch.cuda.synchronize()
+        kernels = [(event.key, event.self_device_time_total / 1e3, event.count) for event in profile.key_averages()
+                   if event.device_type == torch.autograd.DeviceType.CUDA]
+        phases[phase] = sorted(kernels, key=lambda kernel: -kernel[1])
+
+    train_step(run, gold, timer, check=False)
+    return phases
 
 
-def sample(run, gold) -> None:
-    from megatron_ebft.rollout import sample_rollouts
-
-    config = run.config
-    sample_rollouts(run.policy, gold, config.layout, config.sampling, 0, config.rollout_rows)
+def kernel_table(phases: dict[str, list], seconds: dict[str, float], longest: int = 12) -> list[str]:
+    """By phase of one step: the GPU's busy time, that of each kind of kernel, and the longest kernels, as Markdown."""
+    lines = ["| phase | ms | GPU busy | kernels | " + " | ".join(KINDS) + " |",
+             "|---|--:|--:|--:|" + "--:|" * len(KINDS)]
+    for phase, kernels in phases.items():
+        times = dict.fromkeys(KINDS, 0.0)
+        for name, time, _ in kernels:
+            times[next(kind for kind, pattern in KINDS.items() if pattern.search(name))] += time
+        lines.append(f"| {phase} | {seconds[phase] * 1e3:.1f} | {sum(times.values()):.1f} | "
+                     f"{sum(calls for *_, calls in kernels)} | "
+                     + " | ".join(f"{time:.1f}" for time in times.values()) + " |")
+    lines += ["", "| phase | ms | calls | kernel |", "|---|--:|--:|---|"]
+    lines += [f"| {phase} | {time:.2f} | {calls} | `{name[:110]}` |"
+              for phase, kernels in phases.items() for name, time, calls in kernels[:longest]]
+    return lines
 
 
 def benchmark(args, flags: list[str]) -> dict:
@@ -226,9 +287,9 @@ def benchmark(args, flags: list[str]) -> dict:
         sampling = dataclasses.replace(run.config.sampling, fp8=FP8())
         runs[NO_FP8] = dataclasses.replace(run, config=dataclasses.replace(run.config, sampling=sampling,
                                                                            encoder_fp8=FP8()))
-    gpu, planned_peak, peaks = {}, {}, dict.fromkeys(runs, 0)
+    gpu, planned_peak, peaks, profiles = {}, {}, dict.fromkeys(runs, 0), {}
     if have_gpu():
-        by_mode = {mode: planned([*flags, "--training-mode", mode]) for mode in ("sft", "ebft")}
+        by_mode = read_plan(args.plan, flags) if args.plan else plan_of(flags)
         flops, planned_peak = ({name: by_mode[kind.mode][key] for name, kind in runs.items()}
                                for key in ("flops", "peak"))
         measure_step(runs["sft"], batches[0])  # compiles
@@ -251,14 +312,14 @@ def benchmark(args, flags: list[str]) -> dict:
                   + ", ".join(f"{name} {found[-1]['step']:.3f} s" for name, found in steps.items()))
     layout, gold = run.config.layout, batches[0]
     if have_gpu():
+        profiles = {name: profiled_step(kind, gold) for name, kind in runs.items()}
         gpu = {"peak_tflops": peak_tflops(torch.cuda.get_device_name()), "peak_bytes": peaks,
                "planned_peak_bytes": planned_peak, "layers": run.policy[0].config.transformer_impl,
-               "attention": run.policy[0].config.attention_kernel,
-               "attention_share": {name: attention_share(profiled_kernels(measure_step, kind, gold))
-                                   for name, kind in runs.items()}}
+               "attention": run.policy[0].config.attention_kernel, "kernels": profiles,
+               "attention_share": {name: attention_share(phases) for name, phases in profiles.items()}}
         if NO_FP8 in runs:
             gpu["rollout_products_ms"] = {
-                name: time_of(MATRIX_PRODUCT, profiled_kernels(sample, runs[name], gold)) / 1e3
+                name: time_of(MATRIX_PRODUCT, [kernel[:2] for kernel in profiles[name]["rollout"]])
                 for name in ("ebft", NO_FP8)}
     seconds = {name: {phase: statistics.median(step[phase] for step in found) for phase in found[0]}
                for name, found in steps.items()}
@@ -319,6 +380,8 @@ def table(result: dict) -> str:
                   "| step | attention | peak GiB | tools/plan.py says |", "|---|--:|--:|--:|",
                   *(f"| {name} | {gpu['attention_share'][name]:.1%} | {gpu['peak_bytes'][name] / 2**30:.1f} | "
                     f"{gpu['planned_peak_bytes'][name] / 2**30:.1f} |" for name in ("sft", "ebft"))]
+        for name, phases in gpu["kernels"].items():
+            lines += ["", f"Kernels of one {name} step", "", *kernel_table(phases, result["seconds"][name])]
     return "\n".join(lines)
 
 
@@ -332,6 +395,10 @@ def _own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
                         "given beside it win")
     parser.add_argument("--repeats", type=int, default=5, help="steps of each kind that are timed")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
+    parser.add_argument("--plan", metavar="FILE", help="on a GPU: operations and memory that --write-plan left there, "
+                        "instead of planning now, which takes minutes")
+    parser.add_argument("--write-plan", metavar="FILE", help="plan only, on any machine, for as many ranks "
+                        "as WORLD_SIZE says (default 1)")
     return parser
 
 
@@ -363,6 +430,12 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"--{flag.replace('_', '-')}: not part of the benchmark, leave it out")
     if bool(args.pretrained_checkpoint) != bool(args.data_path or args.train_data_path):
         raise ValueError("--pretrained-checkpoint, --data-path: trained weights and text go together, give both")
+    if own.write_plan:
+        with open(own.write_plan, "w") as file:
+            size = int(os.environ.get("WORLD_SIZE", "1"))
+            flags = without_fp8([*flags, *rest, "--world-size", str(size)])
+            json.dump({"flags": flags, "modes": plan_of(flags)}, file, indent=2)
+        return
     init_parallel(**parallel_sizes(args))
     result = benchmark(args, [*flags, *rest, "--world-size", str(torch.distributed.get_world_size())])
     if torch.distributed.get_rank() == 0:
