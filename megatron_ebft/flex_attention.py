@@ -26,6 +26,9 @@ TILE = 128
 SHAPES = 64
 """Shapes (rows of training, encoder, evaluation; decoding) that may be compiled; torch gives up after 8 by default and
 would go on with a dense mask."""
+OPTIONS = {"BACKEND": "TRITON"}
+"""Never torch's decoding kernel, which it would choose for fewer than 128 queries: with grouped heads its tile of queries
+need not divide TILE, and no kernel is left."""
 
 
 @functools.cache
@@ -39,7 +42,7 @@ def attend(q_BHQD: Tensor, k_BJCD: Tensor, v_BJCD: Tensor, mask: BlockMask, scal
     """Attention of H query heads that share J key heads, [B, H, Q, D], differentiable; the mask is `block_mask`'s."""
     try:
         return _kernel()(q_BHQD, k_BJCD, v_BJCD, block_mask=mask, scale=scale,
-                         enable_gqa=q_BHQD.shape[1] != k_BJCD.shape[1])
+                         enable_gqa=q_BHQD.shape[1] != k_BJCD.shape[1], kernel_options=OPTIONS)
     except Exception as error:
         error.add_note("In FlexAttention's kernel; --ebft-attention sdpa does without it.")
         raise
