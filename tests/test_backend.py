@@ -120,6 +120,44 @@ def test_sizes_that_fp8_does_not_take(here, flags, message):
             arguments.model_args(args, 64)
 
 
+TE_THAT_LOADS = "import sys\nsys.modules['transformer_engine.loaded'] = True\n"
+
+
+def megatron_core_with(tmp_path, te: str, has_gpu: bool, then: str) -> str:
+    """What `then` prints in a process that imports Megatron-Core beside a Transformer Engine whose `pytorch` part has
+    these lines."""
+    package = tmp_path / "transformer_engine"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "pytorch.py").write_text(te)
+    command = f"""
+import sys, torch
+torch.cuda.is_available = lambda: {has_gpu}
+import megatron_ebft
+import megatron.core
+from megatron.core import optimizer
+from megatron_ebft import backend
+{then}"""
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{TESTS.parent}", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("error", ["OSError('libcudnn.so.9: cannot open')", "RuntimeError('undefined symbol: nvte')"])
+def test_broken_transformer_engine_leaves_megatron_core_alone(tmp_path, error):
+    """Whatever it raises; the reason is kept. Megatron-Core itself knows ImportError alone."""
+    said = megatron_core_with(tmp_path, f"raise {error}", True, "print(backend._transformer_engine()[1])")
+    assert said == f"Transformer Engine does not import ({error.split('(')[0]}: {error.split(chr(39))[1]})"
+
+
+def test_transformer_engine_is_hidden_where_there_is_no_gpu(tmp_path):
+    """Its Adam and norms would get CPU tensors, or fake ones in tools/plan.py and the benchmark's plan."""
+    then = "print('transformer_engine.loaded' in sys.modules, optimizer.Adam.__module__)"
+    said = megatron_core_with(tmp_path, TE_THAT_LOADS, False, then)
+    assert said == "False torch.optim.adamw"
+
+
 @pytest.fixture(scope="module")
 def with_te(tmp_path_factory):
     """What `compare` found with the stand-in."""

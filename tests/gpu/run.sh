@@ -92,11 +92,11 @@ run_report() {
 }
 
 run_tests() {
-  local name names=(attention fp8 float32 bf16)
-  part test_attention start pytest tests/gpu/test_attention.py -q &
-  part test_fp8 start pytest tests/gpu/test_fp8_kernels.py -q &
-  part test_float32 start pytest tests/gpu/test_step.py -q -k float32 &
-  part test_bf16 start pytest tests/gpu/test_step.py -q -k "not float32" &
+  local name names=(attention fp8 float32 bf16) quiet=(-q --durations=5 -o "faulthandler_timeout=$((limit - 20))")
+  part test_attention start pytest "${quiet[@]}" tests/gpu/test_attention.py &
+  part test_fp8 start pytest "${quiet[@]}" tests/gpu/test_fp8_kernels.py &
+  part test_float32 start pytest "${quiet[@]}" tests/gpu/test_step.py -k float32 &
+  part test_bf16 start pytest "${quiet[@]}" tests/gpu/test_step.py -k "not float32" &
   wait
   for name in "${names[@]}"; do finish "test_$name"; done
 }
