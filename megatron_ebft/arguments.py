@@ -170,6 +170,8 @@ def add_machine(group):
     add("--ebft-attention", choices=backend.ATTENTIONS, default="auto", help="FlexAttention, or torch's SDPA in "
         "chunks; auto: the former on GPUs")
     add("--bf16", action="store_true", help="weights and activations in bfloat16; optimizer and sampling in float32")
+    add("--deterministic-mode", action="store_true", help="on a GPU, kernels that add up in a fixed order: a run that "
+        "is interrupted ends with the same weights, bit for bit, as one that is not")
     add("--recompute-granularity", choices=("full", "selective"), help="recompute activations in the backward pass: "
         "whole layers, or only attention")
     add("--overlap-grad-reduce", action=argparse.BooleanOptionalAction, default=False,
@@ -404,7 +406,7 @@ def transformer_overrides(args: argparse.Namespace) -> dict:
                 tensor_model_parallel_size=args.tensor_model_parallel_size,
                 pipeline_model_parallel_size=args.pipeline_model_parallel_size,
                 virtual_pipeline_model_parallel_size=virtual_stages(args), sequence_parallel=args.sequence_parallel,
-                transformer_impl=args.transformer_impl, attention_kernel=args.ebft_attention, **p2p, **recompute)
+                deterministic_mode=args.deterministic_mode, transformer_impl=args.transformer_impl, attention_kernel=args.ebft_attention, **p2p, **recompute)
 
 
 def policy_overrides(args: argparse.Namespace) -> dict:
@@ -420,7 +422,7 @@ def parallel_sizes(args: argparse.Namespace) -> dict:
                 pipeline_model_parallel_size=args.pipeline_model_parallel_size, seed=args.seed,
                 timeout_minutes=args.distributed_timeout_minutes,
                 virtual_pipeline_model_parallel_size=virtual_stages(args),
-                sample_parallel_size=args.ebft_sample_parallel_size)
+                sample_parallel_size=args.ebft_sample_parallel_size, is_deterministic=args.deterministic_mode)
 
 
 def virtual_stages(args: argparse.Namespace) -> int | None:

@@ -94,6 +94,18 @@ class _CudaMeansCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def be_deterministic() -> None:
+    """Choose kernels that add up in a fixed order (--deterministic-mode); runs before the first product on the GPU.
+
+    Only warns where torch knows none: of what this package calls these are running sums along rows (cumsum), whose
+    order is fixed all the same.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "^NVLS")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
 _installed = False
 
 

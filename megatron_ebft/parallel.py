@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 
-from megatron_ebft.device import backend, init_device
+from megatron_ebft.device import backend, be_deterministic, init_device
 
 _sample_group: dist.ProcessGroup | None = None
 _wrap_group: dist.ProcessGroup | None = None
@@ -24,8 +24,11 @@ _wrap_group: dist.ProcessGroup | None = None
 
 def init_parallel(tensor_model_parallel_size: int, pipeline_model_parallel_size: int, seed: int,
                   timeout_minutes: int = 10, *, virtual_pipeline_model_parallel_size: int | None = None,
-                  sample_parallel_size: int = 1) -> None:
+                  sample_parallel_size: int = 1, is_deterministic: bool = False) -> None:
     """Start torch.distributed (from torchrun's environment, or alone, unless it runs already) and all process groups.
+
+    Args:
+        is_deterministic: see `device.be_deterministic`.
 
     Raises:
         ValueError: naming the flag, when the world size does not divide.
@@ -39,6 +42,8 @@ def init_parallel(tensor_model_parallel_size: int, pipeline_model_parallel_size:
     if world // model_parallel % sample_parallel_size:
         raise ValueError(f"--ebft-sample-parallel-size {sample_parallel_size}: does not divide the "
                          f"{world // model_parallel} data-parallel ranks")
+    if is_deterministic:
+        be_deterministic()
     init_device()
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if not dist.is_initialized():

@@ -3,7 +3,7 @@
 #
 # Stages, by default all, in this order (README.md beside this says what each tells):
 #   report      what is installed, and what will be used
-#   tests       tests/gpu in four processes side by side
+#   tests       tests/gpu in five processes side by side
 #   plan        operations and memory of the benchmark's shapes, computed on the CPU where PLANS does not have them
 #   benchmark   tools/benchmark.py at each of SHAPES, then again with rollouts and encoder in FP8 where there is FP8
 # A stage that fails or runs out of time does not stop the next. The exit code is 1 where one did.
@@ -92,9 +92,10 @@ run_report() {
 }
 
 run_tests() {
-  local name names=(attention fp8 float32 bf16) quiet=(-q --durations=5 -o "faulthandler_timeout=$((limit - 20))")
+  local name names=(attention fp8 training float32 bf16) quiet=(-q --durations=5 -o "faulthandler_timeout=$((limit - 20))")
   part test_attention start pytest "${quiet[@]}" tests/gpu/test_attention.py &
   part test_fp8 start pytest "${quiet[@]}" tests/gpu/test_fp8_kernels.py &
+  part test_training start pytest "${quiet[@]}" -s tests/gpu/test_run.py &
   part test_float32 start pytest "${quiet[@]}" tests/gpu/test_step.py -k float32 &
   part test_bf16 start pytest "${quiet[@]}" tests/gpu/test_step.py -k "not float32" &
   wait
