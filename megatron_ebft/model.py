@@ -154,31 +154,42 @@ class Norm:
 
 class LanguageModel(GPTModel):
     """GPTModel whose `labels` argument is a readout: called with the final hidden states [S, B, H] (with sequence
-    parallelism this rank's part of S), `head` and the tensor-parallel group; its result is returned."""
+    parallelism this rank's part of S) and the model, it says what is returned."""
 
     real_vocab_size: int
     """Ids that exist; the rest of the padded vocabulary has probability 0."""
 
     def _postprocess(self, hidden_states, labels, **unused):
-        return labels(hidden_states, self.head, self.pg_collection.tp) if self.post_process else hidden_states
+        return labels(hidden_states, self) if self.post_process else hidden_states
 
-    def head(self, hidden_SBH: Tensor, rows: Tensor | slice | None = None) -> Tensor:
-        """Logits [S, B, V] of this rank's vocabulary shard, −inf where an id is padding.
+    @property
+    def vocab_shard(self) -> int:
+        """Columns of this rank's logits."""
+        return self.vocab_size // self.pg_collection.tp.size()
 
-        Args:
-            rows: only these rows of the whole sequence, without gradient.
-        """
-        tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        if rows is None:
-            logits = self.output_layer(hidden_SBH, weight=tied)[0]
-        else:
-            if self.config.sequence_parallel:
-                hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH, group=self.pg_collection.tp)
-            logits = linear(hidden_SBH[rows], self.output_layer.weight if tied is None else tied)
-        first = self.pg_collection.tp.rank() * logits.shape[-1]
-        if first + logits.shape[-1] > self.real_vocab_size:
-            logits[..., max(0, self.real_vocab_size - first):] = -torch.inf
-        return logits
+    @property
+    def num_real_ids(self) -> int:
+        """How many of this rank's columns are ids; those after them are padding, which no readout may read."""
+        first = self.pg_collection.tp.rank() * self.vocab_shard
+        return min(max(self.real_vocab_size - first, 0), self.vocab_shard)
+
+    def head(self, hidden_SBH: Tensor) -> Tensor:
+        """Logits [S, B, V] of this rank's vocabulary shard, differentiable."""
+        return self.output_layer(hidden_SBH, weight=self._tied_weight())[0]
+
+    def select_rows(self, hidden_SBH: Tensor, rows: Tensor | slice) -> Tensor:
+        """Hidden states [P, B, H] of these rows of the whole sequence, without gradient."""
+        if self.config.sequence_parallel:
+            hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH, group=self.pg_collection.tp)
+        return hidden_SBH[rows]
+
+    def row_logits(self, hidden_RH: Tensor) -> Tensor:
+        """Logits [R, V] of this rank's vocabulary shard, without gradient."""
+        tied = self._tied_weight()
+        return linear(hidden_RH, self.output_layer.weight if tied is None else tied)
+
+    def _tied_weight(self) -> Tensor | None:
+        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
 
 
 def _block_spec(args: ModelArgs, num_layers: int, transformer_impl: str) -> TransformerBlockSubmodules:

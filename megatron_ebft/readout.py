@@ -1,10 +1,13 @@
-"""What is read out of the final hidden states: log-probabilities of given tokens, or logits of chosen rows.
+"""What is read out of the final hidden states: log-probabilities of given tokens (here), or draws (sampling.py).
 
-1. In sampling the output head runs only on the rows that are read (in training every row predicts something), and
-   full-vocabulary logits are never gathered over tensor ranks: maxima, sums and target logits are reduced instead.
+1. A readout is called with the final hidden states [S, B, H] (with sequence parallelism this rank's part of S) and the
+   LanguageModel. Full-vocabulary logits are never gathered over tensor ranks: maxima, sums and target logits are
+   reduced instead.
 2. Several targets, at different temperatures, can be read from one row (a gold token before an anchor predicts its
    successor at τ = 1 and the first token of n rollouts at the sampling temperature); the backward pass fills one
    gradient buffer for all of them. It recomputes the softmax from the logits, so nothing else of their size is kept.
+3. Columns of padding (a shard may have some, or nothing else) are not read and get a gradient of 0. Writing −inf into
+   them would cost the backward pass a copy of the whole gradient.
 
 Suffixes: S row length, B rows, V vocabulary shard, P rows read, M targets per row.
 """
@@ -36,18 +39,9 @@ class LogProbs:
 
     sections: list[Section]
 
-    def __call__(self, hidden_SBH: Tensor, head, group: dist.ProcessGroup) -> tuple[Tensor, ...]:
-        return _VocabParallelLogProbs.apply(head(hidden_SBH), group, self.sections)
-
-
-@dataclass
-class Logits:
-    """Readout: logits of the given rows, [P, B, V], of this rank's vocabulary shard; no gradient."""
-
-    rows: Tensor | slice
-
-    def __call__(self, hidden_SBH: Tensor, head, group: dist.ProcessGroup) -> Tensor:
-        return head(hidden_SBH, self.rows)
+    def __call__(self, hidden_SBH: Tensor, model) -> tuple[Tensor, ...]:
+        return _VocabParallelLogProbs.apply(model.head(hidden_SBH), model.num_real_ids, model.pg_collection.tp,
+                                            self.sections)
 
 
 def gold_section(gold_BT: Tensor) -> Section:
@@ -90,11 +84,11 @@ class _VocabParallelLogProbs(torch.autograd.Function):
     """Sections given by slices must not overlap; those given by indices may share rows with them."""
 
     @staticmethod
-    def forward(ctx, logits_SBV: Tensor, group: dist.ProcessGroup, sections: list[Section]):
-        ctx.group, ctx.sections = group, sections
+    def forward(ctx, logits_SBV: Tensor, real: int, group: dist.ProcessGroup, sections: list[Section]):
+        ctx.real, ctx.group, ctx.sections = real, group, sections
         outputs, normalisers = [], []
         for section in sections:
-            parts = [_log_probs(logits_SBV[rows], targets, section.temperature, group)
+            parts = [_log_probs(logits_SBV[rows], real, targets, section.temperature, group)
                      for rows, targets in _chunks(section, logits_SBV)]
             log_probs, lse = (torch.cat(x) for x in zip(*parts)) if parts else _nothing(section, logits_SBV)
             outputs.append(log_probs)
@@ -114,8 +108,8 @@ class _VocabParallelLogProbs(torch.autograd.Function):
             for rows, targets in _chunks(section, logits_SBV):
                 here = slice(done, done + len(targets))
                 done = here.stop
-                part = _log_probs_backward(logits_SBV[rows], targets, lse[here], grad[here], section.temperature,
-                                           ctx.group)
+                part = _log_probs_backward(logits_SBV[rows], ctx.real, targets, lse[here], grad[here],
+                                           section.temperature, ctx.group)
                 if isinstance(rows, slice):
                     grad_SBV[rows] = part
                     covered[rows] = True
@@ -123,7 +117,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
                     _zero_rows(grad_SBV, covered)
                     grad_SBV.index_add_(0, rows, part.to(grad_SBV.dtype))
         _zero_rows(grad_SBV, covered)
-        return grad_SBV, None, None
+        return grad_SBV, None, None, None
 
 
 def _zero_rows(grad_SBV: Tensor, covered: Tensor) -> None:
@@ -153,25 +147,27 @@ def _nothing(section: Section, logits_SBV: Tensor) -> tuple[Tensor, Tensor]:
             logits_SBV.new_zeros(section.targets_PBM.shape[:2], dtype=dtype))
 
 
-def _scaled(logits: Tensor, temperature: float) -> Tensor:
-    """A fresh copy of the logits over the temperature, in float32 (float64 stays)."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+def scaled(logits: Tensor, temperature: float) -> Tensor:
+    """Logits over the temperature, in float32 (float64 stays); not always a copy."""
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return x if temperature == 1 else x / temperature
 
 
-def _log_probs(logits_PBV: Tensor, targets_PBM: Tensor, temperature: float, group) -> tuple[Tensor, Tensor]:
-    x = _scaled(logits_PBV, temperature)
-    lse = log_sum_exp(x, group)
-    local, here = local_targets(targets_PBM, x.shape[-1], group)
-    target = x.gather(-1, local).where(here, 0.0)
+def _log_probs(logits_PBV: Tensor, real: int, targets_PBM: Tensor, temperature: float,
+               group) -> tuple[Tensor, Tensor]:
+    lse = log_sum_exp(scaled(logits_PBV[..., :real], temperature), group)
+    local, here = local_targets(targets_PBM, logits_PBV.shape[-1], group)
+    target = scaled(logits_PBV.gather(-1, local), temperature).where(here, 0.0)
     if dist.get_world_size(group) > 1:
         dist.all_reduce(target, group=group)
     return target - lse[..., None], lse
 
 
-def _log_probs_backward(logits_PBV, targets_PBM, lse_PB, grad_PBM, temperature: float, group) -> Tensor:
+def _log_probs_backward(logits_PBV, real: int, targets_PBM, lse_PB, grad_PBM, temperature: float, group) -> Tensor:
     """(onehot(target) − softmax) · grad / τ, summed over the targets of a row."""
-    grad = grad_PBM / temperature
-    softmax = _scaled(logits_PBV, temperature).sub_(lse_PB[..., None]).exp_()
+    grad = grad_PBM if temperature == 1 else grad_PBM / temperature
+    softmax = (scaled(logits_PBV, temperature) - lse_PB[..., None]).exp_()
+    softmax[..., real:] = 0
     softmax *= -grad.sum(-1, keepdim=True)
     local, here = local_targets(targets_PBM, softmax.shape[-1], group)
     return softmax.scatter_add_(-1, local, grad * here)

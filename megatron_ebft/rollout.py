@@ -19,9 +19,8 @@ from megatron_ebft.fp8 import FP8, quantised
 from megatron_ebft.layout import StridedLayout, document_starts, pad
 from megatron_ebft.model import unwrap
 from megatron_ebft.parallel import from_last_stage, is_first_stage, is_last_stage, pp_group, sample_rank, tp_group
-from megatron_ebft.readout import Logits
 from megatron_ebft.relay import Relay, row_groups, tasks
-from megatron_ebft.sampling import sample, uniform
+from megatron_ebft.sampling import Draws, uniform
 
 
 @dataclass
@@ -134,11 +133,12 @@ class _Group:
         else:
             unwrap(chunk).set_input_tensor(given)
         positions, pattern, rows = self._inputs(step)
-        out = chunk(tokens, positions, as_mask(pattern), labels=Logits(rows))
+        is_last = is_last_stage() and virtual == len(self.policy) - 1
+        out = chunk(tokens, positions, as_mask(pattern), labels=self._draws(rows, step) if is_last else None)
         unwrap(chunk).set_input_tensor(None)
         if virtual == len(self.policy) - 1:
-            if is_last_stage():
-                self.steps.append(self._draw(out.transpose(0, 1), step))
+            if is_last:
+                self.steps.append(self._by_sample(out))
                 out = self.steps[-1][0]
             if step == self.layout.rollout_length - 1:
                 self.cache = None
@@ -151,7 +151,7 @@ class _Group:
             self.relay.send(out)
 
     def _inputs(self, step: int):
-        """Positions [b, length], the attention pattern, and the rows of which logits are needed."""
+        """Positions [b, length], the attention pattern, and the rows after which tokens are drawn."""
         if self.cache is None:
             self.cache = RolloutCache(self.row, self.reach, self.gold.document_BT)
         if step == 0:
@@ -166,15 +166,19 @@ class _Group:
             return self.steps[-1][0]
         return self.relay.receive((len(self.gold.tokens_BT), self.row.size, self.layout.num_samples), torch.int64)
 
-    def _draw(self, logits_BPV: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens, log-probabilities and entropies, [b, K, N], from one distribution a block (step 0) or a rollout."""
-        config, device = self.config, logits_BPV.device
-        shape = (len(logits_BPV), self.row.size, self.layout.num_samples)
-        sample_N = torch.arange(shape[2], device=device) + sample_rank() * shape[2]
-        numbers = uniform(config.seed, self.iteration, self.gold.index_B[:, None, None],
-                          self.blocks[:, None], sample_N, step)
-        drawn = sample(logits_BPV, numbers.reshape(*logits_BPV.shape[:2], -1), config.temperature, config.top_p,
-                       config.top_k, tp_group())
+    def _draws(self, rows: Tensor | slice, step: int) -> Draws:
+        """What is drawn: from one distribution a block (step 0) or a rollout."""
+        config, device = self.config, self.blocks.device
+        samples = self.layout.num_samples
+        sample_N = torch.arange(samples, device=device) + sample_rank() * samples
+        numbers_BKN = uniform(config.seed, self.iteration, self.gold.index_B[:, None, None], self.blocks[:, None],
+                              sample_N, step)
+        numbers_BPM = numbers_BKN if step == 0 else numbers_BKN.flatten(1)[..., None]
+        return Draws(rows, numbers_BPM, config.temperature, config.top_p, config.top_k)
+
+    def _by_sample(self, drawn: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, log-probabilities and entropies, [b, K, N]."""
+        shape = (len(self.gold.tokens_BT), self.row.size, self.layout.num_samples)
         tokens, log_probs, entropy = (x.reshape(*shape[:2], -1) for x in drawn)
         return tokens, log_probs, entropy.expand(shape)
 

@@ -8,6 +8,7 @@ functions on one rank.
 
 import os
 from itertools import product
+from types import SimpleNamespace
 
 import brute_force as bf
 import models
@@ -190,21 +191,33 @@ def watched(found: list):
 
 
 def vocabulary_parallel() -> dict[str, float]:
-    """Largest differences between functions on logits split over this world's ranks, and on whole ones."""
+    """Largest differences between functions on logits split over this world's two ranks, and on whole ones: in halves,
+    with padding on the second rank, and with nothing else there."""
     alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
+    return {f"{name}, width {width}": difference for width in (VOCAB // 2, VOCAB // 2 + 3, VOCAB + 1)
+            for name, difference in _differences_of_shards(width, alone).items()}
+
+
+def _differences_of_shards(width: int, alone) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
     logits = (2 * torch.randn(10, 3, VOCAB, generator=generator)).to(device())
     logits[2] = logits[2].round()  # ties
-    shard = logits.chunk(dist.get_world_size(), -1)[dist.get_rank()]
+    real = min(max(VOCAB - width * dist.get_rank(), 0), width)
     differences = {}
+
+    def shard(x):
+        padded = torch.nn.functional.pad(x, (0, 2 * width - VOCAB), value=torch.nan)
+        return padded[..., width * dist.get_rank() :][..., :width]
 
     targets = torch.randint(VOCAB, (10, 3, 2), generator=generator).to(device())
     sections = [readout.Section(slice(0, 4), targets[:4, :, :1], 1.0), readout.Section(slice(5, 9), targets[5:9], 0.6),
                 readout.Section(torch.tensor([1, 3, 1]).to(device()), targets[:3], 0.6)]
     results = []
-    for x, group in ((logits, alone), (shard, dist.group.WORLD)):
+    for x, columns, group in ((logits, VOCAB, alone), (shard(logits), real, dist.group.WORLD)):
         x = x.clone().requires_grad_()
-        values = readout.LogProbs(sections)(x, lambda hidden: hidden, group)
+        model = SimpleNamespace(head=lambda hidden: hidden, num_real_ids=columns,
+                                pg_collection=SimpleNamespace(tp=group))
+        values = readout.LogProbs(sections)(x, model)
         weights = [torch.arange(value.numel()).view_as(value).to(device()).cos() for value in values]
         sum((value * weight).sum() for value, weight in zip(values, weights)).backward()
         results.append((values, x.grad))
@@ -212,13 +225,16 @@ def vocabulary_parallel() -> dict[str, float]:
     expected = [(logits[s.rows] / s.temperature).log_softmax(-1).gather(-1, s.targets_PBM) for s in sections]
     differences["log_probs"] = max(largest_difference(a, b.cpu()) for a, b in zip(values_2, values))
     differences["log_softmax"] = max(largest_difference(a.detach(), b.cpu()) for a, b in zip(values, expected))
-    differences["gradient"] = largest_difference(grad_2, grad.chunk(dist.get_world_size(), -1)[dist.get_rank()].cpu())
+    differences["gradient"] = largest_difference(grad_2, shard(grad).nan_to_num().cpu())
 
-    u = sampling.uniform(1, 0, torch.arange(10).view(-1, 1, 1), torch.arange(3).view(-1, 1), torch.arange(200), 0)
+    u = sampling.uniform(1, 0, torch.arange(30).view(-1, 1), torch.zeros((), dtype=torch.int64), torch.arange(200), 0)
     u[..., 0], u[..., 1] = 0.0, 1 - 2.0**-53  # with top-k 1, one shard is empty: neither may fall there
+    x = logits.flatten(0, 1)
+    x[0, : VOCAB // 2] = x[1, VOCAB // 2 :] = -torch.inf
+    x[3, VOCAB // 2] = -torch.inf  # the first id of the second half
     for top_p, top_k in ((1.0, 0), (0.7, 0), (0.2, 0), (1.0, 1), (1.0, 5), (0.8, 6)):
-        whole, split = (sampling.sample(x, u.to(device()), 0.8, top_p, top_k, group)
-                        for x, group in ((logits, alone), (shard, dist.group.WORLD)))
+        whole = sampling.sample(x, VOCAB, u.to(device()), 0.8, top_p, top_k, alone)
+        split = sampling.sample(shard(x), real, u.to(device()), 0.8, top_p, top_k, dist.group.WORLD)
         for name, a, b in zip(("tokens", "log_probs", "entropy"), split, whole):
             differences[f"sampled {name} {top_p} {top_k}"] = largest_difference(a.double(), b.double().cpu())
     return differences
@@ -273,6 +289,6 @@ def test_the_steps_moved_something(results):
 
 def test_vocabulary_split_over_two_ranks(results):
     for rank in results[1]:
-        assert len(rank) == 3 + 3 * 6
+        assert len(rank) == 3 * (3 + 3 * 6)
         for name, difference in rank.items():
             assert difference <= (0 if "tokens" in name else 1e-5), name

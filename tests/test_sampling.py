@@ -1,4 +1,4 @@
-"""Sampling: the distribution, its top-p and top-k sets, the random numbers, and independence of the batch split."""
+"""Sampling: the distribution, its top-p and top-k sets, the random numbers, independence of the batch split, memory."""
 
 import brute_force as bf
 import models
@@ -8,10 +8,11 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_ebft import rollout, visibility
+from megatron_ebft import readout, rollout, sampling, visibility
 from megatron_ebft.batch import GoldBatch
 from megatron_ebft.device import device
 from megatron_ebft.layout import Chunk, RowLayout, StridedLayout
+from megatron_ebft.model import unwrap
 from megatron_ebft.rollout import SamplingConfig, sample_rollouts
 from megatron_ebft.sampling import filter_probabilities, sample, uniform
 
@@ -30,8 +31,8 @@ def random_logits(*shape, seed=0) -> torch.Tensor:
 
 
 def draw(logits, u, temperature=1.0, top_p=1.0, top_k=0):
-    found = sample(logits, u.to(logits.device), temperature, top_p, top_k, dist.group.WORLD)
-    return [x.cpu() for x in found]
+    drawn = sample(logits, logits.shape[1], u.to(logits.device), temperature, top_p, top_k, dist.group.WORLD)
+    return [x.cpu() for x in drawn]
 
 
 # ---------------------------------------------------------------- random numbers
@@ -97,6 +98,36 @@ def test_a_logit_of_minus_infinity():
     tokens, log_probs, entropy = draw(logits, torch.tensor([[0.3, 0.999]]).double())
     assert tokens.tolist() == [[0, 2]]
     torch.testing.assert_close(torch.cat([-log_probs, entropy[:, None]], 1), torch.tensor([[2.0, 2.0, 2.0]]).log())
+
+
+SHARD_WIDTHS = {"one segment": 700, "whole segments": 2048, "a part of a segment": 2500}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("width", SHARD_WIDTHS.values(), ids=SHARD_WIDTHS)
+def test_draws_invert_the_distribution_function(width, dtype):
+    """Against the inverse in float64: another token only where the number is within rounding of its interval."""
+    logits = 3 * random_logits(6, width + 5)
+    logits[:, width:] = torch.nan  # padding
+    logits[0, :width - 1] = logits[1, 1:width] = -torch.inf  # all mass at one end
+    logits[2, 0] = logits[2, width // 3 : width - 20] = -torch.inf  # a massless segment, and a massless first token
+    logits[3, :width] = 1.25
+    logits[4, 5] = 200.0
+    logits = logits.to(dtype)
+    u = numbers((6, 50, 60)).flatten(1)
+    u[:, :3] = torch.tensor([0.0, 1 - 2.0**-53, 0.5])
+    for temperature in (1.0, 0.6):
+        tokens, log_probs, entropy = (x.cpu() for x in sample(
+            logits, width, u.to(logits.device), temperature, 1.0, 0, dist.group.WORLD))
+        log_p = (logits[:, :width].cpu().double() / temperature).log_softmax(-1)
+        end = log_p.exp().cumsum(-1)
+        expected = torch.searchsorted(end, u, right=True).clamp(max=width - 1)
+        start_of, end_of = (end - log_p.exp()).gather(-1, tokens), end.gather(-1, tokens)
+        assert (log_p.gather(-1, tokens) > -torch.inf).all()
+        assert ((u > start_of - 1e-6) & (u < end_of + 1e-6)).all()
+        assert (tokens == expected).float().mean() > 0.998
+        torch.testing.assert_close(log_probs.double(), log_p.gather(-1, tokens), atol=2e-6, rtol=1e-6)
+        torch.testing.assert_close(entropy.double(), -(log_p.exp() * log_p.clamp(min=-1e4)).sum(-1), atol=5e-6, rtol=0)
 
 
 # ---------------------------------------------------------------- top-p and top-k
@@ -210,6 +241,76 @@ def test_sampling_leaves_the_mode_of_the_policy(policy):
         policy[0].train(training)
         sampled(policy, gold_rows(documents=False))
         assert policy[0].training is training
+
+
+class Made(TorchDispatchMode):
+    """Tensors that operations return in storages of their own: (operation, dtype, elements)."""
+
+    def __init__(self):
+        super().__init__()
+        self.tensors = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out, before = func(*args, **(kwargs or {})), {x.data_ptr() for x in tree_leaves((args, kwargs))
+                                                      if isinstance(x, torch.Tensor)}
+        if not func.is_view:
+            self.tensors += [(func.overloadpacket.__name__, x.dtype, x.numel()) for x in tree_leaves(out)
+                             if isinstance(x, torch.Tensor) and x.data_ptr() not in before]
+        return out
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_live_for_a_chunk_of_rows(one_rank, monkeypatch, dtype, top_p):
+    """They stay in the model's dtype, and neither they nor anything of their size leaves the model."""
+    vocab, rows = 5000, 8
+    config, weights = bf.random_llama(0, layers=2, hidden=16, ffn=24, heads=4, kv_heads=2, vocab=vocab)
+    policy = models.build_policy(config, weights, 64, params_dtype=dtype, bf16=dtype == torch.bfloat16)
+    gold, padded = gold_rows(documents=False), -(-vocab // 64) * 64
+    expected = sampled(policy, gold, top_p=top_p, temperature=1.0)
+    assert expected.numel() > 10 * rows and (expected < vocab).all()
+    monkeypatch.setattr(sampling, "HEAD_ROWS", rows)
+    monkeypatch.setattr(sampling, "temporary_elements", lambda: rows * padded)
+    outputs = []
+    hook = policy[0].register_forward_hook(lambda module, inputs, out: outputs.append(out))
+    with Made() as made:
+        tokens = sampled(policy, gold, top_p=top_p, temperature=1.0)
+    hook.remove()
+    assert (tokens == expected).float().mean() > 0.95  # rows of other products round otherwise
+    large = [x for x in made.tensors if x[2] >= vocab]
+    assert max(size for *_, size in large) <= rows * padded
+    assert {dt for name, dt, _ in large if name in ("mm", "linear", "addmm")} == {dtype}
+    assert not [name for name, *_ in large if name in ("div", "sort", "clone")]
+    assert top_p < 1 or not [x for x in made.tensors if x[0] == "cumsum" and x[2] >= rows * vocab]
+    assert [[x.dtype for x in out] for out in outputs] == [[torch.int64, torch.float32, torch.float32]] * len(outputs)
+    assert max(x.numel() for out in outputs for x in out) <= tokens.numel()
+
+
+def test_padding_of_the_vocabulary_costs_the_backward_pass_nothing(one_rank, monkeypatch):
+    """The logits and their gradient are all there is of that size; padding has a gradient of 0, whatever its logits."""
+    rows, vocab = 40, 51
+    config, weights = bf.random_llama(0, layers=1, hidden=16, ffn=24, heads=4, kv_heads=2, vocab=vocab)
+    model = unwrap(models.build_policy(config, weights, 64)[0])
+    weight = model.output_layer.weight
+    with torch.no_grad():
+        weight[vocab:] = torch.inf  # logits of ±inf and NaN
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, 1, 16, generator=generator).to(device())
+    targets = torch.randint(vocab, (rows, 1, 1), generator=generator).to(device())
+    sections = [readout.Section(slice(0, rows), targets, 1.0), readout.Section(slice(0, rows), targets, 0.6)]
+    monkeypatch.setattr(readout, "temporary_elements", lambda: 4 * 64)
+    for section in sections:
+        with Made() as made:
+            log_probs, = readout.LogProbs([section])(hidden, model)
+            grad, = torch.autograd.grad(log_probs.sum(), [weight])
+        large = [name for name, _, size in made.tensors if size >= rows * 64]
+        assert len(large) == 2 and large[1] == "empty_like", large
+        leaf = weight.detach()[:vocab].clone().requires_grad_()
+        expected = (hidden @ leaf.t() / section.temperature).log_softmax(-1).gather(-1, targets)
+        expected.sum().backward()
+        torch.testing.assert_close(log_probs, expected, atol=2e-6, rtol=1e-6)
+        torch.testing.assert_close(grad[:vocab], leaf.grad, atol=1e-5, rtol=1e-5)
+        assert (grad[vocab:] == 0).all()
 
 
 class NothingForTheHost(TorchDispatchMode):

@@ -278,8 +278,8 @@ def test_a_number_that_is_not_finite_stops_before_the_step(arguments, one_rank, 
 
 def test_the_first_step_notices_a_sampler_that_is_not_the_trainer(arguments, tmp_path, one_rank, monkeypatch):
     run, log = start(arguments("--tensorboard-dir", str(tmp_path), "--eval-interval", "0"))
-    sample = rollout.sample
-    monkeypatch.setattr(rollout, "sample", lambda x, u, temperature, *rest: sample(x, u, 1.1 * temperature, *rest))
+    draws = rollout.Draws
+    monkeypatch.setattr(rollout, "Draws", lambda rows, u, temperature, *rest: draws(rows, u, 1.1 * temperature, *rest))
     with pytest.raises(RuntimeError, match="sampler's log-probabilities differ"):
         train(run, log)
 
