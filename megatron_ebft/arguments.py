@@ -15,6 +15,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron_ebft import backend, energy, losses
 from megatron_ebft.ebft import EBFTConfig
 from megatron_ebft.features import FEATURE_NORMS, POOLINGS, FeatureMap
+from megatron_ebft.flex_attention import TILE
 from megatron_ebft.fp8_flags import add_fp8, check_fp8_sizes, fp8_config, fp8_recipes, row_multiple, training_fp8
 from megatron_ebft.layout import StridedLayout
 from megatron_ebft.model import ModelArgs, feature_layers, split_layers
@@ -452,9 +453,12 @@ def ebft_config(args: argparse.Namespace, num_layers: int) -> EBFTConfig:
     Raises:
         ValueError: naming the flag.
     """
+    multiple = row_multiple(args)
+    tiles = math.lcm(multiple, TILE)
+    if args.ebft_attention != "sdpa" and not backend.found().no_compiler and args.seq_length % tiles == 0:
+        multiple = tiles  # so that FlexAttention need not fill up queries, keys and values in every layer
     layout = StridedLayout(args.seq_length, args.ebft_context_length, args.ebft_stride, args.ebft_rollout_length,
-                           args.ebft_num_samples // args.ebft_sample_parallel_size,
-                           pad_to=row_multiple(args))
+                           args.ebft_num_samples // args.ebft_sample_parallel_size, pad_to=multiple)
     return EBFTConfig(
         layout=layout,
         sampling=SamplingConfig(args.ebft_temperature, args.ebft_top_p, args.ebft_top_k, args.seed,

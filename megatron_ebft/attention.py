@@ -22,10 +22,10 @@ from dataclasses import dataclass, field
 import torch
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_ebft import flex_attention, visibility
+from megatron_ebft.flex_attention import TILE, TileMask, tile_mask
 from megatron_ebft.layout import RowLayout, document_starts
 from megatron_ebft.visibility import Reach
 
@@ -105,7 +105,7 @@ class CausalPattern:
     """Plain causal attention, within documents when `document_BT` is given."""
 
     document_BT: Tensor | None = None
-    _made: BlockMask | Tensor | None = None
+    _made: TileMask | Tensor | None = None
 
     def attend(self, layer_number: int, q_BHSD, k_BJSD, v_BJSD, scale, flex: bool) -> Tensor:
         heads_per_group = q_BHSD.shape[1] // k_BJSD.shape[1]
@@ -114,7 +114,7 @@ class CausalPattern:
                                                 enable_gqa=heads_per_group != 1)
         if self._made is None:
             reach = visibility.causal(*self.document_BT.shape, _starts(self.document_BT))
-            self._made = flex_attention.block_mask(reach) if flex else _additive(
+            self._made = tile_mask(reach) if flex else _additive(
                 reach.repeat(heads_per_group).sees(torch.arange(reach.num_keys, device=q_BHSD.device)), q_BHSD.dtype)
         if flex:
             return flex_attention.attend(q_BHSD, k_BJSD, v_BJSD, self._made, scale)
@@ -165,7 +165,7 @@ class StridedPattern:
     row: RowLayout
     document_BT: Tensor | None = None
     _gold: CausalPattern = field(init=False)
-    _made: BlockMask | list[_Chunk] | None = None
+    _made: TileMask | list[_Chunk] | None = None
 
     def __post_init__(self):
         self._gold = CausalPattern(self.document_BT)
@@ -174,7 +174,7 @@ class StridedPattern:
         gold = self.row.layout.seq_length
         if self._made is None:
             reach = visibility.strided(self.row, _starts(self.document_BT), len(q_BHSD))
-            self._made = flex_attention.block_mask(reach) if flex else _chunks(
+            self._made = tile_mask(reach) if flex else _chunks(
                 self.row, reach.queries(slice(gold, None)), self.row.steps, q_BHSD.shape[1] // k_BJSD.shape[1], q_BHSD)
         if flex:
             return flex_attention.attend(q_BHSD, k_BJSD, v_BJSD, self._made, scale)
@@ -198,13 +198,13 @@ class RolloutCache:
     """What the first decoded tokens see (`visibility.decoding`)."""
     document_BT: Tensor | None = None
     keys: dict[int, Tensor] = field(default_factory=dict)
-    """[B, J, T + K·N·steps, D]; a rollout's own zero where not yet written."""
+    """[B, J, T + K·N·steps, D], for FlexAttention whole tiles of it; a rollout's own zero where not yet written."""
     values: dict[int, Tensor] = field(default_factory=dict)
 
     def split(self, buffer: Tensor) -> tuple[Tensor, Tensor]:
         """Views of a layer's gold keys (or values) [B, J, T, D] and the rollouts' [B, J, K·N, steps, D]."""
-        gold = self.row.layout.seq_length
-        return buffer[:, :, :gold], buffer[:, :, gold:].unflatten(2, (-1, self.row.steps))
+        gold, end = self.row.layout.seq_length, self.row.end
+        return buffer[:, :, :gold], buffer[:, :, gold:end].unflatten(2, (-1, self.row.steps))
 
 
 @dataclass
@@ -217,7 +217,8 @@ class PrefillPattern:
         self._causal = CausalPattern(self.cache.document_BT)
 
     def attend(self, layer_number: int, q_BHSD, k_BJSD, v_BJSD, scale, flex: bool) -> Tensor:
-        own = self.cache.row.num_rollout_tokens
+        row = self.cache.row
+        own = row.num_rollout_tokens + (-row.end % TILE if flex else 0)
         for kept, new in ((self.cache.keys, k_BJSD), (self.cache.values, v_BJSD)):
             kept[layer_number] = torch.cat([new, new.new_zeros((*new.shape[:2], own, new.shape[3]))], 2).contiguous()
         return self._causal.attend(layer_number, q_BHSD, k_BJSD, v_BJSD, scale, flex)
@@ -229,7 +230,7 @@ class DecodePattern:
 
     cache: RolloutCache
     step: int
-    _made: BlockMask | list[_Chunk] | None = None
+    _made: TileMask | list[_Chunk] | None = None
 
     def attend(self, layer_number: int, q_BHSD, k_BJSD, v_BJSD, scale, flex: bool) -> Tensor:
         cache, heads, groups = self.cache, q_BHSD.shape[1], k_BJSD.shape[1]
@@ -239,7 +240,7 @@ class DecodePattern:
         own_v[:, :, :, self.step] = v_BJSD[:, :, : own_v.shape[2]]
         if self._made is None:
             reach = cache.reach.at_step(self.step)
-            self._made = flex_attention.block_mask(reach.repeat(heads // groups)) if flex else _chunks(
+            self._made = tile_mask(reach.repeat(heads // groups)) if flex else _chunks(
                 cache.row, reach, 1, heads // groups, q_BHSD)
         if flex:
             packed = flex_attention.attend(_pack_heads(q_BHSD, groups), keys, values, self._made, scale)

@@ -1,17 +1,24 @@
 """FlexAttention: one compiled kernel for every pattern of keys that `Reach` describes.
 
-1. A BlockMask is made of a Reach's intervals, tile by tile, on the device: its cost is queries × tiles of keys, not
-   queries × keys, so it is made afresh for each pass, knows the documents, and skips what they hide. A tile counts as
-   full, which spares the kernel the mask, only if one interval of each of its queries covers it.
-2. The kernel is compiled once for a shape. The intervals are captured tensors: other values, other documents and other
-   decoding steps take the compiled kernel. They are never changed in place, since the backward pass of one micro-batch
-   may come after the forward pass of the next.
-3. Rollout tokens ordered (block, sample, step) keep tiles full: see tests/test_flex_attention.py for their number.
+1. The kernel's lists of tiles are made of a Reach's intervals, tile by tile, on the device: their cost is queries ×
+   tiles of keys, not queries × keys, so they are made afresh for each pass, know the documents, and skip what those
+   hide. A tile counts as full, which spares the kernel the mask, only if one interval of each of its queries covers it.
+2. One compilation serves every length. The compiler is handed whole tiles, [B, H, tiles, TILE, D], and takes their number
+   as unknown: it still knows that a length is a multiple of TILE, so the kernel checks no bounds. It compiles again for
+   another batch, number or dimension of heads, dtype, with gradients, and for a row of one tile: COMPILATIONS in all.
+3. Rows in a run are whole tiles already (`arguments.ebft_config`), at the price of less than a tile of padding in a row.
+   Other lengths are filled up here, which copies queries, keys and values in each layer.
+4. Lists and intervals are tensors: other values, other documents and other decoding steps take the compiled kernel. They
+   are never changed in place, since the backward pass of one micro-batch may come after the forward pass of the next.
+5. Rollout tokens ordered (block, sample, step) keep tiles full: see tests/test_flex_attention.py for their number.
 
 Written against torch 2.11 to 2.14. FlexAttention has a backward pass on GPUs only.
+
+Suffixes: B rows, H query heads, J key heads, Q queries, C keys, M tiles of queries, N tiles of keys, D head dimension.
 """
 
 import functools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,60 +30,105 @@ from megatron_ebft.visibility import Reach
 TILE = 128
 """Queries and keys of a tile. Tiles of 64 keys would compute a sixth less in training and a fifth less in decoding (T =
 1024), but torch's kernel settings for some head dimensions, and for the backward pass, want a multiple of 128."""
-SHAPES = 64
-"""Shapes (rows of training, encoder, evaluation; decoding) that may be compiled; torch gives up after 8 by default and
-would go on with a dense mask."""
+COMPILATIONS = 32
+"""Of the kernel, at most; torch gives up after 8 by default and would go on with a dense mask. A run needs 2 for its
+micro-batches, with gradients and without, and at most 2 for each number of rows that decode together: 10 where the last
+groups of training and evaluation are smaller (tests/test_flex_attention.py counts)."""
 OPTIONS = {"BACKEND": "TRITON"}
-"""Never torch's decoding kernel, which it would choose for fewer than 128 queries: with grouped heads its tile of queries
-need not divide TILE, and no kernel is left."""
+"""Never torch's decoding kernel, which it may choose for few queries: with grouped heads its tile of queries need not
+divide TILE, and no kernel is left."""
+
+
+@dataclass
+class TileMask:
+    """What each query sees, as the kernel wants it; made by `tile_mask`."""
+
+    intervals: tuple[Tensor, Tensor, Tensor, Tensor]
+    """Those of a Reach, int32 [B, M, TILE]."""
+    is_partial: Tensor
+    """Tiles of which the mask hides a part, bool [B, 1, M, N]."""
+    is_full: Tensor
+    """Tiles without a mask, bool [B, 1, M, N]."""
+
+    @functools.cached_property
+    def by_query(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Tiles of keys that each tile of queries visits: how many partial ones and which, and the same of full ones."""
+        return *_listed(self.is_partial), *_listed(self.is_full)
+
+    @functools.cached_property
+    def by_key(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Tiles of queries that visit each tile of keys, which only a backward pass asks for."""
+        return *_listed(self.is_partial.mT), *_listed(self.is_full.mT)
+
+
+def attend(q_BHQD: Tensor, k_BJCD: Tensor, v_BJCD: Tensor, mask: TileMask, scale: float) -> Tensor:
+    """Attention of H query heads that share J key heads, [B, H, Q, D], differentiable; the mask is `tile_mask`'s."""
+    by_key = mask.by_key if torch.is_grad_enabled() else (None,) * 4
+    try:
+        out = _kernel()(*map(_tiles, (q_BHQD, k_BJCD, v_BJCD)), mask.intervals, mask.by_query, by_key, scale)
+    except Exception as error:
+        error.add_note("In FlexAttention's kernel; --ebft-attention sdpa does without it.")
+        raise
+    return out[:, :, : q_BHQD.shape[2]]
+
+
+def tile_mask(reach: Reach) -> TileMask:
+    """The mask of what each query sees, for all heads; padding up to a whole tile sees the first gold key."""
+    batch, queries = reach.gold_end.shape
+    reach = reach.padded(-queries % TILE)
+    rows = reach.rows()
+    first = torch.arange(0, reach.num_keys, TILE, device=rows.gold_end.device)
+    is_touched = torch.zeros((), dtype=torch.bool, device=first.device)
+    is_covered = is_touched
+    for start, end in (rows.intervals[:2], rows.intervals[2:]):
+        start, end = start[..., None], end[..., None]
+        is_touched = is_touched | ((start < first + TILE) & (end > first))  # an empty interval is [0, 0)
+        is_covered = is_covered | ((start <= first) & (end >= first + TILE))
+    is_touched, is_full = (x[:, None].expand(batch, -1, -1, -1) for x in (
+        is_touched.unflatten(1, (-1, TILE)).any(2), is_covered.unflatten(1, (-1, TILE)).all(2)))
+    return TileMask(tuple(_of_any_size(x.unflatten(1, (-1, TILE)), 1) for x in reach.intervals),
+                    is_touched & ~is_full, is_full)
 
 
 @functools.cache
 def _kernel():
-    """flex_attention, compiled for every shape of its own."""
-    torch._dynamo.config.recompile_limit = max(SHAPES, torch._dynamo.config.recompile_limit)
-    return torch.compile(flex.flex_attention, dynamic=False, fullgraph=True)
+    torch._dynamo.config.recompile_limit = max(COMPILATIONS, torch._dynamo.config.recompile_limit)
+    return torch.compile(_attend, dynamic=False, fullgraph=True)
 
 
-def attend(q_BHQD: Tensor, k_BJCD: Tensor, v_BJCD: Tensor, mask: BlockMask, scale: float) -> Tensor:
-    """Attention of H query heads that share J key heads, [B, H, Q, D], differentiable; the mask is `block_mask`'s."""
-    try:
-        return _kernel()(q_BHQD, k_BJCD, v_BJCD, block_mask=mask, scale=scale,
-                         enable_gqa=q_BHQD.shape[1] != k_BJCD.shape[1], kernel_options=OPTIONS)
-    except Exception as error:
-        error.add_note("In FlexAttention's kernel; --ebft-attention sdpa does without it.")
-        raise
+def _attend(q_BHMTD, k_BJNTD, v_BJNTD, intervals, by_query, by_key, scale) -> Tensor:
+    """[B, H, M · TILE, D]; what is compiled."""
+    q, k, v = (x.flatten(2, 3) for x in (q_BHMTD, k_BJNTD, v_BJNTD))
+    mask = BlockMask((q.shape[2], k.shape[2]), *by_query, *by_key, BLOCK_SIZE=(TILE, TILE),
+                     mask_mod=_mask_mod(*(x.flatten(1) for x in intervals)))
+    return flex.flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1],
+                               kernel_options=OPTIONS)
 
 
-def block_mask(reach: Reach) -> BlockMask:
-    """The BlockMask of what each query sees, for all heads."""
-    rows = reach.rows()
-    batch, queries = rows.gold_end.shape
-    first = torch.arange(0, reach.num_keys, TILE, device=rows.gold_end.device)
-    last = (first + TILE).clamp(max=reach.num_keys)
-    is_touched = torch.zeros((), dtype=torch.bool, device=first.device)
-    is_covered = is_touched
-    for start, end in (rows.intervals[:2], rows.intervals[2:]):
-        start, end = (torch.nn.functional.pad(x, (0, -queries % TILE))[..., None] for x in (start, end))
-        is_touched = is_touched | ((start < last) & (end > first))  # an empty interval is [0, 0)
-        is_covered = is_covered | ((start <= first) & (end >= first + TILE))
-    is_touched = is_touched.unflatten(1, (-1, TILE)).any(2)[:, None]  # [B, 1, tiles of queries, tiles of keys]
-    is_full = is_covered.unflatten(1, (-1, TILE)).all(2)[:, None]
-    return BlockMask.from_kv_blocks(*_listed(is_touched & ~is_full), *_listed(is_full), BLOCK_SIZE=TILE,
-                                    mask_mod=_mask_mod(reach), seq_lengths=(queries, reach.num_keys))
-
-
-def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """How many tiles of each row there are, and their numbers first in each row: int32."""
-    return tiles.sum(-1, dtype=torch.int32), tiles.int().argsort(dim=-1, descending=True, stable=True).int()
-
-
-def _mask_mod(reach: Reach):
-    """The test of a single pair; captures tensors alone, so that it compiles once."""
-    gold_start, gold_end, own_start, own_end = reach.intervals
+def _mask_mod(gold_start, gold_end, own_start, own_end):
+    """The test of a single pair; captures tensors alone."""
 
     def is_visible(b, h, q, kv):
         sees_gold = (kv >= gold_start[b, q]) & (kv < gold_end[b, q])
         return sees_gold | ((kv >= own_start[b, q]) & (kv < own_end[b, q]))
 
     return is_visible
+
+
+def _tiles(x_BHSD: Tensor) -> Tensor:
+    """[B, H, tiles, TILE, D], filled up with zeros."""
+    padding = -x_BHSD.shape[2] % TILE
+    whole = torch.nn.functional.pad(x_BHSD, (0, 0, 0, padding)) if padding else x_BHSD
+    return _of_any_size(whole.unflatten(2, (-1, TILE)), 2)
+
+
+def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """How many tiles of each row there are, and their numbers first in each row: int32."""
+    which = tiles.int().argsort(dim=-1, descending=True, stable=True).int()
+    return _of_any_size(tiles.sum(-1, dtype=torch.int32), 2), _of_any_size(which, 2, 3)
+
+
+def _of_any_size(x: Tensor, *dims: int) -> Tensor:
+    """`x`, for the compiler to take the sizes of its `dims` as unknown."""
+    torch._dynamo.maybe_mark_dynamic(x, dims)
+    return x

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 ROOMS = 16
-"""Sizes that the room for rollouts in a row is rounded up to: compiled kernels see so many geometries and no more."""
+"""Sizes that the room for rollouts in a row is rounded up to: kernels and the allocator see few lengths."""
 
 
 @dataclass(frozen=True)

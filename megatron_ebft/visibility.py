@@ -47,6 +47,12 @@ class Reach:
         """Every query so many times in a row: the query heads that share a key head."""
         return self._map(lambda x: x.repeat_interleave(times, dim=1))
 
+    def padded(self, count: int) -> "Reach":
+        """So much padding as further queries."""
+        padded = self._map(lambda x: torch.nn.functional.pad(x, (0, count)))
+        padded.gold_end[:, padded.gold_end.shape[1] - count:] = 1
+        return padded
+
     def at_step(self, step: int) -> "Reach":
         """Queries of `decoding`, at another step than 0."""
         return replace(self, own_end=(self.own_end + step).where(self.own_end > self.own_start, self.own_end))

@@ -5,6 +5,7 @@ that follows them must say the same.
 """
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.nn.attention.flex_attention import create_mask
 
 from megatron_ebft import backend, flex_attention, visibility
 from megatron_ebft.attention import CausalPattern, DecodePattern, PrefillPattern, RolloutCache, StridedPattern
+from megatron_ebft.flex_attention import TILE
 from megatron_ebft.layout import StridedLayout, document_starts
 
 GEOMETRIES = {  # T, c, s, G, n, padding to a multiple of, blocks of a part, steps kept of a rollout
@@ -25,7 +27,7 @@ GEOMETRIES = {  # T, c, s, G, n, padding to a multiple of, blocks of a part, ste
 @pytest.fixture(autouse=True)
 def eagerly(monkeypatch):
     """flex_attention as it is: compiling for a CPU takes longer than all of this."""
-    monkeypatch.setattr(flex_attention, "_kernel", lambda: flex.flex_attention)
+    monkeypatch.setattr(flex_attention, "_kernel", lambda: flex_attention._attend)
     monkeypatch.setattr(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
 
 
@@ -64,22 +66,26 @@ def heads(row_length, batch=2, heads=4, groups=2, dim=16, seed=0):
     return [torch.randn(batch, h, row_length, dim, generator=generator) for h in (heads, groups, groups)]
 
 
-def pairs(mask, batch):
-    """What flex_attention lets through, tile by tile: bool [batch, Q, C]."""
-    queries, keys = mask.seq_lengths
-    by_pair = create_mask(mask.mask_mod, batch, 1, queries, keys, device="cpu")[:, 0]
-    partial, full = (_dense(*x, mask) for x in ((mask.kv_num_blocks, mask.kv_indices),
-                                                (mask.full_kv_num_blocks, mask.full_kv_indices)))
-    assert not (partial & full).any()
-    return (by_pair & partial[:, :queries, :keys]) | full[:, :queries, :keys]
+def pairs(reach):
+    """What the kernel lets through, tile by tile: bool [B, Q, C]."""
+    mask = flex_attention.tile_mask(reach)
+    batch, _, queries, keys = mask.is_full.shape
+    is_visible = flex_attention._mask_mod(*(x.flatten(1) for x in mask.intervals))
+    by_pair = create_mask(is_visible, batch, 1, queries * TILE, keys * TILE, device="cpu")[:, 0]
+    by_query = _dense(*mask.by_query[:2]), _dense(*mask.by_query[2:])
+    by_key = _dense(*mask.by_key[:2]).mT, _dense(*mask.by_key[2:]).mT
+    assert all(map(torch.equal, by_query, by_key)) and not (by_query[0] & by_query[1]).any()
+    partial, full = (x[:, 0].repeat_interleave(TILE, 1).repeat_interleave(TILE, 2) for x in by_query)
+    seen = (by_pair & partial) | full
+    assert seen.any(-1).all() and not seen[:, :, reach.num_keys:].any()
+    return seen[:, : reach.gold_end.shape[1], : reach.num_keys]
 
 
-def _dense(counts, indices, mask):
+def _dense(counts, indices):
     tiles = torch.zeros(indices.shape, dtype=torch.bool)
     for place in itertools.product(*map(range, counts.shape)):
         tiles[place][indices[place][:counts[place]].long()] = True
-    tile = flex_attention.TILE
-    return tiles[:, 0].repeat_interleave(tile, 1).repeat_interleave(tile, 2)
+    return tiles
 
 
 @pytest.mark.parametrize("has_documents", [False, True])
@@ -90,7 +96,7 @@ def test_pairs_are_those_of_the_method(name, has_documents):
         reach = visibility.strided(row, None if document_BT is None else document_starts(document_BT), 2)
         should = expected(row, document_BT)
         assert torch.equal(reach.sees(torch.arange(reach.num_keys)), should)
-        assert torch.equal(pairs(flex_attention.block_mask(reach), 2), should.expand(2, -1, -1))
+        assert torch.equal(pairs(reach), should.expand(2, -1, -1))
 
 
 @pytest.mark.parametrize("has_documents", [False, True])
@@ -167,13 +173,12 @@ def test_golden_gradient_through_flex_attention(one_rank, monkeypatch):
 
 def computed(mask) -> int:
     """Pairs in the tiles that the kernel visits, of one row of the batch."""
-    tiles = mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum()
-    return int(tiles) * flex_attention.TILE**2 / len(mask.kv_num_blocks)
+    return int((mask.is_partial | mask.is_full).sum()) * TILE**2 / len(mask.is_full)
 
 
 def waste(reach) -> float:
     """Computed pairs for each that is wanted."""
-    return computed(flex_attention.block_mask(reach)) / reach.sees(torch.arange(reach.num_keys)).sum().item()
+    return computed(flex_attention.tile_mask(reach)) / reach.sees(torch.arange(reach.num_keys)).sum().item()
 
 
 def test_tiles_are_not_many_more_than_needed():
@@ -187,32 +192,71 @@ def test_tiles_are_not_many_more_than_needed():
         assert waste(visibility.decoding(row, None, 1).at_step(step).repeat(4)) < 1.77
     document_BT = (torch.arange(1024) // 256)[None]  # of four documents: tiles of other documents are not visited
     hidden = visibility.strided(row, document_starts(document_BT), 1)
-    assert computed(flex_attention.block_mask(hidden)) < 0.6 * computed(flex_attention.block_mask(
+    assert computed(flex_attention.tile_mask(hidden)) < 0.6 * computed(flex_attention.tile_mask(
         visibility.strided(row, None, 1)))
 
 
 def test_a_full_tile_does_not_skip_the_document_test():
     document_BT = torch.stack([torch.zeros(512, dtype=torch.int64), torch.arange(512) // 200])
-    mask = flex_attention.block_mask(visibility.causal(2, 512, document_starts(document_BT)))
-    assert mask.full_kv_num_blocks.sum(-1).flatten().tolist() == [6, 0]
-    assert torch.equal(pairs(mask, 2), (document_BT[:, :, None] == document_BT[:, None]).tril())
+    reach = visibility.causal(2, 512, document_starts(document_BT))
+    assert flex_attention.tile_mask(reach).is_full.sum((1, 2, 3)).tolist() == [6, 0]
+    assert torch.equal(pairs(reach), (document_BT[:, :, None] == document_BT[:, None]).tril())
 
 
-def test_one_compilation_serves_all_documents_and_steps(monkeypatch):
-    counter = torch._dynamo.testing.CompileCounter()
+def compilations(monkeypatch):
+    """A list that grows by one whenever torch compiles the kernel, which runs in plain torch."""
+    made = []
+
+    def counted(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
     torch._dynamo.reset()
-    compiled = torch.compile(flex.flex_attention, backend=counter, dynamic=False, fullgraph=True)
+    compiled = torch.compile(flex_attention._attend, backend=counted, dynamic=False, fullgraph=True)
     monkeypatch.setattr(flex_attention, "_kernel", lambda: compiled)
-    row = rows("training")[0]
-    q, k, v = heads(row.length)
-    for first in (3, 9, 20):
-        document_BT = (torch.arange(40) >= torch.tensor([[first], [first + 1]])).long()
-        with torch.no_grad():
-            StridedPattern(row, document_BT).attend(1, q, k, v, 0.3, flex=True)
-    assert counter.frame_count == 1
-    cache = RolloutCache(row, visibility.decoding(row, None, 2))
-    PrefillPattern(cache).attend(1, *(x[:, :, :40] for x in (q, k, v)), 0.3, flex=True)
+    monkeypatch.setattr(flex, "_validate_device", lambda *args: None)  # allows gradients
+    return made
+
+
+def attend(row, document_BT, batch, has_gradient):
+    q, k, v = (x.requires_grad_(has_gradient) for x in heads(row.length, batch, 2, 1))
+    with torch.set_grad_enabled(has_gradient):
+        assert StridedPattern(row, document_BT).attend(1, q, k, v, 0.3, flex=True).isfinite().all()
+
+
+@torch.no_grad()
+def decode(row, document_BT, batch):
+    cache = RolloutCache(row, visibility.decoding(row, None if document_BT is None else document_starts(document_BT),
+                                                  batch), document_BT)
+    PrefillPattern(cache).attend(1, *heads(row.layout.seq_length, batch, 2, 1), 0.3, flex=True)
     for step in range(row.steps):
-        with torch.no_grad():
-            DecodePattern(cache, step).attend(1, *(x[:, :, :row.decode_length] for x in (q, k, v)), 0.3, flex=True)
-    assert counter.frame_count == 2
+        DecodePattern(cache, step).attend(1, *heads(row.decode_length, batch, 2, 1), 0.3, flex=True)
+
+
+def test_few_compilations_serve_a_run(monkeypatch):
+    """Duplicates left out, micro-batches of fewer blocks, documents, evaluation's longer rollouts, steps: one with
+    gradients, one without, one for decoding; for every further number of rows that decode together one more, and with documents,
+    which its prefill needs, two. None for selective recomputation."""
+    made = compilations(monkeypatch)
+    layout = StridedLayout(200, 8, 8, 8, 2)
+    held_out = replace(layout, rollout_length=16, stride=16)
+    generator, lengths = torch.Generator().manual_seed(0), set()
+    for document_BT in (None, documents(2, 200)):
+        for blocks, kept in itertools.product((0, 12), (0.5, 1)):
+            computed_BKN = torch.rand(2, layout.num_blocks, 2, generator=generator) < kept
+            for steps, has_gradient in ((7, True), (7, False), (8, False)):  # training, scores, encoder
+                row = layout.parts(blocks, steps)[0]
+                row = row.keep(computed_BKN, torch.arange(2).expand(computed_BKN.shape), row.room(computed_BKN))
+                lengths.add(row.length)
+                attend(row, document_BT, 2, has_gradient)
+        attend(held_out.parts(0, 16)[0], document_BT, 2, has_gradient=False)
+        decode(layout.parts(0, 7)[0], document_BT, 2)
+        decode(held_out.parts(0, 15)[0], document_BT, 2)
+    assert len(lengths) > 7 and len(made) == 3
+    decode(row := layout.parts(0, 7)[0], None, 1)
+    assert len(made) == 4
+    decode(row, documents(1, 200), 1)
+    assert len(made) == 5
+    with torch.no_grad():
+        StridedPattern(row).attend(1, *(x.requires_grad_() for x in heads(row.length, 2, 2, 1)), 0.3, flex=True)
+    assert len(made) == 5 < flex_attention.COMPILATIONS

@@ -13,6 +13,8 @@ pytestmark = pytest.mark.gpu
 LIMITS = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
 """Relative error of outputs and gradients: some roundings of the dtype."""
 KERNELS = pytest.mark.parametrize("flex", [True, False], ids=["flex", "sdpa"])
+SHAPES = {"4 to a key head": (8, 2, 64), "7 to a key head": (14, 2, 128)}
+"""Query heads, key heads, head dimension."""
 DTYPES = pytest.mark.parametrize("dtype", LIMITS, ids=["float32", "bfloat16"])
 
 
@@ -49,7 +51,7 @@ def error(actual, expected) -> float:
 @KERNELS
 @DTYPES
 @pytest.mark.parametrize("has_documents", [False, True])
-@pytest.mark.parametrize("shape", [(8, 2, 64), (14, 2, 128)], ids=["4 to a key head", "7 to a key head"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_rows(flex, dtype, has_documents, shape):
     needs(flex, dtype)
     row, document_BT = row_and_documents(has_documents)
@@ -82,10 +84,11 @@ def test_decoding(flex, dtype, has_documents):
         assert out.isfinite().all() and error(out[:, :, :len(index)], whole[:, :, index]) < LIMITS[dtype]
 
 
-def test_one_kernel_serves_all_documents():
+def test_one_kernel_serves_all_documents_and_lengths():
     needs(True, torch.bfloat16)
     row, document_BT = row_and_documents(True)
-    q, k, v = heads(row, torch.bfloat16)
-    StridedPattern(row, document_BT).attend(1, q, k, v, 0.2, True).sum().backward()
+    shorter = row.layout.parts(16, 7)[0]
+    StridedPattern(row, document_BT).attend(1, *heads(row, torch.bfloat16), 0.2, True).sum().backward()
     with torch._dynamo.config.patch(error_on_recompile=True):
-        StridedPattern(row, document_BT.flip(0)).attend(1, q, k, v, 0.2, True).sum().backward()
+        for other, documents in ((row, document_BT.flip(0)), (shorter, document_BT)):
+            StridedPattern(other, documents).attend(1, *heads(other, torch.bfloat16), 0.2, True).sum().backward()
