@@ -156,6 +156,28 @@ def _no_compiler() -> str:
     return ""
 
 
+COMPILATIONS = 64
+"""Variants of a function that may be compiled; torch gives up after 8 by default and would go on without a kernel."""
+
+
+def compiled(function):
+    """`function` as compiled kernels on a GPU, one for all lengths; as it is where torch cannot compile."""
+
+    @functools.wraps(function)
+    def call(*args):
+        return (function if found().no_compiler else _compiled(function))(*args)
+
+    return call
+
+
+@functools.cache
+def _compiled(function):
+    config = torch._dynamo.config
+    config.recompile_limit = max(COMPILATIONS, config.recompile_limit)
+    config.specialize_float = True  # temperatures are few, and constants are cheaper in a kernel than numbers
+    return torch.compile(function, dynamic=True, fullgraph=True)
+
+
 def numbers(version: str) -> tuple[int, int]:
     """Major and minor of a version."""
     return tuple(int(x) for x in re.findall(r"\d+", version)[:2])

@@ -6,7 +6,9 @@
 2. Several targets, at different temperatures, can be read from one row (a gold token before an anchor predicts its
    successor at τ = 1 and the first token of n rollouts at the sampling temperature); the backward pass fills one
    gradient buffer for all of them. It recomputes the softmax from the logits, so nothing else of their size is kept.
-3. Columns of padding (a shard may have some, or nothing else) are not read and get a gradient of 0. Writing −inf into
+3. On a GPU one kernel reads the logits for the normalisers and one writes the gradient, in the logits' dtype; elsewhere
+   a few rows at a time go through float32.
+4. Columns of padding (a shard may have some, or nothing else) are not read and get a gradient of 0. Writing −inf into
    them would cost the backward pass a copy of the whole gradient.
 
 Suffixes: S row length, B rows, V vocabulary shard, P rows read, M targets per row.
@@ -18,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_ebft import backend
 from megatron_ebft.device import temporary_elements, upload
 from megatron_ebft.layout import RowLayout
 
@@ -68,9 +71,10 @@ def local_targets(targets: Tensor, vocab_shard: int, group: dist.ProcessGroup) -
     return local.where(here, 0), here
 
 
-def log_sum_exp(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """log Σ exp over the last dimension and the vocabulary shards of `group`; the result lacks that dimension."""
-    local = x.logsumexp(-1)
+def log_sum_exp(logits: Tensor, real: int, temperature: float, group: dist.ProcessGroup) -> Tensor:
+    """log Σ exp(logits / temperature) over the real columns and the vocabulary shards of `group`, float32 (float64
+    stays); the result lacks the last dimension."""
+    local = _local_log_sum_exp(logits, real, temperature)
     if dist.get_world_size(group) == 1:
         return local
     top = local.clone()
@@ -78,6 +82,11 @@ def log_sum_exp(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     total = (local - top).exp()
     dist.all_reduce(total, group=group)
     return total.log() + top
+
+
+@backend.compiled
+def _local_log_sum_exp(logits: Tensor, real: int, temperature: float) -> Tensor:
+    return scaled(logits[..., :real], temperature).logsumexp(-1)
 
 
 class _VocabParallelLogProbs(torch.autograd.Function):
@@ -101,6 +110,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         logits_SBV, *normalisers = ctx.saved_tensors
         grad_SBV = torch.empty_like(logits_SBV)
         covered = torch.zeros(len(logits_SBV), dtype=torch.bool)
+        write = _write_gradient if backend.found().no_compiler else _write_gradient_in_one
         sections = zip(ctx.sections, normalisers, grads, strict=True)
         slices_first = sorted(sections, key=lambda x: not isinstance(x[0].rows, slice))
         for section, lse, grad in slices_first:
@@ -108,14 +118,16 @@ class _VocabParallelLogProbs(torch.autograd.Function):
             for rows, targets in _chunks(section, logits_SBV):
                 here = slice(done, done + len(targets))
                 done = here.stop
-                part = _log_probs_backward(logits_SBV[rows], ctx.real, targets, lse[here], grad[here],
-                                           section.temperature, ctx.group)
-                if isinstance(rows, slice):
-                    grad_SBV[rows] = part
+                is_slice = isinstance(rows, slice)
+                out = grad_SBV[rows] if is_slice else torch.empty_like(logits_SBV[: len(rows)])
+                local, is_local = local_targets(targets, logits_SBV.shape[-1], ctx.group)
+                grad_PBM = grad[here] if section.temperature == 1 else grad[here] / section.temperature
+                write(out, logits_SBV[rows], ctx.real, local, is_local, lse[here], grad_PBM, section.temperature)
+                if is_slice:
                     covered[rows] = True
                 else:
                     _zero_rows(grad_SBV, covered)
-                    grad_SBV.index_add_(0, rows, part.to(grad_SBV.dtype))
+                    grad_SBV.index_add_(0, rows, out)
         _zero_rows(grad_SBV, covered)
         return grad_SBV, None, None, None
 
@@ -155,7 +167,7 @@ def scaled(logits: Tensor, temperature: float) -> Tensor:
 
 def _log_probs(logits_PBV: Tensor, real: int, targets_PBM: Tensor, temperature: float,
                group) -> tuple[Tensor, Tensor]:
-    lse = log_sum_exp(scaled(logits_PBV[..., :real], temperature), group)
+    lse = log_sum_exp(logits_PBV, real, temperature, group)
     local, here = local_targets(targets_PBM, logits_PBV.shape[-1], group)
     target = scaled(logits_PBV.gather(-1, local), temperature).where(here, 0.0)
     if dist.get_world_size(group) > 1:
@@ -163,11 +175,22 @@ def _log_probs(logits_PBV: Tensor, real: int, targets_PBM: Tensor, temperature: 
     return target - lse[..., None], lse
 
 
-def _log_probs_backward(logits_PBV, real: int, targets_PBM, lse_PB, grad_PBM, temperature: float, group) -> Tensor:
-    """(onehot(target) − softmax) · grad / τ, summed over the targets of a row."""
-    grad = grad_PBM if temperature == 1 else grad_PBM / temperature
+def _write_gradient(out_PBV, logits_PBV, real: int, local_PBM, is_local_PBM, lse_PB, grad_PBM,
+                    temperature: float) -> None:
+    """(onehot(target) − softmax) · grad, summed over the targets of a row; 0 on padding."""
     softmax = (scaled(logits_PBV, temperature) - lse_PB[..., None]).exp_()
     softmax[..., real:] = 0
-    softmax *= -grad.sum(-1, keepdim=True)
-    local, here = local_targets(targets_PBM, softmax.shape[-1], group)
-    return softmax.scatter_add_(-1, local, grad * here)
+    softmax *= -grad_PBM.sum(-1, keepdim=True)
+    out_PBV.copy_(softmax.scatter_add_(-1, local_PBM, grad_PBM * is_local_PBM))
+
+
+@backend.compiled
+def _write_gradient_in_one(out_PBV, logits_PBV, real: int, local_PBM, is_local_PBM, lse_PB, grad_PBM,
+                           temperature: float) -> None:
+    """The same as one kernel that writes each number once, without atomic additions."""
+    column_V = torch.arange(logits_PBV.shape[-1], device=logits_PBV.device)
+    softmax = (scaled(logits_PBV, temperature) - lse_PB[..., None]).exp()
+    gradient = softmax.where(column_V < real, 0.0) * -grad_PBM.sum(-1, keepdim=True)
+    for local_PB1, is_local_PB1, grad_PB1 in zip(*(x.split(1, -1) for x in (local_PBM, is_local_PBM, grad_PBM))):
+        gradient = gradient + grad_PB1.where((column_V == local_PB1) & is_local_PB1, 0.0)
+    out_PBV.copy_(gradient)

@@ -15,7 +15,6 @@
 Suffixes: B rows of the batch, P rows read of each, R = B·P, V vocabulary shard, S segments, M draws per row.
 """
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -142,6 +141,7 @@ def sample(logits_RV: Tensor, real: int, numbers_RM: Tensor, temperature: float,
 # ---------------------------------------------------------------- without filters
 
 
+@backend.compiled
 def segment_sums(logits_RV: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """Of each segment of x = logits / temperature: top = max x, Σ exp(x − top) and Σ exp(x − top)·(x − top), [R, S].
 
@@ -164,15 +164,9 @@ def _sums(logits_RSC: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tenso
     return top.squeeze(-1), exp.sum(-1), x.mul_(exp).sum(-1)
 
 
-@functools.cache
-def _compiled_segment_sums():
-    return torch.compile(segment_sums, dynamic=True)
-
-
 def _draw(logits_RV, numbers_RM, temperature, first_id: int, group) -> tuple[Tensor, Tensor, Tensor]:
     """Draws in levels: the rank, a segment of its shard, a token of the segment."""
-    reduce = segment_sums if backend.found().no_compiler else _compiled_segment_sums()
-    top_RS, sum_RS, moment_RS = (x.double() for x in reduce(logits_RV, temperature))
+    top_RS, sum_RS, moment_RS = (x.double() for x in segment_sums(logits_RV, temperature))
     top_R1 = _over_ranks(top_RS.amax(-1, keepdim=True), group, dist.ReduceOp.MAX)
     shift_RS = top_RS - top_R1
     scale_RS = shift_RS.exp()
@@ -223,7 +217,7 @@ def _last_with_mass(mass: Tensor) -> Tensor:
 def _draw_filtered(logits_RV, numbers_RM, temperature, top_p, top_k, first_id: int,
                    group) -> tuple[Tensor, Tensor, Tensor]:
     x = scaled(logits_RV, temperature).float()
-    lse = log_sum_exp(x, group)
+    lse = log_sum_exp(x, x.shape[1], 1.0, group)
     log_p = x - lse[..., None]
     p = log_p.exp()
     entropy = -_sum(p * log_p.clamp(min=-1e4), group).squeeze(-1)
