@@ -2,7 +2,8 @@
 
 1. A forward pass chooses a pattern (causal, strided row, cached decoding) and hands it to the model in the
    `attention_mask` argument, which Megatron-Core passes to the core attention untouched. `as_mask` wraps the
-   pattern in a tensor, because activation recomputation stores its arguments as tensors.
+   pattern in a tensor, because activation recomputation stores its arguments as tensors. The model adds the pass's
+   rotary angles (model.py), so every core attention rotates q and k itself.
 2. What a query sees is a `Reach` (visibility.py). On GPUs one call of FlexAttention takes it (flex_attention.py);
    plain causal rows are left to torch's SDPA, whose fused kernel needs no mask.
 3. Elsewhere, or by --ebft-attention sdpa, rollout queries are taken a few blocks at a time. Such a chunk attends to
@@ -27,6 +28,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from megatron_ebft import flex_attention, visibility
 from megatron_ebft.flex_attention import TILE, TileMask, tile_mask
 from megatron_ebft.layout import RowLayout, document_starts
+from megatron_ebft.rotary import Angles, rotate
 from megatron_ebft.visibility import Reach
 
 CHUNK_ROWS = 128
@@ -36,7 +38,7 @@ CHUNK_ROWS = 128
 class StridedAttention(MegatronModule):
     """Core attention that follows the pattern in its `attention_mask` (see `as_mask`).
 
-    query [S, B, H, D], key and value [S, B, J, D] (rotary embedding applied) → [S, B, H·D]. Attention dropout is
+    query [S, B, H, D], key and value [S, B, J, D] (before rotary embedding) → [S, B, H·D]. Attention dropout is
     refused: a rollout must see the same network in sampling and in training. `config.attention_kernel` is `flex` or
     `sdpa` (backend.py).
     """
@@ -54,6 +56,8 @@ class StridedAttention(MegatronModule):
     def forward(self, query, key, value, attention_mask, /, *, attn_mask_type=None, attention_bias=None,
                 packed_seq_params=None) -> Tensor:
         assert attention_bias is None and packed_seq_params is None
+        if attention_mask.angles is not None:
+            query, key = rotate(query, key, attention_mask.angles)
         q_BHSD, k_BJSD, v_BJSD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out_BHSD = attention_mask.pattern.attend(self.layer_number, q_BHSD, k_BJSD, v_BJSD, self.scale,
                                                  self.config.attention_kernel == "flex")
@@ -61,16 +65,20 @@ class StridedAttention(MegatronModule):
 
 
 class _PatternMask(torch.Tensor):
-    """An empty tensor that carries a pattern through Megatron's activation recomputation."""
+    """An empty tensor that carries a pattern and rotary angles through Megatron's activation recomputation."""
 
     def detach(self):
         return self
 
 
-def as_mask(pattern) -> Tensor:
-    """The `attention_mask` argument that makes every StridedAttention follow `pattern`."""
+def as_mask(pattern, angles: Angles | None = None) -> Tensor:
+    """The `attention_mask` argument that makes every StridedAttention follow `pattern`.
+
+    Args:
+        angles: by which q and k are rotated. Callers of a model leave them to it.
+    """
     mask = torch.Tensor._make_subclass(_PatternMask, torch.empty(0, dtype=torch.bool))  # floats are cast under bf16
-    mask.pattern = pattern
+    mask.pattern, mask.angles = pattern, angles
     return mask
 
 

@@ -5,7 +5,8 @@
    differ by more than the first-step check allows.
 2. Attention is FlexAttention (--ebft-attention) on GPUs, else torch's SDPA in chunks (attention.py).
 3. Compiled element-wise kernels (SwiGLU; bias, dropout and residual) on GPUs. GELU is left alone: Megatron-Core's fused
-   one is the tanh approximation, another model. No fused rotary embedding: none takes positions that vary over a batch.
+   one is the tanh approximation, another model. Rotary embedding is ours (rotary.py): Megatron-Core's fused ones take
+   no positions that vary over a batch.
    Masked softmax and persistent layer norm belong to modules that are not used here.
 4. A Transformer Engine that does not import, and everything written for GPUs where there is none, is hidden from
    Megatron-Core before that is imported (`settle_accelerators`): it would fail with them, or hand CPU tensors to CUDA

@@ -14,6 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_ebft import fp8
+from megatron_ebft.device import upload
 from megatron_ebft.layout import (
     RowLayout,
     StridedLayout,
@@ -141,7 +142,7 @@ class MicroBatches:
             tokens, documents = self.gold.tokens_BT[rows], _rows_of(self.gold.document_BT, rows)
             starts = None if documents is None else document_starts(documents)
             yield MicroBatch(rows, row, row.pack(tokens, self.rollout_BKNG[rows]),
-                             row.positions(starts, len(tokens)).to(tokens.device), documents,
+                             upload(row.positions(starts, len(tokens)), tokens.device), documents,
                              is_first_part=row.first_block == 0)
 
     def join_blocks(self, values: list[Tensor]) -> Tensor:

@@ -46,10 +46,11 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def upload(tensor: Tensor) -> Tensor:
-    """A tensor on this rank's device; one made on the host gets there without waiting for what the device does."""
-    is_there = tensor.device.type == device().type
-    return tensor if is_there else tensor.pin_memory().to(device(), non_blocking=True)
+def upload(tensor: Tensor, to: torch.device | None = None) -> Tensor:
+    """A tensor on a device (default: this rank's); one made on the host gets there without waiting for what the device
+    does."""
+    to = to or device()
+    return tensor if tensor.device.type == to.type else tensor.pin_memory().to(to, non_blocking=True)
 
 
 def work_clock() -> float:

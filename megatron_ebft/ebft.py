@@ -23,6 +23,7 @@ from torch import Tensor
 from megatron_ebft import energy, losses
 from megatron_ebft.attention import StridedPattern, as_mask
 from megatron_ebft.batch import GoldBatch, MicroBatch, MicroBatches, run_schedule
+from megatron_ebft.device import upload
 from megatron_ebft.features import FeatureMap, block_grams
 from megatron_ebft.fp8 import FP8, quantised
 from megatron_ebft.layout import StridedLayout, first_alike
@@ -207,11 +208,11 @@ def policy_gradient(policy: list, gold: GoldBatch, rollouts: Rollouts, advantage
 
     def forward_step(iterator, model):
         mb = next(iterator)
-        blocks = mb.row.blocks.to(valid_BK.device)
+        blocks = upload(mb.row.blocks, valid_BK.device)
 
         def loss_func(sections):
             log_probs = mb.row.join_targets(*sections[1:])
-            valid = (valid_BK[mb.rows][:, blocks] & mb.row.is_real.to(blocks.device))[:, :, None]
+            valid = (valid_BK[mb.rows][:, blocks] & upload(mb.row.is_real, blocks.device))[:, :, None]
             weight = None
             if rollouts.log_probs_BKNG is not None:
                 sampled = rollouts.log_probs_BKNG[mb.rows][:, blocks]

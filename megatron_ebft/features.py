@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_ebft import energy
 from megatron_ebft.attention import StridedPattern, as_mask
 from megatron_ebft.batch import MicroBatch, MicroBatches, run_schedule
-from megatron_ebft.device import device
+from megatron_ebft.device import device, upload
 from megatron_ebft.layout import RowLayout, StridedLayout
 from megatron_ebft.model import local_layers
 from megatron_ebft.parallel import is_last_stage, pp_group, sample_group, sample_rank, sample_size, tp_group
@@ -206,7 +206,7 @@ def _pooled_slices(row: RowLayout, steps: range, hidden_SBH: list[Tensor]) -> Te
     batch, places_PB = hidden_SBH[0].shape[1], index.flatten(1).t()
     if len(hidden_SBH[0]) == row.length:
         size, rank = dist.get_world_size(group), dist.get_rank(group)
-        places_PB, rows_B = places_PB.to(hidden_SBH[0].device), torch.arange(batch, device=hidden_SBH[0].device)
+        places_PB, rows_B = upload(places_PB, hidden_SBH[0].device), torch.arange(batch, device=hidden_SBH[0].device)
         pooled = torch.stack([h.chunk(size, dim=-1)[rank][places_PB, rows_B] for h in hidden_SBH])
     else:
         pooled = _trade_tokens(hidden_SBH, places_PB.expand(-1, batch), group)
@@ -220,13 +220,13 @@ def _trade_tokens(hidden_SBH: list[Tensor], places_PB: Tensor, group) -> Tensor:
     here, batch, width = hidden_SBH[0].shape
     places, rows = places_PB.flatten(), torch.arange(batch).repeat(len(places_PB))
     owner = places // here
-    mine = (places[owner == rank] - rank * here).to(hidden_SBH[0].device)
-    row = rows[owner == rank].to(mine.device)
+    mine = upload(places[owner == rank] - rank * here, hidden_SBH[0].device)
+    row = upload(rows[owner == rank], mine.device)
     counts = torch.bincount(owner, minlength=size).tolist()
     outgoing = torch.stack([h[mine, row].unflatten(-1, (size, -1)).movedim(-2, 0) for h in hidden_SBH], dim=2)
     incoming = outgoing.new_empty(len(places), len(hidden_SBH), width // size)  # outgoing [tp, P·b, L, H/tp]
     dist.all_to_all_single(incoming, outgoing.flatten(0, 1), counts, [len(mine)] * size, group=group)
-    by_place = owner.argsort(stable=True).argsort().to(incoming.device)  # arrived by owner, wanted in order
+    by_place = upload(owner.argsort(stable=True).argsort(), incoming.device)  # arrived by owner, wanted in order
     return incoming[by_place].unflatten(0, (-1, batch)).permute(2, 0, 1, 3)
 
 

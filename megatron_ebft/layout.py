@@ -30,6 +30,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from megatron_ebft.device import upload
+
 ROOMS = 16
 """Sizes that the room for rollouts in a row is rounded up to: kernels and the allocator see few lengths."""
 
@@ -292,10 +294,10 @@ class RowLayout:
 
     def _of_rollouts(self, values_BKNG: Tensor) -> Tensor:
         """From values of the rollouts of ALL blocks those of the row's own, [B, U, G]."""
-        here = values_BKNG[:, self.blocks.to(values_BKNG.device)].flatten(1, 2)
+        here = values_BKNG[:, upload(self.blocks, values_BKNG.device)].flatten(1, 2)
         if self.kept is None:
             return here
-        pick = self.kept.pick_BU.to(here.device)
+        pick = upload(self.kept.pick_BU, here.device)
         return here.gather(1, pick[..., None].expand(-1, -1, here.shape[2]))
 
     def pack(self, gold_BT: Tensor, rollout_BKNG: Tensor) -> Tensor:
@@ -313,8 +315,8 @@ class RowLayout:
         gold = torch.arange(self.layout.seq_length).expand(len(rollouts), -1)
         row = torch.cat([gold, rollouts], dim=1).expand(batch, -1)
         if starts_BT is not None:
-            before_anchor = (self.rollout_anchor - 1).expand(batch, -1).to(starts_BT.device)
-            row = row.to(starts_BT.device) - torch.cat([starts_BT, starts_BT.gather(1, before_anchor)], dim=1)
+            before_anchor = upload(self.rollout_anchor - 1, starts_BT.device).expand(batch, -1)
+            row = upload(row, starts_BT.device) - torch.cat([starts_BT, starts_BT.gather(1, before_anchor)], dim=1)
         return pad(row, self.length)
 
     def anchor_predictors(self) -> Tensor:
@@ -350,7 +352,7 @@ class RowLayout:
     def split_targets(self, rollout_BKNG: Tensor) -> tuple[Tensor, Tensor]:
         """Rollout tokens by predictor: step 0, read at `anchor_predictors` [size, B, N], and the steps after each
         rollout token of the row, read there [R, B, 1]. Takes the rollouts of ALL blocks."""
-        first = rollout_BKNG[:, self.blocks.to(rollout_BKNG.device), :, 0]
+        first = rollout_BKNG[:, upload(self.blocks, rollout_BKNG.device), :, 0]
         return first.transpose(0, 1), self._of_rollouts(rollout_BKNG)[..., 1:].flatten(1).t()[:, :, None]
 
     def join_targets(self, first_KBN: Tensor, later_RB1: Tensor) -> Tensor:
@@ -361,7 +363,7 @@ class RowLayout:
             later = later.unflatten(1, (self.size, self.layout.num_samples))
         elif self.num_rollouts:
             row = torch.arange(len(later), device=later.device)[:, None, None]
-            later = later[row, self.kept.where_BKN.to(later.device)]
+            later = later[row, upload(self.kept.where_BKN, later.device)]
         else:
             later = later.new_zeros(*self.kept.where_BKN.shape, self.steps)
         return torch.cat([first_KBN.transpose(0, 1)[..., None], later], dim=-1)

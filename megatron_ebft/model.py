@@ -1,8 +1,8 @@
 """Construction of policy and encoder on Megatron-Core: the one place that knows GPTModel and its layer specs.
 
 1. `ModelArgs` is the architecture: what a checkpoint records and `--use-checkpoint-args` restores.
-2. Rotary embeddings take explicit positions. GPTModel hands `position_ids` to its rotary module only in its "mrope"
-   mode, so that mode is selected and the module replaced by `PositionRotary`, which knows one position per token.
+2. Rotary embeddings take explicit positions, and GPTModel's take none: it is built without. Every stage computes a
+   pass's angles once (`PositionRotary`) and hands them to its core attentions beside the pattern (attention.py).
 3. What is read out of the final hidden states is the caller's choice: `labels` is a readout (readout.py), so that the
    output head runs only where it is needed and no full-vocabulary tensor leaves the model.
 4. The encoder is the same GPTModel without the layers above the deepest feature layer, final norm and output head.
@@ -33,8 +33,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from megatron_ebft import backend
-from megatron_ebft.attention import StridedAttention
+from megatron_ebft.attention import StridedAttention, as_mask
 from megatron_ebft.device import device, have_gpu
+from megatron_ebft.rotary import Angles, angles
 
 
 @dataclass
@@ -78,11 +79,7 @@ def free_fields(architecture: dict) -> set[str]:
 
 
 class PositionRotary(torch.nn.Module):
-    """Rotary angles at explicit positions, with Llama 3's frequency scaling where asked for.
-
-    forward: position_ids int64 [B, S] → angles float32 [S, B, 1, rotary dimension] (halves repeated), the shape
-    Megatron-Core's unfused rotary embedding broadcasts over heads.
-    """
+    """Rotary angles at explicit positions, with Llama 3's frequency scaling where asked for."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -92,9 +89,8 @@ class PositionRotary(torch.nn.Module):
             inv_freq = _llama3_scaling(inv_freq, args)
         self.inv_freq = inv_freq.to(device())
 
-    def forward(self, position_ids: Tensor, mrope_section=None, cp_group=None) -> Tensor:
-        angles = position_ids.t()[:, :, None, None].float() * self.inv_freq
-        return torch.cat((angles, angles), dim=-1)
+    def forward(self, positions_BS: Tensor) -> Angles:
+        return angles(positions_BS, self.inv_freq)
 
 
 def _llama3_scaling(inv_freq: Tensor, args: ModelArgs) -> Tensor:
@@ -132,8 +128,8 @@ def transformer_config(args: ModelArgs, *, transformer_impl: str = "auto", atten
         gated_linear_unit=args.swiglu, add_bias_linear=args.add_bias_linear, add_qkv_bias=args.add_qkv_bias,
         activation_func=torch.nn.functional.silu if args.swiglu else torch.nn.functional.gelu,
         qk_layernorm=args.qk_layernorm, init_method_std=args.init_method_std, attention_dropout=0.0,
-        hidden_dropout=0.0, mrope_section=[1, 1, 1], use_cpu_initialization=not have_gpu(),
-        persist_layer_norm=False, masked_softmax_fusion=False, apply_rope_fusion=False,
+        hidden_dropout=0.0, use_cpu_initialization=not have_gpu(),
+        persist_layer_norm=False, masked_softmax_fusion=False,
         bias_activation_fusion=choice.fused_elementwise and args.swiglu,
         bias_dropout_fusion=choice.fused_elementwise,
         gradient_accumulation_fusion=choice.fused_weight_gradients, calculate_per_token_loss=True)
@@ -158,6 +154,13 @@ class LanguageModel(GPTModel):
 
     real_vocab_size: int
     """Ids that exist; the rest of the padded vocabulary has probability 0."""
+    rotary: PositionRotary | None
+    """None: positions are learned embeddings."""
+
+    def forward(self, input_ids: Tensor | None, position_ids: Tensor, attention_mask: Tensor, **kwargs):
+        if self.rotary is not None:
+            attention_mask = as_mask(attention_mask.pattern, self.rotary(position_ids))
+        return super().forward(input_ids, position_ids, attention_mask, **kwargs)
 
     def _postprocess(self, hidden_states, labels, **unused):
         return labels(hidden_states, self) if self.post_process else hidden_states
@@ -271,12 +274,11 @@ def _assemble(args: ModelArgs, config: TransformerConfig, split: list[int], vp_s
         vocab_size=args.padded_vocab_size, max_sequence_length=args.max_position_embeddings, pre_process=place == 0,
         post_process=has_head and place == len(split) - 1, parallel_output=True,
         share_embeddings_and_output_weights=has_head and not args.untie_embeddings_and_output_weights,
-        position_embedding_type="mrope" if rope else args.position_embedding_type,
-        rotary_percent=args.rotary_percent, rotary_base=args.rotary_base, vp_stage=vp_stage if is_virtual else None)
+        position_embedding_type="none" if rope else args.position_embedding_type,
+        vp_stage=vp_stage if is_virtual else None)
     if model.pre_process:
         model.embedding.register_forward_hook(_usual_strides)
-    if rope:
-        model.rotary_pos_emb = PositionRotary(args)
+    model.rotary = PositionRotary(args) if rope else None
     model.real_vocab_size = args.vocab_size
     return model
 

@@ -13,7 +13,7 @@ from megatron_ebft import ebft, energy
 from megatron_ebft.batch import GoldBatch
 from megatron_ebft.checkpoint import Saver, TrainState
 from megatron_ebft.dataset import document_ids, rows_for_step
-from megatron_ebft.device import device
+from megatron_ebft.device import upload
 from megatron_ebft.ebft import EBFTConfig, Rewards, Scores
 from megatron_ebft.evaluation import evaluate
 from megatron_ebft.fp8 import FP8
@@ -65,11 +65,11 @@ class Run:
 def gold_batch(run: Run, dataset, consumed_samples: int) -> GoldBatch:
     """This rank's rows of the global batch that follows `consumed_samples`."""
     rows = rows_for_step(dataset, consumed_samples, run.args.global_batch_size, document_rank(), document_size())
-    tokens = rows.tokens.to(device())
+    tokens = upload(rows.tokens)
     return GoldBatch(
-        tokens, rows.index.to(device()),
+        tokens, upload(rows.index),
         document_ids(tokens, run.tokenizer.eod) if run.args.ebft_document_mask else None,
-        rows.answer_mask.to(device()) if run.args.ebft_answer_only else None)
+        upload(rows.answer_mask) if run.args.ebft_answer_only else None)
 
 
 def next_rows(run: Run) -> tuple[GoldBatch, Rollouts | None]:

@@ -113,7 +113,7 @@ def load(target, config: dict, weights: dict) -> None:
         with torch.no_grad():
             for shard in _shards(chunk):
                 shard.data.copy_(_whole(shard.key, config, weights, shard.global_shape[0])[_local(shard)])
-        rotary, dtype = unwrap(chunk).rotary_pos_emb, next(iter(weights.values())).dtype
+        rotary, dtype = unwrap(chunk).rotary, next(iter(weights.values())).dtype
         rotary.inv_freq = rotary.inv_freq.to(dtype)  # float64 angles for a float64 model
 
 

@@ -68,7 +68,7 @@ class Run:
             self.optimizer.zero_grad()
             positions = torch.arange(16, device=device()).expand(2, 16)
             logits_TBV = unwrap(ddp)(token_BT, positions, as_mask(CausalPattern()),
-                                     labels=lambda hidden, head, group: head(hidden))
+                                     labels=lambda hidden, model: model.head(hidden))
             loss = torch.nn.functional.cross_entropy(logits_TBV.float().flatten(0, 1), token_BT.t().flatten())
             (loss / parallel.dp_size()).backward()
             ddp.finish_grad_sync()

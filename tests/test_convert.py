@@ -188,7 +188,8 @@ def logits(policy: list, tokens: torch.Tensor) -> torch.Tensor | None:
             found.append(torch.cat(shards, -1)[..., :VOCAB].transpose(0, 1))
             return out_SBV.sum(), {}
 
-        return model(mb.tokens, mb.positions, as_mask(CausalPattern(None)), labels=lambda h, head, _: head(h)), collect
+        mask, readout = as_mask(CausalPattern(None)), lambda hidden, model: model.head(hidden)
+        return model(mb.tokens, mb.positions, mask, labels=readout), collect
 
     rows = GoldBatch(tokens.to(device()), torch.arange(len(tokens)))
     with torch.no_grad():

@@ -71,8 +71,13 @@ class StepRun(Run):
                 return mean, torch.zeros((), dtype=torch.int), {}
 
             positions = torch.arange(T, device=device()).expand(1, T)
-            return chunk(row, positions, as_mask(CausalPattern()), labels=lambda hidden, head, group:
-                         vocab_parallel_cross_entropy(head(hidden)[:-1].float(), row.t()[1:])), loss_func
+
+            def readout(hidden, model):
+                logits = model.head(hidden)[:-1].float()
+                is_padding = torch.arange(logits.shape[-1], device=logits.device) >= model.num_real_ids
+                return vocab_parallel_cross_entropy(logits.masked_fill(is_padding, -torch.inf), row.t()[1:])
+
+            return chunk(row, positions, as_mask(CausalPattern()), labels=readout), loss_func
 
         for chunk in self.model:
             chunk.zero_grad_buffer()

@@ -166,7 +166,7 @@ def _megatron(reader, tokens: Tensor, positions: Tensor, countdown: Countdown) -
 
     stream(model, read, kept=() if args.untie_embeddings_and_output_weights else (EMBEDDING.removesuffix(".weight"),))
     layers = _watch(model.decoder.layers, countdown)
-    logits = model(tokens, positions, as_mask(CausalPattern(None)), labels=lambda hidden, head, group: head(hidden))
+    logits = model(tokens, positions, as_mask(CausalPattern(None)), labels=lambda hidden, model: model.head(hidden))
     if is_alone:
         shut_down()
     return logits.transpose(0, 1), [layer.transpose(0, 1) for layer in layers]
