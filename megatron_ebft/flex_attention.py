@@ -3,13 +3,13 @@
 1. The kernel's lists of tiles are made of a Reach's intervals, tile by tile, on the device: their cost is queries ×
    tiles of keys, not queries × keys, so they are made afresh for each pass, know the documents, and skip what those
    hide. A tile counts as full, which spares the kernel the mask, only if one interval of each of its queries covers it.
-2. One compilation serves every length. The compiler is handed whole tiles, [B, H, tiles, TILE, D], and takes their number
-   as unknown: it still knows that a length is a multiple of TILE, so the kernel checks no bounds. It compiles again for
-   another batch, number or dimension of heads, dtype, with gradients, and for a row of one tile: COMPILATIONS in all.
-3. Rows in a run are whole tiles already (`arguments.ebft_config`), at the price of less than a tile of padding in a row.
-   Other lengths are filled up here, which copies queries, keys and values in each layer.
-4. Lists and intervals are tensors: other values, other documents and other decoding steps take the compiled kernel. They
-   are never changed in place, since the backward pass of one micro-batch may come after the forward pass of the next.
+2. One compilation serves every length. The compiler is handed whole tiles, [B, H, tiles, TILE, D], and takes their
+   number as unknown: it still knows that a length is a multiple of TILE, so the kernel checks no bounds. It compiles
+   again for another batch, number or dimension of heads, dtype, with gradients, and for a row of one tile.
+3. Rows in a run are whole tiles already where --seq-length is (`arguments.ebft_config`), at the price of less than a
+   tile of padding in a row. Other lengths are filled up here, which copies queries, keys and values in each layer.
+4. Lists and intervals are tensors: other values, other documents and other decoding steps take the compiled kernel.
+   They are never changed in place, since the backward pass of one micro-batch may come after the next one's forward.
 5. Rollout tokens ordered (block, sample, step) keep tiles full: see tests/test_flex_attention.py for their number.
 
 Written against torch 2.11 to 2.14. FlexAttention has a backward pass on GPUs only.
@@ -52,7 +52,7 @@ class TileMask:
 
     @functools.cached_property
     def by_query(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Tiles of keys that each tile of queries visits: how many partial ones and which, and the same of full ones."""
+        """Tiles of keys that each tile of queries visits: how many partial ones and which; the same of full ones."""
         return *_listed(self.is_partial), *_listed(self.is_full)
 
     @functools.cached_property

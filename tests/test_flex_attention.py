@@ -235,8 +235,8 @@ def decode(row, document_BT, batch):
 
 def test_few_compilations_serve_a_run(monkeypatch):
     """Duplicates left out, micro-batches of fewer blocks, documents, evaluation's longer rollouts, steps: one with
-    gradients, one without, one for decoding; for every further number of rows that decode together one more, and with documents,
-    which its prefill needs, two. None for selective recomputation."""
+    gradients, one without, one for decoding; for every further number of rows that decode together one more, and with
+    documents, which its prefill needs, two. None for selective recomputation."""
     made = compilations(monkeypatch)
     layout = StridedLayout(200, 8, 8, 8, 2)
     held_out = replace(layout, rollout_length=16, stride=16)
