@@ -391,12 +391,16 @@ def model_args(args: argparse.Namespace, vocab_size: int) -> ModelArgs:
     return architecture
 
 
-def transformer_overrides(args: argparse.Namespace) -> dict:
-    """Fields of Megatron-Core's TransformerConfig that describe the machine, for policy, encoder and reference."""
+def _dtype(args: argparse.Namespace):
+    """torch's, of weights and activations."""
     import torch
 
-    dtype = torch.bfloat16 if args.bf16 else torch.float32
-    recompute = {}
+    return torch.bfloat16 if args.bf16 else torch.float32
+
+
+def transformer_overrides(args: argparse.Namespace) -> dict:
+    """Fields of Megatron-Core's TransformerConfig that describe the machine, for policy, encoder and reference."""
+    dtype, recompute = _dtype(args), {}
     if args.recompute_granularity == "full":
         recompute = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     elif args.recompute_granularity == "selective":
@@ -453,9 +457,10 @@ def ebft_config(args: argparse.Namespace, num_layers: int) -> EBFTConfig:
     Raises:
         ValueError: naming the flag.
     """
-    multiple = row_multiple(args)
-    tiles = math.lcm(multiple, TILE)
-    if args.ebft_attention != "sdpa" and not backend.found().no_compiler and args.seq_length % tiles == 0:
+    multiple, tiles = row_multiple(args), math.lcm(row_multiple(args), TILE)
+    kernel = backend.choose(args.transformer_impl, args.ebft_attention, dtype=_dtype(args), head_dim=(
+        args.kv_channels or args.hidden_size // args.num_attention_heads)).attention_kernel
+    if kernel == "flex" and args.seq_length % tiles == 0:
         multiple = tiles  # so that FlexAttention need not fill up queries, keys and values in every layer
     layout = StridedLayout(args.seq_length, args.ebft_context_length, args.ebft_stride, args.ebft_rollout_length,
                            args.ebft_num_samples // args.ebft_sample_parallel_size, pad_to=multiple)

@@ -10,6 +10,9 @@ weights and rows, or those of a checkpoint and a dataset; no masks, no reference
 one rank. Prints a table and, with --json, writes the same as JSON. Every repeat runs an SFT step, then an EBFT step;
 medians are reported.
 
+Where a rank has several micro-batches, every repeat also runs an SFT step on all its rows at once: rows of gold tokens
+alone are short, and a GPU may wait for launches where they are taken one by one.
+
 Random weights hardly ever draw a rollout twice, so they show what a step costs where nothing is saved. Where the first
 EBFT step leaves rollouts out (--ebft-skip-duplicates), every repeat on a CPU also runs one on the same rows that leaves
 out none, as "ebft, whole rows": what the savings are worth, beside the share of tokens they are.
@@ -91,7 +94,7 @@ for _operation, _formula in (("_scaled_dot_product_flash_attention_for_cpu", _sd
     flop_counter.register_flop_formula(getattr(torch.ops.aten, _operation))(_formula)
 
 
-WHOLE, NO_FP8 = "ebft, whole rows", "ebft, no FP8"
+ONE_GO, WHOLE, NO_FP8 = "sft, rows at once", "ebft, whole rows", "ebft, no FP8"
 
 
 def build_pretrained(args):
@@ -281,6 +284,10 @@ def benchmark(args, flags: list[str]) -> dict:
 
     run, batches = build_pretrained(args) if args.pretrained_checkpoint else build(args)
     runs = {"sft": dataclasses.replace(run, mode="sft"), "ebft": run}
+    rows = len(batches[0].tokens_BT)
+    if args.micro_batch_size < rows:
+        together = argparse.Namespace(**{**vars(args), "micro_batch_size": rows})
+        runs[ONE_GO] = dataclasses.replace(runs["sft"], args=together)
     if any(saved(measure_step(run, batches[0])[1]).values()) and not have_gpu():
         runs[WHOLE] = dataclasses.replace(run, config=dataclasses.replace(run.config, skip_duplicates=False))
     if run.config.sampling.fp8.recipe != "off" or run.config.encoder_fp8.recipe != "off":
@@ -292,7 +299,8 @@ def benchmark(args, flags: list[str]) -> dict:
         by_mode = read_plan(args.plan, flags) if args.plan else plan_of(flags)
         flops, planned_peak = ({name: by_mode[kind.mode][key] for name, kind in runs.items()}
                                for key in ("flops", "peak"))
-        measure_step(runs["sft"], batches[0])  # compiles
+        for name in set(runs) - {"ebft"}:
+            measure_step(runs[name], batches[0])  # compiles
     else:
         flops = {name: count_flops(kind, batches[0]) for name, kind in runs.items()}  # also warms up
     rate = matmul_rate(torch.bfloat16 if args.bf16 else torch.float32, 8192 if have_gpu() else 2048)
@@ -323,7 +331,8 @@ def benchmark(args, flags: list[str]) -> dict:
                 for name in ("ebft", NO_FP8)}
     seconds = {name: {phase: statistics.median(step[phase] for step in found) for phase in found[0]}
                for name, found in steps.items()}
-    others = [name for name in runs if name != "sft"]
+    others = [name for name in runs if runs[name].mode != "sft"]
+    base = ONE_GO if ONE_GO in runs else "sft"
     return {
         "device": torch.cuda.get_device_name() if have_gpu() else f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__, "repeats": args.repeats, "matmul_gflops_per_second": rate / 1e9,
@@ -334,6 +343,7 @@ def benchmark(args, flags: list[str]) -> dict:
         "ratio": {name: seconds[name]["step"] / seconds["sft"]["step"] for name in others},
         "ratio_of_each_repeat": {name: [e["step"] / s["step"] for e, s in zip(steps[name], steps["sft"])]
                                  for name in others},
+        "ratio_to_rows_at_once": {name: seconds[name]["step"] / seconds[base]["step"] for name in others},
         "flops_ratio": {name: sum(flops[name].values()) / sum(flops["sft"].values()) for name in others}, "gpu": gpu}
 
 
@@ -368,6 +378,8 @@ def table(result: dict) -> str:
     for name, each in result["ratio_of_each_repeat"].items():
         lines += ["", f"{name} / sft: {result['ratio'][name]:.2f} × in time (single repeats {min(each):.2f} to "
                       f"{max(each):.2f}), {result['flops_ratio'][name]:.2f} × in operations"]
+        if ONE_GO in result["seconds"]:
+            lines[-1] += f"; {result['ratio_to_rows_at_once'][name]:.2f} × in time of sft with its rows at once"
     if NO_FP8 in result["seconds"]:
         plain, fp8 = result["seconds"][NO_FP8], result["seconds"]["ebft"]
         lines += ["", "With FP8 " + ", ".join(f"{phase} {plain[phase] / fp8[phase]:.2f} ×" for phase in (
