@@ -208,6 +208,16 @@ class RolloutCache:
     keys: dict[int, Tensor] = field(default_factory=dict)
     """[B, J, T + K·N·steps, D], for FlexAttention whole tiles of it; a rollout's own zero where not yet written."""
     values: dict[int, Tensor] = field(default_factory=dict)
+    _tiles: TileMask | None = None
+
+    def tile_mask(self, step: int, heads_per_group: int) -> TileMask:
+        """FlexAttention's mask of one step; which tiles any step needs is worked out once."""
+        def reach(step):
+            return self.reach.at_step(step).repeat(heads_per_group)
+
+        if self._tiles is None:
+            self._tiles = tile_mask(reach(0), widest=reach(self.row.steps - 1))
+        return self._tiles.with_intervals(reach(step))
 
     def split(self, buffer: Tensor) -> tuple[Tensor, Tensor]:
         """Views of a layer's gold keys (or values) [B, J, T, D] and the rollouts' [B, J, K·N, steps, D]."""
@@ -247,9 +257,8 @@ class DecodePattern:
         own_k[:, :, :, self.step] = k_BJSD[:, :, : own_k.shape[2]]  # without padding
         own_v[:, :, :, self.step] = v_BJSD[:, :, : own_v.shape[2]]
         if self._made is None:
-            reach = cache.reach.at_step(self.step)
-            self._made = tile_mask(reach.repeat(heads // groups)) if flex else _chunks(
-                cache.row, reach, 1, heads // groups, q_BHSD)
+            self._made = cache.tile_mask(self.step, heads // groups) if flex else _chunks(
+                cache.row, cache.reach.at_step(self.step), 1, heads // groups, q_BHSD)
         if flex:
             packed = flex_attention.attend(_pack_heads(q_BHSD, groups), keys, values, self._made, scale)
             return _unpack_heads(packed, heads)

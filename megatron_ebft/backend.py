@@ -162,11 +162,20 @@ COMPILATIONS = 64
 
 
 def compiled(function):
-    """`function` as compiled kernels on a GPU, one for all lengths; as it is where torch cannot compile."""
+    """`function` as compiled kernels on a GPU, one for any number of rows; as it is where torch cannot compile.
+
+    Rows are the first dimension of its tensors. Other sizes and plain numbers are constants to the compiler: indices
+    divided by unknown sizes made a rotary kernel take twenty times as long on an H100.
+    """
 
     @functools.wraps(function)
     def call(*args):
-        return (function if found().no_compiler else _compiled(function))(*args)
+        if found().no_compiler:
+            return function(*args)
+        for x in args:
+            if isinstance(x, torch.Tensor):
+                torch._dynamo.maybe_mark_dynamic(x, 0)
+        return _compiled(function)(*args)
 
     return call
 
@@ -175,8 +184,7 @@ def compiled(function):
 def _compiled(function):
     config = torch._dynamo.config
     config.recompile_limit = max(COMPILATIONS, config.recompile_limit)
-    config.specialize_float = True  # temperatures are few, and constants are cheaper in a kernel than numbers
-    return torch.compile(function, dynamic=True, fullgraph=True)
+    return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 def numbers(version: str) -> tuple[int, int]:

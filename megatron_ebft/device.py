@@ -50,7 +50,7 @@ def upload(tensor: Tensor, to: torch.device | None = None) -> Tensor:
     """A tensor on a device (default: this rank's); one made on the host gets there without waiting for what the device
     does."""
     to = to or device()
-    return tensor if tensor.device.type == to.type else tensor.pin_memory().to(to, non_blocking=True)
+    return tensor if tensor.device.type == to.type else tensor.contiguous().pin_memory().to(to, non_blocking=True)
 
 
 def work_clock() -> float:

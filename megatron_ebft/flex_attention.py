@@ -40,11 +40,9 @@ divide TILE, and no kernel is left."""
 
 
 @dataclass
-class TileMask:
-    """What each query sees, as the kernel wants it; made by `tile_mask`."""
+class Tiles:
+    """Which tiles of keys each tile of queries visits."""
 
-    intervals: tuple[Tensor, Tensor, Tensor, Tensor]
-    """Those of a Reach, int32 [B, M, TILE]."""
     is_partial: Tensor
     """Tiles of which the mask hides a part, bool [B, 1, M, N]."""
     is_full: Tensor
@@ -61,33 +59,61 @@ class TileMask:
         return *_listed(self.is_partial.mT), *_listed(self.is_full.mT)
 
 
+@dataclass
+class TileMask:
+    """What each query sees, as the kernel wants it; made by `tile_mask`."""
+
+    intervals: tuple[Tensor, Tensor, Tensor, Tensor]
+    """Those of a Reach, int32 [B, M, TILE]."""
+    tiles: Tiles
+
+    def with_intervals(self, reach: Reach) -> "TileMask":
+        """The mask of another Reach within the same tiles."""
+        return TileMask(_intervals(reach), self.tiles)
+
+
 def attend(q_BHQD: Tensor, k_BJCD: Tensor, v_BJCD: Tensor, mask: TileMask, scale: float) -> Tensor:
     """Attention of H query heads that share J key heads, [B, H, Q, D], differentiable; the mask is `tile_mask`'s."""
-    by_key = mask.by_key if torch.is_grad_enabled() else (None,) * 4
+    by_key = mask.tiles.by_key if torch.is_grad_enabled() else (None,) * 4
     try:
-        out = _kernel()(*map(_tiles, (q_BHQD, k_BJCD, v_BJCD)), mask.intervals, mask.by_query, by_key, scale)
+        out = _kernel()(*map(_tiles, (q_BHQD, k_BJCD, v_BJCD)), mask.intervals, mask.tiles.by_query, by_key, scale)
     except Exception as error:
         error.add_note("In FlexAttention's kernel; --ebft-attention sdpa does without it.")
         raise
     return out[:, :, : q_BHQD.shape[2]]
 
 
-def tile_mask(reach: Reach) -> TileMask:
-    """The mask of what each query sees, for all heads; padding up to a whole tile sees the first gold key."""
-    batch, queries = reach.gold_end.shape
-    reach = reach.padded(-queries % TILE)
-    rows = reach.rows()
-    first = torch.arange(0, reach.num_keys, TILE, device=rows.gold_end.device)
-    is_touched = torch.zeros((), dtype=torch.bool, device=first.device)
-    is_covered = is_touched
-    for start, end in (rows.intervals[:2], rows.intervals[2:]):
-        start, end = start[..., None], end[..., None]
+def tile_mask(reach: Reach, widest: Reach | None = None) -> TileMask:
+    """The mask of what each query sees, for all heads; padding up to a whole tile sees the first gold key.
+
+    Args:
+        widest: a Reach whose intervals contain those of `reach`. The tiles then serve every Reach between the two, with
+            their own intervals (`TileMask.with_intervals`).
+    """
+    batch = len(reach.gold_end)
+    first = torch.arange(0, reach.num_keys, TILE, device=reach.gold_end.device)
+    is_touched = is_covered = torch.zeros((), dtype=torch.bool, device=first.device)
+    for start, end in _pairs(widest or reach):
         is_touched = is_touched | ((start < first + TILE) & (end > first))  # an empty interval is [0, 0)
+    for start, end in _pairs(reach):
         is_covered = is_covered | ((start <= first) & (end >= first + TILE))
     is_touched, is_full = (x[:, None].expand(batch, -1, -1, -1) for x in (
         is_touched.unflatten(1, (-1, TILE)).any(2), is_covered.unflatten(1, (-1, TILE)).all(2)))
-    return TileMask(tuple(_of_any_size(x.unflatten(1, (-1, TILE)), 1) for x in reach.intervals),
-                    is_touched & ~is_full, is_full)
+    return TileMask(_intervals(reach), Tiles(is_touched & ~is_full, is_full))
+
+
+def _whole_tiles(reach: Reach) -> Reach:
+    return reach.padded(-reach.gold_end.shape[1] % TILE)
+
+
+def _pairs(reach: Reach) -> list[tuple[Tensor, Tensor]]:
+    """Starts and ends of the two intervals of each query, [B or 1, M · TILE, 1]."""
+    gold_start, gold_end, own_start, own_end = (x[..., None] for x in _whole_tiles(reach).rows().intervals)
+    return [(gold_start, gold_end), (own_start, own_end)]
+
+
+def _intervals(reach: Reach) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return tuple(_of_any_size(x.unflatten(1, (-1, TILE)), 1) for x in _whole_tiles(reach).intervals)
 
 
 @functools.cache
@@ -124,6 +150,7 @@ def _tiles(x_BHSD: Tensor) -> Tensor:
 
 def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
     """How many tiles of each row there are, and their numbers first in each row: int32."""
+    tiles = tiles.contiguous()  # the kernel reads lists as contiguous, whatever their strides
     which = tiles.int().argsort(dim=-1, descending=True, stable=True).int()
     return _of_any_size(tiles.sum(-1, dtype=torch.int32), 2), _of_any_size(which, 2, 3)
 

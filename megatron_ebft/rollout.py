@@ -111,6 +111,7 @@ class _Group:
         positions = upload(self.row.positions(starts_BT, batch))
         self.gold_positions = positions[:, : layout.seq_length]
         self.step_positions = positions[:, upload(self.row.rollout_index(range(self.row.steps)))].flatten(1, 2)
+        self.numbers_BKNG = self._numbers() if is_last_stage() else None
         self.reach = visibility.decoding(self.row, starts_BT, batch)
         self.cache: RolloutCache | None = None
         self.steps: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -168,13 +169,17 @@ class _Group:
 
     def _draws(self, rows: Tensor | slice, step: int) -> Draws:
         """What is drawn: from one distribution a block (step 0) or a rollout."""
-        config, device = self.config, self.blocks.device
-        samples = self.layout.num_samples
-        sample_N = torch.arange(samples, device=device) + sample_rank() * samples
-        numbers_BKN = uniform(config.seed, self.iteration, self.gold.index_B[:, None, None], self.blocks[:, None],
-                              sample_N, step)
+        config, numbers_BKN = self.config, self.numbers_BKNG[..., step]
         numbers_BPM = numbers_BKN if step == 0 else numbers_BKN.flatten(1)[..., None]
         return Draws(rows, numbers_BPM, config.temperature, config.top_p, config.top_k)
+
+    def _numbers(self) -> Tensor:
+        """The random numbers of all draws, float64 [b, K, N, G]."""
+        samples, device = self.layout.num_samples, self.blocks.device
+        sample_N = torch.arange(samples, device=device) + sample_rank() * samples
+        return uniform(self.config.seed, self.iteration, self.gold.index_B[:, None, None, None],
+                       self.blocks[:, None, None], sample_N[:, None],
+                       torch.arange(self.layout.rollout_length, device=device))
 
     def _by_sample(self, drawn: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, log-probabilities and entropies, [b, K, N]."""

@@ -56,8 +56,9 @@ class Draws:
         return tuple(torch.cat(x).unflatten(0, hidden_BPH.shape[:2]) for x in zip(*parts))
 
 
-def uniform(seed: int, iteration: int, document: Tensor, block: Tensor, sample: Tensor, step: int) -> Tensor:
-    """Uniform numbers in [0, 1), float64, of the broadcast shape of document, block and sample (int64)."""
+def uniform(seed: int, iteration: int, document: Tensor, block: Tensor, sample: Tensor,
+            step: Tensor | int) -> Tensor:
+    """Uniform numbers in [0, 1), float64, of the broadcast shape of document, block, sample and step (int64)."""
     state = torch.zeros((), dtype=torch.int64, device=document.device)
     for part in (seed, iteration, document, block, sample, step):
         state = mix64(state + part + GOLDEN)

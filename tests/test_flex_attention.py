@@ -66,14 +66,16 @@ def heads(row_length, batch=2, heads=4, groups=2, dim=16, seed=0):
     return [torch.randn(batch, h, row_length, dim, generator=generator) for h in (heads, groups, groups)]
 
 
-def pairs(reach):
+def pairs(reach, mask=None):
     """What the kernel lets through, tile by tile: bool [B, Q, C]."""
-    mask = flex_attention.tile_mask(reach)
-    batch, _, queries, keys = mask.is_full.shape
+    mask = mask or flex_attention.tile_mask(reach)
+    tiles = mask.tiles
+    batch, _, queries, keys = tiles.is_full.shape
+    assert all(x.is_contiguous() for x in (*tiles.by_query, *tiles.by_key))  # the kernel takes that for granted
     is_visible = flex_attention._mask_mod(*(x.flatten(1) for x in mask.intervals))
     by_pair = create_mask(is_visible, batch, 1, queries * TILE, keys * TILE, device="cpu")[:, 0]
-    by_query = _dense(*mask.by_query[:2]), _dense(*mask.by_query[2:])
-    by_key = _dense(*mask.by_key[:2]).mT, _dense(*mask.by_key[2:]).mT
+    by_query = _dense(*tiles.by_query[:2]), _dense(*tiles.by_query[2:])
+    by_key = _dense(*tiles.by_key[:2]).mT, _dense(*tiles.by_key[2:]).mT
     assert all(map(torch.equal, by_query, by_key)) and not (by_query[0] & by_query[1]).any()
     partial, full = (x[:, 0].repeat_interleave(TILE, 1).repeat_interleave(TILE, 2) for x in by_query)
     seen = (by_pair & partial) | full
@@ -154,6 +156,9 @@ def test_decoding_attends_as_the_whole_row(name, has_documents):
     for step in range(row.steps):
         index = row.rollout_index(range(step, step + 1)).flatten()
         now = [torch.nn.functional.pad(x[:, :, index], (0, 0, 0, row.decode_length - len(index))) for x in (q, k, v)]
+        reach = cache.reach.at_step(step)
+        assert torch.equal(pairs(reach, cache.tile_mask(step, 1)), reach.sees(torch.arange(reach.num_keys)).expand(
+            2, -1, -1))
         for kernel in (True, False):
             out = DecodePattern(cache, step).attend(1, *now, 0.3, flex=kernel)
             assert out.shape == now[0].shape and out.isfinite().all()
@@ -173,7 +178,7 @@ def test_golden_gradient_through_flex_attention(one_rank, monkeypatch):
 
 def computed(mask) -> int:
     """Pairs in the tiles that the kernel visits, of one row of the batch."""
-    return int((mask.is_partial | mask.is_full).sum()) * TILE**2 / len(mask.is_full)
+    return int((mask.tiles.is_partial | mask.tiles.is_full).sum()) * TILE**2 / len(mask.tiles.is_full)
 
 
 def waste(reach) -> float:
@@ -199,7 +204,7 @@ def test_tiles_are_not_many_more_than_needed():
 def test_a_full_tile_does_not_skip_the_document_test():
     document_BT = torch.stack([torch.zeros(512, dtype=torch.int64), torch.arange(512) // 200])
     reach = visibility.causal(2, 512, document_starts(document_BT))
-    assert flex_attention.tile_mask(reach).is_full.sum((1, 2, 3)).tolist() == [6, 0]
+    assert flex_attention.tile_mask(reach).tiles.is_full.sum((1, 2, 3)).tolist() == [6, 0]
     assert torch.equal(pairs(reach), (document_BT[:, :, None] == document_BT[:, None]).tril())
 
 
