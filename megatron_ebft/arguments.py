@@ -12,12 +12,11 @@ import math
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 
-from megatron_ebft import backend, energy, losses
+from megatron_ebft import backend, energy, flex_attention, losses
 from megatron_ebft.ebft import EBFTConfig
 from megatron_ebft.features import FEATURE_NORMS, POOLINGS, FeatureMap
-from megatron_ebft.flex_attention import TILE
 from megatron_ebft.fp8_flags import add_fp8, check_fp8_sizes, fp8_config, fp8_recipes, row_multiple, training_fp8
-from megatron_ebft.layout import StridedLayout
+from megatron_ebft.layout import ROOMS, StridedLayout
 from megatron_ebft.model import ModelArgs, feature_layers, split_layers
 from megatron_ebft.rollout import SamplingConfig
 from megatron_ebft.tokenizer import TOKENIZER_TYPES
@@ -457,13 +456,14 @@ def ebft_config(args: argparse.Namespace, num_layers: int) -> EBFTConfig:
     Raises:
         ValueError: naming the flag.
     """
-    multiple, tiles = row_multiple(args), math.lcm(row_multiple(args), TILE)
+    multiple, tiles = row_multiple(args), math.lcm(row_multiple(args), flex_attention.TILE)
     kernel = backend.choose(args.transformer_impl, args.ebft_attention, dtype=_dtype(args), head_dim=(
         args.kv_channels or args.hidden_size // args.num_attention_heads)).attention_kernel
     if kernel == "flex" and args.seq_length % tiles == 0:
         multiple = tiles  # so that FlexAttention need not fill up queries, keys and values in every layer
+    rooms = flex_attention.ROOMS if kernel == "flex" else ROOMS
     layout = StridedLayout(args.seq_length, args.ebft_context_length, args.ebft_stride, args.ebft_rollout_length,
-                           args.ebft_num_samples // args.ebft_sample_parallel_size, pad_to=multiple)
+                           args.ebft_num_samples // args.ebft_sample_parallel_size, pad_to=multiple, rooms=rooms)
     return EBFTConfig(
         layout=layout,
         sampling=SamplingConfig(args.ebft_temperature, args.ebft_top_p, args.ebft_top_k, args.seed,

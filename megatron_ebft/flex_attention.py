@@ -3,11 +3,11 @@
 1. The kernel's lists of tiles are made of a Reach's intervals, tile by tile, on the device: their cost is queries ×
    tiles of keys, not queries × keys, so they are made afresh for each pass, know the documents, and skip what those
    hide. A tile counts as full, which spares the kernel the mask, only if one interval of each of its queries covers it.
-2. One compilation serves every length. The compiler is handed whole tiles, [B, H, tiles, TILE, D], and takes their
-   number as unknown: it still knows that a length is a multiple of TILE, so the kernel checks no bounds. It compiles
-   again for another batch, number or dimension of heads, dtype, with gradients, and for a row of one tile.
-3. Rows in a run are whole tiles already where --seq-length is (`arguments.ebft_config`), at the price of less than a
-   tile of padding in a row. Other lengths are filled up here, which copies queries, keys and values in each layer.
+2. The kernel is compiled for each shape. Lengths are whole tiles, so it checks no bounds, and rows that leave rollouts
+   out have few lengths (ROOMS): a run needs at most COMPILATIONS. One kernel for all lengths, with the number of tiles
+   unknown, was slower on an H100 (8B, T = 1024: backward 2.4 ms in place of 1.3, forward in the encoder 0.33 of 0.22).
+3. Rows in a run are whole tiles already (`arguments.ebft_config`), at the price of less than a tile of padding in a row.
+   Other lengths are filled up here, which copies queries, keys and values in each layer.
 4. Lists and intervals are tensors: other values, other documents and other decoding steps take the compiled kernel.
    They are never changed in place, since the backward pass of one micro-batch may come after the next one's forward.
 5. Rollout tokens ordered (block, sample, step) keep tiles full: see tests/test_flex_attention.py for their number.
@@ -30,10 +30,12 @@ from megatron_ebft.visibility import Reach
 TILE = 128
 """Queries and keys of a tile. Tiles of 64 keys would compute a sixth less in training and a fifth less in decoding (T =
 1024), but torch's kernel settings for some head dimensions, and for the backward pass, want a multiple of 128."""
-COMPILATIONS = 32
-"""Of the kernel, at most; torch gives up after 8 by default and would go on with a dense mask. A run needs 2 for its
-micro-batches, with gradients and without, and at most 2 for each number of rows that decode together: 10 where the last
-groups of training and evaluation are smaller (tests/test_flex_attention.py counts)."""
+ROOMS = 8
+"""Sizes that the room for rollouts in a row is rounded up to, and nothing at all: lengths of rows of one kind."""
+COMPILATIONS = 3 * (ROOMS + 1) + 12
+"""Of the kernel in a run, at most: rows of training, with gradients and without, and of the encoder; twelve for evaluation
+(2), its and training's prefill of documents and decoding for two numbers of rows each (8), and cross entropy of
+documents (2). Torch gives up after 8 by default and would go on with a dense mask."""
 OPTIONS = {"BACKEND": "TRITON"}
 """Never torch's decoding kernel, which it may choose for few queries: with grouped heads its tile of queries need not
 divide TILE, and no kernel is left."""
@@ -64,7 +66,7 @@ class TileMask:
     """What each query sees, as the kernel wants it; made by `tile_mask`."""
 
     intervals: tuple[Tensor, Tensor, Tensor, Tensor]
-    """Those of a Reach, int32 [B, M, TILE]."""
+    """Those of a Reach, int32 [B, Q]."""
     tiles: Tiles
 
     def with_intervals(self, reach: Reach) -> "TileMask":
@@ -74,9 +76,13 @@ class TileMask:
 
 def attend(q_BHQD: Tensor, k_BJCD: Tensor, v_BJCD: Tensor, mask: TileMask, scale: float) -> Tensor:
     """Attention of H query heads that share J key heads, [B, H, Q, D], differentiable; the mask is `tile_mask`'s."""
-    by_key = mask.tiles.by_key if torch.is_grad_enabled() else (None,) * 4
+    qkv, by_key = map(_filled_up, (q_BHQD, k_BJCD, v_BJCD)), (None,) * 4
+    if torch.is_grad_enabled():
+        by_key = mask.tiles.by_key
+    else:
+        qkv = (x.detach() for x in qkv)  # or recomputation would compile a kernel of its own
     try:
-        out = _kernel()(*map(_tiles, (q_BHQD, k_BJCD, v_BJCD)), mask.intervals, mask.tiles.by_query, by_key, scale)
+        out = _kernel()(*qkv, mask.intervals, mask.tiles.by_query, by_key, scale)
     except Exception as error:
         error.add_note("In FlexAttention's kernel; --ebft-attention sdpa does without it.")
         raise
@@ -113,7 +119,7 @@ def _pairs(reach: Reach) -> list[tuple[Tensor, Tensor]]:
 
 
 def _intervals(reach: Reach) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return tuple(_of_any_size(x.unflatten(1, (-1, TILE)), 1) for x in _whole_tiles(reach).intervals)
+    return _whole_tiles(reach).intervals
 
 
 @functools.cache
@@ -122,13 +128,12 @@ def _kernel():
     return torch.compile(_attend, dynamic=False, fullgraph=True)
 
 
-def _attend(q_BHMTD, k_BJNTD, v_BJNTD, intervals, by_query, by_key, scale) -> Tensor:
-    """[B, H, M · TILE, D]; what is compiled."""
-    q, k, v = (x.flatten(2, 3) for x in (q_BHMTD, k_BJNTD, v_BJNTD))
-    mask = BlockMask((q.shape[2], k.shape[2]), *by_query, *by_key, BLOCK_SIZE=(TILE, TILE),
-                     mask_mod=_mask_mod(*(x.flatten(1) for x in intervals)))
-    return flex.flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1],
-                               kernel_options=OPTIONS)
+def _attend(q_BHQD, k_BJCD, v_BJCD, intervals, by_query, by_key, scale) -> Tensor:
+    """What is compiled; Q and C are whole tiles."""
+    mask = BlockMask((q_BHQD.shape[2], k_BJCD.shape[2]), *by_query, *by_key, BLOCK_SIZE=(TILE, TILE),
+                     mask_mod=_mask_mod(*intervals))
+    return flex.flex_attention(q_BHQD, k_BJCD, v_BJCD, block_mask=mask, scale=scale, kernel_options=OPTIONS,
+                               enable_gqa=q_BHQD.shape[1] != k_BJCD.shape[1])
 
 
 def _mask_mod(gold_start, gold_end, own_start, own_end):
@@ -141,21 +146,14 @@ def _mask_mod(gold_start, gold_end, own_start, own_end):
     return is_visible
 
 
-def _tiles(x_BHSD: Tensor) -> Tensor:
-    """[B, H, tiles, TILE, D], filled up with zeros."""
+def _filled_up(x_BHSD: Tensor) -> Tensor:
+    """Filled up with zeros to whole tiles."""
     padding = -x_BHSD.shape[2] % TILE
-    whole = torch.nn.functional.pad(x_BHSD, (0, 0, 0, padding)) if padding else x_BHSD
-    return _of_any_size(whole.unflatten(2, (-1, TILE)), 2)
+    return torch.nn.functional.pad(x_BHSD, (0, 0, 0, padding)) if padding else x_BHSD
 
 
 def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
     """How many tiles of each row there are, and their numbers first in each row: int32."""
     tiles = tiles.contiguous()  # the kernel reads lists as contiguous, whatever their strides
     which = tiles.int().argsort(dim=-1, descending=True, stable=True).int()
-    return _of_any_size(tiles.sum(-1, dtype=torch.int32), 2), _of_any_size(which, 2, 3)
-
-
-def _of_any_size(x: Tensor, *dims: int) -> Tensor:
-    """`x`, for the compiler to take the sizes of its `dims` as unknown."""
-    torch._dynamo.maybe_mark_dynamic(x, dims)
-    return x
+    return tiles.sum(-1, dtype=torch.int32), which

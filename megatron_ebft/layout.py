@@ -56,6 +56,8 @@ class StridedLayout:
     """n, rollouts of a block (with sample parallelism: those of this rank)."""
     pad_to: int = 1
     """Rows and decoding steps have a multiple of this many tokens."""
+    rooms: int = ROOMS
+    """Sizes that the room for rollouts in a row is rounded up to."""
 
     def __post_init__(self):
         for flag, value in (("context-length", self.context_length), ("stride", self.stride),
@@ -200,13 +202,13 @@ class RowLayout:
     """None: every rollout."""
 
     def room(self, computed_BKN: Tensor) -> int:
-        """U, rollouts that rows need room for: as many as the fullest computes, rounded up to one of ROOMS sizes.
+        """U, rollouts that rows need room for: as many as the fullest computes, rounded up to one of `rooms` sizes.
 
         Args:
             computed_BKN: `computed_rollouts` of ALL blocks of these rows.
         """
         whole = self.size * self.layout.num_samples
-        step = -(-whole // ROOMS)
+        step = -(-whole // self.layout.rooms)
         most = int(self._is_computed(computed_BKN).sum(1).max())
         return min(whole, -(-most // step) * step)
 

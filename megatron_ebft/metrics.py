@@ -21,7 +21,8 @@ class Means:
     def add(self, name: str, total: Tensor, count: Tensor | float) -> None:
         """Add a sum and the number of things in it; every data-parallel rank must add the same names in the same
         order. What counts is what the last pipeline stage adds (only it sees the loss)."""
-        pair = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device()) for x in (total, count)])
+        pair = torch.stack([x.double() if isinstance(x, Tensor) else torch.full(
+            (), x, dtype=torch.float64, device=device()) for x in (total, count)])  # a copy would wait for the GPU
         self._sums[name] = self._sums.get(name, 0) + pair
 
     def add_masked(self, name: str, values: Tensor, valid: Tensor) -> None:

@@ -135,7 +135,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
 def _zero_rows(grad_SBV: Tensor, covered: Tensor) -> None:
     """Zero the rows not yet written, once."""
     if not covered.all():
-        grad_SBV[upload((~covered).nonzero().squeeze(1), grad_SBV.device)] = 0
+        grad_SBV.index_fill_(0, upload((~covered).nonzero().squeeze(1), grad_SBV.device), 0)
         covered.fill_(True)
 
 

@@ -81,7 +81,7 @@ class Stopper:
         from megatron_ebft.device import device
 
         reason = self._reason(steps)
-        asked = torch.tensor(float(reason is not None), device=device())
+        asked = torch.full((), float(reason is not None), device=device())
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         if asked.item():
             reasons = [None] * dist.get_world_size()

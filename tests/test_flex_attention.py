@@ -72,7 +72,7 @@ def pairs(reach, mask=None):
     tiles = mask.tiles
     batch, _, queries, keys = tiles.is_full.shape
     assert all(x.is_contiguous() for x in (*tiles.by_query, *tiles.by_key))  # the kernel takes that for granted
-    is_visible = flex_attention._mask_mod(*(x.flatten(1) for x in mask.intervals))
+    is_visible = flex_attention._mask_mod(*mask.intervals)
     by_pair = create_mask(is_visible, batch, 1, queries * TILE, keys * TILE, device="cpu")[:, 0]
     by_query = _dense(*tiles.by_query[:2]), _dense(*tiles.by_query[2:])
     by_key = _dense(*tiles.by_key[:2]).mT, _dense(*tiles.by_key[2:]).mT
@@ -238,30 +238,30 @@ def decode(row, document_BT, batch):
         DecodePattern(cache, step).attend(1, *heads(row.decode_length, batch, 2, 1), 0.3, flex=True)
 
 
-def test_few_compilations_serve_a_run(monkeypatch):
-    """Duplicates left out, micro-batches of fewer blocks, documents, evaluation's longer rollouts, steps: one with
-    gradients, one without, one for decoding; for every further number of rows that decode together one more, and with
-    documents, which its prefill needs, two. None for selective recomputation."""
+def test_compilations_of_a_run(monkeypatch):
+    """Every share of duplicates left out, evaluation's longer rollouts, documents, every step of decoding, another number
+    of rows: at most COMPILATIONS, and none for other documents, steps, or selective recomputation."""
     made = compilations(monkeypatch)
-    layout = StridedLayout(200, 8, 8, 8, 2)
-    held_out = replace(layout, rollout_length=16, stride=16)
-    generator, lengths = torch.Generator().manual_seed(0), set()
-    for document_BT in (None, documents(2, 200)):
-        for blocks, kept in itertools.product((0, 12), (0.5, 1)):
-            computed_BKN = torch.rand(2, layout.num_blocks, 2, generator=generator) < kept
+    layout = StridedLayout(1024, 8, 16, 8, 4, TILE, rooms=flex_attention.ROOMS)
+    held_out = replace(layout, rollout_length=32, stride=32)
+    lengths, first = set(), torch.arange(4)
+    for document_BT in (None, documents(1, 1024)):
+        for kept in range(0, layout.num_blocks + 1, 3):
+            computed_BKN = (torch.arange(layout.num_blocks) < kept)[None, :, None].expand(1, -1, 4)
             for steps, has_gradient in ((7, True), (7, False), (8, False)):  # training, scores, encoder
-                row = layout.parts(blocks, steps)[0]
-                row = row.keep(computed_BKN, torch.arange(2).expand(computed_BKN.shape), row.room(computed_BKN))
-                lengths.add(row.length)
-                attend(row, document_BT, 2, has_gradient)
-        attend(held_out.parts(0, 16)[0], document_BT, 2, has_gradient=False)
-        decode(layout.parts(0, 7)[0], document_BT, 2)
-        decode(held_out.parts(0, 15)[0], document_BT, 2)
-    assert len(lengths) > 7 and len(made) == 3
-    decode(row := layout.parts(0, 7)[0], None, 1)
-    assert len(made) == 4
-    decode(row, documents(1, 200), 1)
-    assert len(made) == 5
+                row = layout.parts(0, steps)[0]
+                row = row.keep(computed_BKN, first.expand(computed_BKN.shape), row.room(computed_BKN))
+                assert row.length % TILE == 0
+                lengths.add((row.length, steps, has_gradient))
+                attend(row, document_BT, 1, has_gradient)
+        attend(held_out.parts(0, 32)[0], document_BT, 1, has_gradient=False)
+        decode(layout.parts(0, 7)[0], document_BT, 1)
+        decode(held_out.parts(0, 31)[0], document_BT, 1)
+    assert len(lengths) == 3 * (flex_attention.ROOMS + 1)
+    assert len(made) <= len(lengths) + 4
+    decode(layout.parts(0, 7)[0], documents(2, 1024), 2)
+    before = len(made)
     with torch.no_grad():
-        StridedPattern(row).attend(1, *(x.requires_grad_() for x in heads(row.length, 2, 2, 1)), 0.3, flex=True)
-    assert len(made) == 5 < flex_attention.COMPILATIONS
+        StridedPattern(layout.parts(0, 7)[0]).attend(
+            1, *(x.requires_grad_() for x in heads(layout.parts(0, 7)[0].length, 1, 2, 1)), 0.3, flex=True)
+    assert len(made) == before <= flex_attention.COMPILATIONS
