@@ -457,8 +457,9 @@ def ebft_config(args: argparse.Namespace, num_layers: int) -> EBFTConfig:
         ValueError: naming the flag.
     """
     multiple, tiles = row_multiple(args), math.lcm(row_multiple(args), flex_attention.TILE)
+    heads = args.num_attention_heads or 1  # None, as the width, before a checkpoint's architecture is known
     kernel = backend.choose(args.transformer_impl, args.ebft_attention, dtype=_dtype(args), head_dim=(
-        args.kv_channels or args.hidden_size // args.num_attention_heads)).attention_kernel
+        args.kv_channels or (args.hidden_size or 128) // heads)).attention_kernel
     if kernel == "flex" and args.seq_length % tiles == 0:
         multiple = tiles  # so that FlexAttention need not fill up queries, keys and values in every layer
     rooms = flex_attention.ROOMS if kernel == "flex" else ROOMS
