@@ -40,18 +40,13 @@ SHARED_MEMORY = 232448
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A call of the kernel: size, stride and dtype of queries and keys in tiles, and whether gradients are wanted."""
+    """A call of the kernel: size, stride and dtype of queries and keys, and whether gradients are wanted. Torch compiles
+    the kernel for each."""
 
     queries: tuple
     keys: tuple
     dtype: torch.dtype
     has_gradient: bool
-
-    @property
-    def compilation(self) -> tuple:
-        """What the kernel is compiled for: everything but the number of tiles, where it is not one."""
-        sizes = ((*x[0][:2], min(x[0][2], 2), *x[0][3:]) for x in (self.queries, self.keys))
-        return *sizes, self.dtype, self.has_gradient
 
 
 # ---------------------------------------------------------------------------------------------- 1. the calls of a run
@@ -69,7 +64,7 @@ def recorded_calls() -> dict[Call, list[str]]:
         call = Call((tuple(q.shape), q.stride()), (tuple(k.shape), k.stride()), q.dtype, by_key[0] is not None)
         if label[-1] not in calls[call]:
             calls[call].append(label[-1])
-        return q.flatten(2, 3)  # of the output's shape, with a gradient
+        return q * 1  # of the output's shape, with a gradient
 
     parallel.init_parallel(1, 1, seed=1)
     with pytest.MonkeyPatch.context() as patch:
@@ -259,12 +254,11 @@ def lower(call: Call) -> list[str]:
         return compile_fx(graph_module, inputs, inner_compile=lower_pass)
 
     queries, keys = call.queries[0], call.keys[0]
-    tiled = [torch.empty_strided(*x, dtype=call.dtype, requires_grad=call.has_gradient).flatten(2, 3)
-             for x in (call.queries, call.keys, call.keys)]
-    batch, M, N, TILE = queries[0], queries[2], keys[2], queries[3]
-    intervals = [torch.zeros(batch, M, TILE, dtype=torch.int32) for _ in range(4)]
-    mask = flex_attention.TileMask(tuple(flex_attention._of_any_size(x, 1) for x in intervals),
-                                   *torch.zeros(2, batch, 1, M, N, dtype=torch.bool))
+    qkv = [torch.empty_strided(*x, dtype=call.dtype, requires_grad=call.has_gradient)
+           for x in (call.queries, call.keys, call.keys)]
+    batch, M, N = queries[0], queries[2] // flex_attention.TILE, keys[2] // flex_attention.TILE
+    intervals = tuple(torch.zeros(batch, queries[2], dtype=torch.int32) for _ in range(4))
+    mask = flex_attention.TileMask(intervals, flex_attention.Tiles(*torch.zeros(2, batch, 1, M, N, dtype=torch.bool)))
     GraphLowering.run = run_on_gpu
     torch._dynamo.reset()
     compiled = torch.compile(flex_attention._attend, backend=lower_all, dynamic=False, fullgraph=True)
@@ -272,7 +266,7 @@ def lower(call: Call) -> list[str]:
     try:
         with torch.set_grad_enabled(call.has_gradient), torch._functorch.config.patch(
                 force_non_lazy_backward_lowering=True):
-            flex_attention.attend(*tiled, mask, 0.1)
+            flex_attention.attend(*qkv, mask, 0.1)
     except _Lowered:
         assert len(sources) == expected
     finally:
@@ -335,8 +329,8 @@ def compile_source(source: str, folder: str) -> tuple[list[Kernel], int]:
 
 
 def describe(call: Call) -> str:
-    (B, H, M, _, D), (_, J, N, _, _) = call.queries[0], call.keys[0]
-    return f"{B} × {H}/{J} heads of {D}, {str(call.dtype)[6:]}, {M} × {N} tiles"
+    (B, H, Q, D), (_, J, C, _) = call.queries[0], call.keys[0]
+    return f"{B} × {H}/{J} heads of {D}, {str(call.dtype)[6:]}, {Q // 128} × {C // 128} tiles"
 
 
 def main() -> int:
@@ -346,18 +340,13 @@ def main() -> int:
     options = parser.parse_args()
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         calls = pool.apply(recorded_calls)
-    groups = collections.defaultdict(list)
-    for call, labels in calls.items():
-        groups[call.compilation].append((call, labels))
     pretend_h100()
     failures = 0
-    print(f"torch {torch.__version__}, {len(calls)} shapes, {len(groups)} compilations\n")
+    print(f"torch {torch.__version__}, {len(calls)} shapes\n")
     print("| call | made by | pass | blocks | divisible | shared memory, KB | other kernels | lowering, s | triton, s |"
           "\n|---|---|---|---|---|--:|--:|--:|--:|")
     with tempfile.TemporaryDirectory() as folder:
-        for group in groups.values():
-            call = max((call for call, _ in group), key=lambda call: call.queries)
-            labels = sorted({label for _, its_labels in group for label in its_labels})
+        for call, labels in calls.items():
             if not any(options.only in label for label in labels):
                 continue
             begun, head = time.time(), f"| {describe(call)} | {'; '.join(labels)} |"

@@ -84,11 +84,9 @@ def test_decoding(flex, dtype, has_documents):
         assert out.isfinite().all() and error(out[:, :, :len(index)], whole[:, :, index]) < LIMITS[dtype]
 
 
-def test_one_kernel_serves_all_documents_and_lengths():
+def test_one_kernel_serves_all_documents():
     needs(True, torch.bfloat16)
     row, document_BT = row_and_documents(True)
-    shorter = row.layout.parts(16, 7)[0]
     StridedPattern(row, document_BT).attend(1, *heads(row, torch.bfloat16), 0.2, True).sum().backward()
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for other, documents in ((row, document_BT.flip(0)), (shorter, document_BT)):
-            StridedPattern(other, documents).attend(1, *heads(other, torch.bfloat16), 0.2, True).sum().backward()
+        StridedPattern(row, document_BT.flip(0)).attend(1, *heads(row, torch.bfloat16), 0.2, True).sum().backward()

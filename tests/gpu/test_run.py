@@ -55,7 +55,7 @@ def test_it_learns(data, tmp_path):
     """Documents count in steps of 3: cross entropy and the distance of features fall."""
     finish(start(data, tmp_path / "run", 40, "--ebft-ce-coef", "0.1"))
     found = scalars(tmp_path / "run" / "tensorboard")
-    for tag in ("valid/ce_loss", "valid/cfm"):
+    for tag in ("eval/ce_loss", "eval/cfm"):
         before, after = (found[tag][i][1] for i in (0, -1))
         print(f"{tag} {before:.4f} -> {after:.4f}")
         assert after < 0.8 * before, tag
