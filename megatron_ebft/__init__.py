@@ -14,7 +14,7 @@ class _BeforeMegatronCore(importlib.abc.MetaPathFinder):
 
     def find_spec(self, name, path=None, target=None):
         if name == "megatron.core":
-            sys.meta_path.remove(self)
+            sys.meta_path = [finder for finder in sys.meta_path if finder is not self]  # being iterated: not in place
             from megatron_ebft import backend
 
             backend.settle_accelerators()

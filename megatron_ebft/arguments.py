@@ -170,8 +170,9 @@ def add_machine(group):
     add("--ebft-attention", choices=backend.ATTENTIONS, default="auto", help="FlexAttention, or torch's SDPA in "
         "chunks; auto: the former on GPUs")
     add("--bf16", action="store_true", help="weights and activations in bfloat16; optimizer and sampling in float32")
-    add("--deterministic-mode", action="store_true", help="on a GPU, kernels that add up in a fixed order: a run that "
-        "is interrupted ends with the same weights, bit for bit, as one that is not")
+    add("--deterministic-mode", action="store_true", help="on a GPU, kernels that add up in a fixed order: an "
+        "interrupted run ends with the same weights, bit for bit, as an uninterrupted one. SDPA then takes more memory "
+        "and time (FlexAttention does not)")
     add("--recompute-granularity", choices=("full", "selective"), help="recompute activations in the backward pass: "
         "whole layers, or only attention")
     add("--overlap-grad-reduce", action=argparse.BooleanOptionalAction, default=False,
@@ -410,7 +411,8 @@ def transformer_overrides(args: argparse.Namespace) -> dict:
                 tensor_model_parallel_size=args.tensor_model_parallel_size,
                 pipeline_model_parallel_size=args.pipeline_model_parallel_size,
                 virtual_pipeline_model_parallel_size=virtual_stages(args), sequence_parallel=args.sequence_parallel,
-                deterministic_mode=args.deterministic_mode, transformer_impl=args.transformer_impl, attention_kernel=args.ebft_attention, **p2p, **recompute)
+                deterministic_mode=args.deterministic_mode, transformer_impl=args.transformer_impl,
+                attention_kernel=args.ebft_attention, **p2p, **recompute)
 
 
 def policy_overrides(args: argparse.Namespace) -> dict:
@@ -457,9 +459,10 @@ def ebft_config(args: argparse.Namespace, num_layers: int) -> EBFTConfig:
         ValueError: naming the flag.
     """
     multiple, tiles = row_multiple(args), math.lcm(row_multiple(args), flex_attention.TILE)
-    heads = args.num_attention_heads or 1  # None, as the width, before a checkpoint's architecture is known
-    kernel = backend.choose(args.transformer_impl, args.ebft_attention, dtype=_dtype(args), head_dim=(
-        args.kv_channels or (args.hidden_size or 128) // heads)).attention_kernel
+    is_known = args.hidden_size and args.num_attention_heads  # or a checkpoint's architecture is still to be read
+    head_dim = args.kv_channels or (args.hidden_size // args.num_attention_heads if is_known else 128)
+    kernel = backend.choose(args.transformer_impl, args.ebft_attention, dtype=_dtype(args),
+                            head_dim=head_dim).attention_kernel
     if kernel == "flex" and args.seq_length % tiles == 0:
         multiple = tiles  # so that FlexAttention need not fill up queries, keys and values in every layer
     rooms = flex_attention.ROOMS if kernel == "flex" else ROOMS

@@ -12,8 +12,8 @@
    Megatron-Core before that is imported (`settle_accelerators`): it would fail with them, or hand CPU tensors to CUDA
    kernels.
 5. Weight gradients are added to the float32 buffer inside the matrix product by Transformer Engine's layers, and in
-   Megatron-Core's own (the output head, always) where apex has brought its kernel. Of apex nothing else is used, but
-   Megatron-Core's optimizer takes its Adam where Transformer Engine's is missing.
+   Megatron-Core's own (the output head, always) where apex has its kernel for it. Megatron-Core's optimizer takes apex's
+   Adam where Transformer Engine's is missing; nothing else of apex is used.
 
 Imports nothing of Megatron-Core, so that `python -m megatron_ebft.report` can say why that does not import.
 """
@@ -165,7 +165,7 @@ def compiled(function):
     """`function` as compiled kernels on a GPU, one for any number of rows; as it is where torch cannot compile.
 
     Rows are the first dimension of its tensors. Other sizes and plain numbers are constants to the compiler: indices
-    divided by unknown sizes made a rotary kernel take twenty times as long on an H100.
+    divided by unknown sizes made a rotary kernel take nine times as long on an H100.
     """
 
     @functools.wraps(function)

@@ -135,13 +135,13 @@ def check_batch(args) -> None:
 
 
 def mixed_precision(args) -> str:
-    """What is known of FP8 in one of rollouts and training alone."""
-    one, other = "rollouts", "the training pass"
+    """A warning that only one of rollouts and training runs in FP8."""
+    sides = "--ebft-rollout-fp8 and --fp8-format set the two sides"
     if args.fp8_format:
-        one, other = other, one
-    return (f"note: {one} run in FP8 and {other} does not. In published runs FP8 in rollouts alone lost accuracy, with "
-            "and without importance weights, and FP8 in both did not: --ebft-rollout-fp8 and --fp8-format set the two "
-            "sides")
+        return ("note: the training pass runs in FP8 and rollouts do not. Published runs had FP8 in both or in rollouts "
+                f"alone; {sides}")
+    return ("note: rollouts run in FP8 and the training pass does not. In published runs this mix lost accuracy, with and "
+            f"without importance weights, and FP8 in both did not; {sides}")
 
 
 def describe(run: Run) -> str:

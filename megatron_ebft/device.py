@@ -96,22 +96,24 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 
 def be_deterministic() -> None:
-    """Choose kernels that add up in a fixed order (--deterministic-mode); runs before the first product on the GPU.
+    """Choose kernels that add up in a fixed order (--deterministic-mode); call it before the first product on the GPU.
 
-    Only warns where torch knows none: of what this package calls these are running sums along rows (cumsum), whose
-    order is fixed all the same.
+    torch only warns where it knows no such kernel. For running sums along rows (cumsum) the warning is needless. The
+    backward passes of flash and memory-efficient attention are another matter: they are switched off.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("NCCL_ALGO", "^NVLS")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
 
 
 _installed = False
 
 
 def init_device() -> None:
-    """Select this rank's device (LOCAL_RANK on GPUs) and SDPA's kernels; without a GPU, install the stand-in. Idempotent."""
+    """Select this rank's device (LOCAL_RANK) and SDPA's kernels; without a GPU, install the stand-in. Idempotent."""
     global _installed
     if have_gpu():
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))

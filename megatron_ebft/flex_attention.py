@@ -5,8 +5,8 @@
    hide. A tile counts as full, which spares the kernel the mask, only if one interval of each of its queries covers it.
 2. The kernel is compiled for each shape. Lengths are whole tiles, so it checks no bounds, and rows that leave rollouts
    out have few lengths (ROOMS): a run needs at most COMPILATIONS. One kernel for all lengths, with the number of tiles
-   unknown, was slower on an H100 (8B, T = 1024: backward 2.4 ms in place of 1.3, forward in the encoder 0.33 of 0.22).
-3. Rows in a run are whole tiles already (`arguments.ebft_config`), at the price of less than a tile of padding in a row.
+   unknown, was slower on an H100 (8B, T = 1024: backward 2.4 ms in place of 1.3, forward in the encoder 0.36 of 0.22).
+3. Rows in a run are whole tiles already (`arguments.ebft_config`), at the price of less than a tile of padding a row.
    Other lengths are filled up here, which copies queries, keys and values in each layer.
 4. Lists and intervals are tensors: other values, other documents and other decoding steps take the compiled kernel.
    They are never changed in place, since the backward pass of one micro-batch may come after the next one's forward.
@@ -32,10 +32,10 @@ TILE = 128
 1024), but torch's kernel settings for some head dimensions, and for the backward pass, want a multiple of 128."""
 ROOMS = 8
 """Sizes that the room for rollouts in a row is rounded up to, and nothing at all: lengths of rows of one kind."""
-COMPILATIONS = 3 * (ROOMS + 1) + 12
-"""Of the kernel in a run, at most: rows of training, with gradients and without, and of the encoder; twelve for evaluation
-(2), its and training's prefill of documents and decoding for two numbers of rows each (8), and cross entropy of
-documents (2). Torch gives up after 8 by default and would go on with a dense mask."""
+COMPILATIONS = 5 * (ROOMS + 1) + 10
+"""The most kernels that a run compiles: for ROOMS + 1 lengths of rows each in training (with gradients and without), in the
+encoder, and in evaluation's encoder and scores; 8 for prefill of documents and decoding, of training and evaluation, for
+two numbers of rows each; 2 for the cross entropy of documents. Torch gives up after 8 unless told."""
 OPTIONS = {"BACKEND": "TRITON"}
 """Never torch's decoding kernel, which it may choose for few queries: with grouped heads its tile of queries need not
 divide TILE, and no kernel is left."""

@@ -372,8 +372,9 @@ def optimizer_step(run: Run, loss: float) -> float:
             f"optimizer step (samples {run.state.consumed_samples} to "
             f"{run.state.consumed_samples + run.args.global_batch_size - 1}). The last checkpoint is good; lower --lr "
             "or --clip-grad, or look at these samples")
-    if optimizer.config.clip_grad > 0:  # the rest of Megatron's step(), which would take the norm once more
-        clip_grad_by_total_norm_fp32(optimizer.get_parameters(), optimizer.config.clip_grad, norm)
+    parameters = optimizer.get_parameters()  # none in a rank's share of a small model
+    if parameters and optimizer.config.clip_grad > 0:  # as Megatron's step(), which would take the norm once more
+        clip_grad_by_total_norm_fp32(parameters, optimizer.config.clip_grad, norm)
     successful = optimizer.step_with_ready_grads()
     assert successful, "only fp16 loss scaling skips steps"
     return norm

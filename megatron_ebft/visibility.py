@@ -48,7 +48,7 @@ class Reach:
         return self._map(lambda x: x.repeat_interleave(times, dim=1))
 
     def padded(self, count: int) -> "Reach":
-        """So much padding as further queries."""
+        """Append `count` queries of padding, which see the first gold key."""
         padded = self._map(lambda x: torch.nn.functional.pad(x, (0, count)))
         padded.gold_end[:, padded.gold_end.shape[1] - count:] = 1
         return padded

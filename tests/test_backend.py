@@ -158,6 +158,39 @@ def test_transformer_engine_is_hidden_where_there_is_no_gpu(tmp_path):
     assert said == "False torch.optim.adamw"
 
 
+def test_what_works_on_a_gpu_is_not_hidden(tmp_path):
+    for name in ("transformer_engine", "apex"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    (tmp_path / "transformer_engine/pytorch.py").write_text(TE_THAT_LOADS)
+    command = ("import sys, torch; torch.cuda.is_available = lambda: True\n"
+               "from megatron_ebft import backend; backend.settle_accelerators()\n"
+               "import apex, transformer_engine.pytorch\n"
+               "print([x for x in backend.FOR_GPUS if sys.modules.get(x, 1) is None])")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{TESTS.parent}"}
+    done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_one_compilation_for_any_number_of_rows(monkeypatch):
+    made = []
+
+    def counted(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    @backend.compiled
+    def doubled(x, factor):
+        return x * factor
+
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiler(function, backend=counted, **options))
+    monkeypatch.setattr(backend, "found", lambda: Found(no_compiler=""))
+    for rows in (5, 7, 300):
+        assert torch.equal(doubled(torch.ones(rows, 4), 3.0), torch.full((rows, 4), 3.0))
+    assert len(made) == 1
+
+
 @pytest.fixture(scope="module")
 def with_te(tmp_path_factory):
     """What `compare` found with the stand-in."""

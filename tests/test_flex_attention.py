@@ -239,26 +239,28 @@ def decode(row, document_BT, batch):
 
 
 def test_compilations_of_a_run(monkeypatch):
-    """Every share of duplicates left out, evaluation's longer rollouts, documents, every step of decoding, another number
-    of rows: at most COMPILATIONS, and none for other documents, steps, or selective recomputation."""
+    """Every share of duplicates left out, in training and in evaluation's longer rollouts, documents, every step of
+    decoding, another number of rows: at most COMPILATIONS; none for other documents, steps, or selective recomputation.
+    """
     made = compilations(monkeypatch)
     layout = StridedLayout(1024, 8, 16, 8, 4, TILE, rooms=flex_attention.ROOMS)
     held_out = replace(layout, rollout_length=32, stride=32)
     lengths, first = set(), torch.arange(4)
+    passes = ((layout, 7, True), (layout, 7, False), (layout, 8, False),  # training, scores, encoder
+              (held_out, 31, False), (held_out, 32, False))
     for document_BT in (None, documents(1, 1024)):
-        for kept in range(0, layout.num_blocks + 1, 3):
-            computed_BKN = (torch.arange(layout.num_blocks) < kept)[None, :, None].expand(1, -1, 4)
-            for steps, has_gradient in ((7, True), (7, False), (8, False)):  # training, scores, encoder
-                row = layout.parts(0, steps)[0]
+        for blocks, steps, has_gradient in passes:
+            for kept in range(0, blocks.num_blocks + 1, 3):
+                computed_BKN = (torch.arange(blocks.num_blocks) < kept)[None, :, None].expand(1, -1, 4)
+                row = blocks.parts(0, steps)[0]
                 row = row.keep(computed_BKN, first.expand(computed_BKN.shape), row.room(computed_BKN))
                 assert row.length % TILE == 0
                 lengths.add((row.length, steps, has_gradient))
                 attend(row, document_BT, 1, has_gradient)
-        attend(held_out.parts(0, 32)[0], document_BT, 1, has_gradient=False)
         decode(layout.parts(0, 7)[0], document_BT, 1)
         decode(held_out.parts(0, 31)[0], document_BT, 1)
-    assert len(lengths) == 3 * (flex_attention.ROOMS + 1)
-    assert len(made) <= len(lengths) + 4
+    assert len(lengths) == 5 * (flex_attention.ROOMS + 1)
+    assert 3 * (flex_attention.ROOMS + 1) < len(made) <= len(lengths) + 4
     decode(layout.parts(0, 7)[0], documents(2, 1024), 2)
     before = len(made)
     with torch.no_grad():

@@ -110,7 +110,7 @@ def test_the_sampler_draws_each_outcome_with_its_probability(monkeypatch):
     grid = (torch.arange(M).double() + 0.5) / M
     by_step = [grid.repeat_interleave(M).to(device()), grid.repeat(M).to(device())]
     monkeypatch.setattr(rollout, "uniform", lambda seed, iteration, document, block, sample, step:
-                        by_step[step].repeat(len(document), len(block), 1))
+                        torch.stack(by_step, -1).repeat(len(document), len(block), 1, 1))
     policy = models.build_policy(toy.config, toy.weights)
     drawn = sample_rollouts(policy, models.gold_batch(toy.doc), method.layout, method.sampling, iteration=0)
     tokens, log_p = drawn.tokens_BKNG[0].cpu(), toy.log_probs(toy.weights)

@@ -5,6 +5,7 @@ import models
 import pytest
 import torch
 import torch.distributed as dist
+from models import largest_difference
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -322,6 +323,24 @@ class NothingForTheHost(TorchDispatchMode):
         assert name not in ("_local_scalar_dense", "item", "nonzero", "masked_select", "is_nonzero", "unique"), name
         assert not (name in ("index", "index_put", "index_put_") and masks), name
         return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("real", [0, 20, 24])
+def test_gradient_as_one_kernel_writes_it(real):
+    """What a GPU compiles, in plain torch: several targets a row, some elsewhere, padding full of NaN."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 2, 24, generator=generator)
+    targets = torch.randint(24, (5, 2, 3), generator=generator)
+    is_local = torch.rand(5, 2, 3, generator=generator) < 0.7
+    is_local &= targets < real
+    lse = logits[..., : max(real, 1)].logsumexp(-1)
+    logits[..., real:] = torch.nan
+    grad = torch.randn(5, 2, 3, generator=generator)
+    expected, actual = torch.full_like(logits, 7), torch.full_like(logits, 8)
+    readout._write_gradient(expected, logits, real, targets, is_local, lse, grad, 0.6)
+    readout._write_gradient_in_one.__wrapped__(actual, logits, real, targets, is_local, lse, grad, 0.6)
+    assert largest_difference(actual, expected) < 1e-6
+    assert not actual[..., real:].any()
 
 
 @pytest.mark.parametrize("documents", [False, True])

@@ -14,16 +14,17 @@ from preprocess_data import main as preprocess
 from ranks import free_port
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_ebft import rollout
+from megatron_ebft import parallel, rollout
 from megatron_ebft.arguments import parse_args
 from megatron_ebft.build import build_run
 from megatron_ebft.checkpoint import Saver, load_weights
 from megatron_ebft.checkpoint_files import read_metadata
 from megatron_ebft.evaluation import evaluate
 from megatron_ebft.logger import Logger
-from megatron_ebft.metrics import PhaseTimer
+from megatron_ebft.metrics import Means, PhaseTimer
 from megatron_ebft.model import ModelArgs, build_frozen, unwrap
-from megatron_ebft.training import gold_batch, train, train_step
+from megatron_ebft.sft import cross_entropy_pass
+from megatron_ebft.training import gold_batch, optimizer_step, train, train_step
 
 VOCAB = 64
 MODEL = ["--num-layers", "4", "--hidden-size", "32", "--num-attention-heads", "4", "--num-query-groups", "2"]
@@ -157,6 +158,22 @@ def start(args) -> tuple:
 def save(run, folder) -> None:
     """A checkpoint of the run as it is."""
     Saver(str(folder)).save(run.state, run.policy, run.optimizer, run.scheduler, run.metadata)
+
+
+@pytest.mark.parametrize("clip", ["0.05", "0"])
+def test_optimizer_step_is_megatrons(arguments, one_rank, clip):
+    """Clipping included: the same weights as from the optimizer's own step on the same gradients."""
+    after = []
+    for steps in (lambda run: optimizer_step(run, 0.0), lambda run: run.optimizer.step()[1]):
+        parallel.set_seed(1)
+        run, _ = start(arguments("--training-mode", "sft", "--clip-grad", clip))
+        for chunk in run.policy:
+            chunk.zero_grad_buffer()
+        cross_entropy_pass(run.policy, gold_batch(run, run.train_data, 0), 1, Means(), forward_only=False)
+        assert (norm := float(steps(run))) > 0.1
+        after.append((norm, [p.clone() for chunk in run.policy for p in chunk.parameters()]))
+    (ours, our_weights), (megatrons, weights) = after
+    assert ours == megatrons and all(map(torch.equal, our_weights, weights))
 
 
 def test_every_metric_is_logged(arguments, tmp_path, one_rank, capsys):

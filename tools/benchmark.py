@@ -22,7 +22,8 @@ With --ebft-rollout-fp8 or --ebft-encoder-fp8 every repeat also runs an EBFT ste
 On a GPU operations and the expected peak of memory are what tools/plan.py says of the same flags, since torch's counter
 sees neither Transformer Engine's nor compiled kernels; attention counts as torch's SDPA in chunks. The share of
 attention is that of its kernels in the GPU's busy time of one more, profiled step, whose longest kernels are printed by
-phase; matrix products of rollouts are its kernels of that kind (what quantises activations is not among them). MFU is of the bfloat16 peak.
+phase; matrix products of rollouts are its kernels of that kind (what quantises activations is not among them). MFU is of
+the bfloat16 peak.
 """
 
 import argparse
@@ -97,8 +98,8 @@ for _operation, _formula in (("_scaled_dot_product_flash_attention_for_cpu", _sd
 
 
 ROWS_AT_ONCE = 4
-"""Rows of an SFT step that are taken at once, at the most: logits of 16 rows of 8B do not fit beside the rest."""
-ONE_GO, WHOLE, NO_FP8 = "sft, rows at once", "ebft, whole rows", "ebft, no FP8"
+"""The most rows in one micro-batch of an SFT step: the logits of 16 rows of 8B do not fit beside the rest."""
+AT_ONCE, WHOLE, NO_FP8 = "sft, rows at once", "ebft, whole rows", "ebft, no FP8"
 
 
 def build_pretrained(args):
@@ -216,9 +217,9 @@ def read_plan(file: str, flags: list[str]) -> dict[str, dict]:
         planned_flags, modes = plan["flags"], plan["modes"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--plan {file}: cannot be read ({error}); make it with --write-plan {file}") from None
-    if set(planned_flags) != set(without_fp8(flags)):
-        changed = sorted(set(planned_flags) ^ set(without_fp8(flags)))
-        raise ValueError(f"--plan {file}: made for other flags ({' '.join(changed)}); make it again with --write-plan")
+    if planned_flags != without_fp8(flags):
+        raise ValueError(f"--plan {file}: made for other flags, {' '.join(planned_flags)}; make it again with "
+                         "--write-plan")
     return modes
 
 
@@ -228,7 +229,7 @@ def without_fp8(flags: list[str]) -> list[str]:
     for flag in rest:
         if flag in ("--ebft-rollout-fp8", "--ebft-encoder-fp8"):
             next(rest)
-        else:
+        elif not flag.startswith(("--ebft-rollout-fp8=", "--ebft-encoder-fp8=", "--ebft-fp8-emulate")):
             kept.append(flag)
     return kept
 
@@ -291,7 +292,7 @@ def benchmark(args, flags: list[str]) -> dict:
     rows = len(batches[0].tokens_BT)
     if args.micro_batch_size < rows <= ROWS_AT_ONCE:
         together = argparse.Namespace(**{**vars(args), "micro_batch_size": rows})
-        runs[ONE_GO] = dataclasses.replace(runs["sft"], args=together)
+        runs[AT_ONCE] = dataclasses.replace(runs["sft"], args=together)
     if any(saved(measure_step(run, batches[0])[1]).values()) and not have_gpu():
         runs[WHOLE] = dataclasses.replace(run, config=dataclasses.replace(run.config, skip_duplicates=False))
     if run.config.sampling.fp8.recipe != "off" or run.config.encoder_fp8.recipe != "off":
@@ -336,7 +337,7 @@ def benchmark(args, flags: list[str]) -> dict:
     seconds = {name: {phase: statistics.median(step[phase] for step in found) for phase in found[0]}
                for name, found in steps.items()}
     others = [name for name in runs if runs[name].mode != "sft"]
-    base = ONE_GO if ONE_GO in runs else "sft"
+    base = AT_ONCE if AT_ONCE in runs else "sft"
     return {
         "device": torch.cuda.get_device_name() if have_gpu() else f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__, "repeats": args.repeats, "matmul_gflops_per_second": rate / 1e9,
@@ -382,7 +383,7 @@ def table(result: dict) -> str:
     for name, each in result["ratio_of_each_repeat"].items():
         lines += ["", f"{name} / sft: {result['ratio'][name]:.2f} × in time (single repeats {min(each):.2f} to "
                       f"{max(each):.2f}), {result['flops_ratio'][name]:.2f} × in operations"]
-        if ONE_GO in result["seconds"]:
+        if AT_ONCE in result["seconds"]:
             lines[-1] += f"; {result['ratio_to_rows_at_once'][name]:.2f} × in time of sft with its rows at once"
     if NO_FP8 in result["seconds"]:
         plain, fp8 = result["seconds"][NO_FP8], result["seconds"]["ebft"]

@@ -76,8 +76,8 @@ part() {
 
 # finish NAME: adds a part's output to log.txt and a line to summary.txt.
 finish() {
-  local name="$1" status seconds word=ok
-  read -r status seconds <"$scratch/$name.status"
+  local name="$1" status=1 seconds=0 word=ok
+  read -r status seconds <"$scratch/$name.status" || true
   { echo "=== $name"; cat "$scratch/$name.log"; } >>"$out/log.txt"
   if [[ "$status" == 124 || "$status" == 137 ]]; then word="TIMEOUT"; elif [[ "$status" != 0 ]]; then word="FAILED ($status)"; fi
   [[ "$status" == 0 ]] || failed=1
@@ -112,18 +112,24 @@ run_plan() {
 }
 
 # has_fp8: whether the recipe of the FP8 benchmark can run here.
-has_fp8() { [[ "${DRY-}" == 1 ]] || start megatron_ebft.report 2>/dev/null | grep -Eq '^ *FP8 blockwise +yes$'; }
+has_fp8() {
+  local said
+  [[ "${DRY-}" == 1 ]] && return
+  said="$(start megatron_ebft.report 2>/dev/null)"
+  [[ "$said" =~ FP8\ blockwise\ +yes ]]
+}
 
 run_benchmark() {
-  local shape plan fp8=(--ebft-rollout-fp8 blockwise --ebft-encoder-fp8 blockwise)
+  local shape plan can_fp8=0 fp8=(--ebft-rollout-fp8 blockwise --ebft-encoder-fp8 blockwise)
   if [[ "${DRY-}" == 1 ]]; then fp8+=(--ebft-fp8-emulate); fi
+  if has_fp8; then can_fp8=1; else echo "no blockwise FP8 here: not timed" | tee -a "$out/summary.txt"; fi
   for shape in ${SHAPES-8b-quarter 1b}; do
     plan=()
     if [[ -f "$plans/$shape.json" ]]; then plan=(--plan "$plans/$shape.json"); fi
     part "benchmark_$shape" start benchmark --shape "$shape" "${dry[@]}" "${plan[@]}" --repeats "${REPEATS:-3}" \
       --json "$out/benchmark_$shape.json"
     finish "benchmark_$shape"
-    if has_fp8; then
+    if [[ "$can_fp8" == 1 ]]; then
       part "benchmark_${shape}_fp8" start benchmark --shape "$shape" "${dry[@]}" "${plan[@]}" "${fp8[@]}" \
         --repeats "${REPEATS:-3}" --json "$out/benchmark_${shape}_fp8.json"
       finish "benchmark_${shape}_fp8"
