@@ -178,7 +178,8 @@ def _draw(logits_RV, numbers_RM, temperature, first_id: int, group) -> tuple[Ten
     entropy_R1 = log_total_R1 - _over_ranks(moment_R1, group) / total_R1
 
     segment_RM, rest_RM = _invert(mass_RS, numbers_RM * total_R1 - before_R1)
-    id_RMC = segment_RM[..., None] * SEGMENT + torch.arange(SEGMENT, device=logits_RV.device)
+    width = min(SEGMENT, logits_RV.shape[1])
+    id_RMC = segment_RM[..., None] * SEGMENT + torch.arange(width, device=logits_RV.device)
     is_id = id_RMC < logits_RV.shape[1]
     logits_RMC = logits_RV.gather(1, id_RMC.clamp(max=logits_RV.shape[1] - 1).flatten(1)).view_as(id_RMC)
     x_RMC = scaled(logits_RMC, temperature).where(is_id, -torch.inf)
