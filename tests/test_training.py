@@ -161,12 +161,12 @@ def save(run, folder) -> None:
 
 
 @pytest.mark.parametrize("clip", ["0.05", "0"])
-def test_optimizer_step_is_megatrons(arguments, one_rank, clip):
+def test_optimizer_step_is_megatrons(arguments, tmp_path, one_rank, clip):
     """Clipping included: the same weights as from the optimizer's own step on the same gradients."""
     after = []
     for steps in (lambda run: optimizer_step(run, 0.0), lambda run: run.optimizer.step()[1]):
         parallel.set_seed(1)
-        run, _ = start(arguments("--training-mode", "sft", "--clip-grad", clip))
+        run = build_run(arguments("--training-mode", "sft", "--clip-grad", clip, "--tensorboard-dir", str(tmp_path)))
         for chunk in run.policy:
             chunk.zero_grad_buffer()
         cross_entropy_pass(run.policy, gold_batch(run, run.train_data, 0), 1, Means(), forward_only=False)
