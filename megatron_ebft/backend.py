@@ -12,8 +12,8 @@
    Megatron-Core before that is imported (`settle_accelerators`): it would fail with them, or hand CPU tensors to CUDA
    kernels.
 5. Weight gradients are added to the float32 buffer inside the matrix product by Transformer Engine's layers, and in
-   Megatron-Core's own (the output head, always) where apex has its kernel for it. Megatron-Core's optimizer takes apex's
-   Adam where Transformer Engine's is missing; nothing else of apex is used.
+   Megatron-Core's own (the output head, always) where apex has its kernel for it. Megatron-Core's optimizer takes
+   apex's Adam where Transformer Engine's is missing; nothing else of apex is used.
 
 Imports nothing of Megatron-Core, so that `python -m megatron_ebft.report` can say why that does not import.
 """

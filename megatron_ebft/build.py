@@ -138,10 +138,10 @@ def mixed_precision(args) -> str:
     """A warning that only one of rollouts and training runs in FP8."""
     sides = "--ebft-rollout-fp8 and --fp8-format set the two sides"
     if args.fp8_format:
-        return ("note: the training pass runs in FP8 and rollouts do not. Published runs had FP8 in both or in rollouts "
-                f"alone; {sides}")
-    return ("note: rollouts run in FP8 and the training pass does not. In published runs this mix lost accuracy, with and "
-            f"without importance weights, and FP8 in both did not; {sides}")
+        return ("note: the training pass runs in FP8 and rollouts do not. Published runs had FP8 in both or in "
+                f"rollouts alone; {sides}")
+    return ("note: rollouts run in FP8 and the training pass does not. In published runs this mix lost accuracy, with "
+            f"and without importance weights, and FP8 in both did not; {sides}")
 
 
 def describe(run: Run) -> str:

@@ -33,9 +33,9 @@ TILE = 128
 ROOMS = 8
 """Sizes that the room for rollouts in a row is rounded up to, and nothing at all: lengths of rows of one kind."""
 COMPILATIONS = 5 * (ROOMS + 1) + 10
-"""The most kernels that a run compiles: for ROOMS + 1 lengths of rows each in training (with gradients and without), in the
-encoder, and in evaluation's encoder and scores; 8 for prefill of documents and decoding, of training and evaluation, for
-two numbers of rows each; 2 for the cross entropy of documents. Torch gives up after 8 unless told."""
+"""The most kernels that a run compiles: for ROOMS + 1 lengths of rows each in training (with gradients and without), in
+the encoder, and in evaluation's encoder and scores; 8 for prefill of documents and decoding, of training and
+evaluation, for two numbers of rows each; 2 for the cross entropy of documents. Torch gives up after 8 unless told."""
 OPTIONS = {"BACKEND": "TRITON"}
 """Never torch's decoding kernel, which it may choose for few queries: with grouped heads its tile of queries need not
 divide TILE, and no kernel is left."""

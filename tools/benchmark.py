@@ -22,8 +22,8 @@ With --ebft-rollout-fp8 or --ebft-encoder-fp8 every repeat also runs an EBFT ste
 On a GPU operations and the expected peak of memory are what tools/plan.py says of the same flags, since torch's counter
 sees neither Transformer Engine's nor compiled kernels; attention counts as torch's SDPA in chunks. The share of
 attention is that of its kernels in the GPU's busy time of one more, profiled step, whose longest kernels are printed by
-phase; matrix products of rollouts are its kernels of that kind (what quantises activations is not among them). MFU is of
-the bfloat16 peak.
+phase; matrix products of rollouts are its kernels of that kind (what quantises activations is not among them). MFU is
+of the bfloat16 peak.
 """
 
 import argparse
@@ -271,8 +271,8 @@ def kernel_table(phases: dict[str, list], seconds: dict[str, float], longest: in
              "|---|--:|--:|--:|" + "--:|" * len(KINDS)]
     for phase, kernels in phases.items():
         times = dict.fromkeys(KINDS, 0.0)
-        for name, time, _ in kernels:
-            times[next(kind for kind, pattern in KINDS.items() if pattern.search(name))] += time
+        for name, ms, _ in kernels:
+            times[next(kind for kind, pattern in KINDS.items() if pattern.search(name))] += ms
         lines.append(f"| {phase} | {seconds[phase] * 1e3:.1f} | {sum(times.values()):.1f} | "
                      f"{sum(calls for *_, calls in kernels)} | "
                      + " | ".join(f"{time:.1f}" for time in times.values()) + " |")

@@ -40,8 +40,8 @@ SHARED_MEMORY = 232448
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A call of the kernel: size, stride and dtype of queries and keys, and whether gradients are wanted. Torch compiles
-    the kernel for each."""
+    """A call of the kernel, which torch compiles for each: size, stride and dtype of queries and keys, and whether
+    gradients are wanted."""
 
     queries: tuple
     keys: tuple
