@@ -51,6 +51,7 @@ if [[ "${DRY-}" != 1 ]] && ! "$python" -c 'import sys, torch; sys.exit(not torch
   exit 1
 fi
 if [[ -z "${BOOT-}" ]] && can_import te_boot; then BOOT=te_boot; fi
+export BOOT="${BOOT-}" # test_run.py starts processes of its own
 
 # start MODULE ARGUMENTS...: python -m, after boot()
 start() {

@@ -22,7 +22,8 @@ def data(tmp_path_factory):
 
 
 def start(data, folder, steps: int, *flags: str) -> subprocess.Popen:
-    boot = "import importlib.util as u, sys, runpy\nif u.find_spec('te_boot'): import te_boot; te_boot.boot()\n"
+    boot = ("import importlib, os, runpy, sys\n"
+            "if os.environ.get('BOOT'): importlib.import_module(os.environ['BOOT']).boot()\n")
     command = boot + "sys.argv[0] = 'train'; runpy.run_module('megatron_ebft.train', run_name='__main__')"
     return subprocess.Popen(
         [sys.executable, "-c", command, *data, *MODEL, "--train-iters", str(steps), "--save-interval", str(steps // 2),
