@@ -158,7 +158,7 @@ def _no_compiler() -> str:
 
 
 COMPILATIONS = 64
-"""Variants of a function that may be compiled; torch gives up after 8 by default and would go on without a kernel."""
+"""Variants of a function that may be compiled; torch gives up after 8 by default."""
 
 
 def compiled(function):
@@ -182,8 +182,13 @@ def compiled(function):
 
 @functools.cache
 def _compiled(function):
+    return compile_kernels(function, COMPILATIONS)
+
+
+def compile_kernels(function, most: int):
+    """torch.compile for every shape anew, for up to `most` shapes."""
     config = torch._dynamo.config
-    config.recompile_limit = max(COMPILATIONS, config.recompile_limit)
+    config.recompile_limit = max(most, config.recompile_limit)
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 

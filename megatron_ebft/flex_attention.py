@@ -25,13 +25,14 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 from torch.nn.attention.flex_attention import BlockMask
 
+from megatron_ebft import backend
 from megatron_ebft.visibility import Reach
 
 TILE = 128
 """Queries and keys of a tile. Tiles of 64 keys would compute a sixth less in training and a fifth less in decoding (T =
 1024), but torch's kernel settings for some head dimensions, and for the backward pass, want a multiple of 128."""
 ROOMS = 8
-"""Sizes that the room for rollouts in a row is rounded up to, and nothing at all: lengths of rows of one kind."""
+"""Room for rollouts in a row is none or a multiple of a whole row's eighth: each size is a length, and so a kernel."""
 COMPILATIONS = 5 * (ROOMS + 1) + 10
 """The most kernels that a run compiles: for ROOMS + 1 lengths of rows each in training (with gradients and without), in
 the encoder, and in evaluation's encoder and scores; 8 for prefill of documents and decoding, of training and
@@ -124,8 +125,7 @@ def _intervals(reach: Reach) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @functools.cache
 def _kernel():
-    torch._dynamo.config.recompile_limit = max(COMPILATIONS, torch._dynamo.config.recompile_limit)
-    return torch.compile(_attend, dynamic=False, fullgraph=True)
+    return backend.compile_kernels(_attend, COMPILATIONS)
 
 
 def _attend(q_BHQD, k_BJCD, v_BJCD, intervals, by_query, by_key, scale) -> Tensor:

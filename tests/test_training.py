@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_ebft import parallel, rollout
 from megatron_ebft.arguments import parse_args
-from megatron_ebft.build import build_run
+from megatron_ebft.build import build_run, describe
 from megatron_ebft.checkpoint import Saver, load_weights
 from megatron_ebft.checkpoint_files import read_metadata
 from megatron_ebft.evaluation import evaluate
@@ -158,6 +158,16 @@ def start(args) -> tuple:
 def save(run, folder) -> None:
     """A checkpoint of the run as it is."""
     Saver(str(folder)).save(run.state, run.policy, run.optimizer, run.scheduler, run.metadata)
+
+
+def test_a_note_where_one_side_alone_runs_in_fp8(arguments, tmp_path, one_rank):
+    plain = ("--tensorboard-dir", str(tmp_path), "--seq-length", "32")
+    rollouts = (*plain, "--ebft-rollout-fp8", "blockwise", "--ebft-fp8-emulate")
+    for flags, is_noted in ((plain, False), (rollouts, True)):
+        run = build_run(arguments(*flags))
+        assert ("rollouts run in FP8 and the training pass does not" in describe(run)) == is_noted
+    run.args.fp8_format = "hybrid"
+    assert "FP8" not in describe(run)
 
 
 @pytest.mark.parametrize("clip", ["0.05", "0"])
