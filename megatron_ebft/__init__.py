@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 
 
 class _BeforeMegatronCore(importlib.abc.MetaPathFinder):
-    """Runs `backend.settle_accelerators` when Megatron-Core is first imported, which is too late to change its mind.
+    """Runs `kernels.settle_accelerators` when Megatron-Core is first imported, which is too late to change its mind.
 
     A hook, because this package must import fast: every save starts a process that imports it.
     """
@@ -15,9 +15,9 @@ class _BeforeMegatronCore(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name == "megatron.core":
             sys.meta_path = [finder for finder in sys.meta_path if finder is not self]  # being iterated: not in place
-            from megatron_ebft import backend
+            from megatron_ebft.model import kernels
 
-            backend.settle_accelerators()
+            kernels.settle_accelerators()
         return None
 
 

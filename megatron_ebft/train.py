@@ -10,7 +10,7 @@ import sys
 import time
 import warnings
 
-from megatron_ebft import stopping
+from megatron_ebft.run import stopping
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,12 +18,12 @@ def main(argv: list[str] | None = None) -> int:
     # Megatron-Core's own: no Transformer Engine or apex, deprecations, and a probe of .grad by its optimizer.
     warnings.filterwarnings("ignore", module=r"megatron\.|torch")
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-    from megatron_ebft.arguments import parallel_sizes, parse_args
-    from megatron_ebft.build import build_run, describe
-    from megatron_ebft.logger import Logger
-    from megatron_ebft.parallel import init_parallel, shut_down
-    from megatron_ebft.training import train
-    from megatron_ebft.watchdog import PATIENCE, Watchdog
+    from megatron_ebft.parallel.groups import init_parallel, shut_down
+    from megatron_ebft.run.arguments import parallel_sizes, parse_args
+    from megatron_ebft.run.build import build_run, describe
+    from megatron_ebft.run.logger import Logger
+    from megatron_ebft.run.training import train
+    from megatron_ebft.run.watchdog import PATIENCE, Watchdog
 
     start = time.perf_counter()
     args = parse_args(argv)

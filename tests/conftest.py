@@ -4,11 +4,11 @@ import brute_force
 import pytest
 import torch
 
-from megatron_ebft.device import have_gpu, init_device
+from megatron_ebft.common.device import have_gpu, init_device
 
 init_device()
 
-from megatron_ebft import parallel  # noqa: E402
+from megatron_ebft.parallel import groups  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -17,9 +17,9 @@ def one_rank():
 
     One start per test module (a few milliseconds), so that modules that start groups of their own can run in between.
     """
-    parallel.init_parallel(1, 1, seed=1)
+    groups.init_parallel(1, 1, seed=1)
     yield
-    parallel.shut_down()
+    groups.shut_down()
 
 
 @pytest.fixture(scope="module")

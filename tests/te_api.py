@@ -145,14 +145,15 @@ def import_without_kernels(folder: Path):
 
 def check(folder: Path) -> None:
     te = import_without_kernels(folder)
-    sys.path[:0] = [str(TESTS.parent), str(TESTS)]
-    from megatron_ebft import backend, parallel
-    from megatron_ebft.device import init_device
+    sys.path[:0] = [str(TESTS.parent), str(TESTS / "support")]
+    from megatron_ebft.common.device import init_device
+    from megatron_ebft.model import kernels
+    from megatron_ebft.parallel import groups
 
     init_device()
-    parallel.init_parallel(1, 1, seed=1)
-    backend.found = lambda: backend.Found(no_transformer_engine="")
-    backend.no_transformer_engine = lambda dtype: ""  # these kernels do not round float32 to TF32
+    groups.init_parallel(1, 1, seed=1)
+    kernels.found = lambda: kernels.Found(no_transformer_engine="")
+    kernels.no_transformer_engine = lambda dtype: ""  # these kernels do not round float32 to TF32
     for available in (te.is_fp8_available, te.is_fp8_block_scaling_available):
         inspect.signature(available).bind(return_reason=True)
     check_constructors()
@@ -164,7 +165,7 @@ def check_constructors() -> None:
     """Of all kinds of layers, as Megatron-Core calls them."""
     from test_checkpoint import ARGS
 
-    from megatron_ebft.model import build_frozen
+    from megatron_ebft.model.decoder import build_frozen
 
     for changes in (dict(), dict(normalization="LayerNorm", add_bias_linear=True), dict(qk_layernorm=True),
                     dict(add_qkv_bias=True)):
@@ -180,8 +181,8 @@ def check_fp8() -> None:
     from test_brute_force import GOLDEN
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
-    from megatron_ebft import fp8
-    from megatron_ebft.model import local_layers, unwrap
+    from megatron_ebft.model import fp8
+    from megatron_ebft.model.decoder import local_layers, unwrap
 
     def note(*args, **kwargs):
         recipe = FP8GlobalStateManager.get_fp8_recipe()
@@ -209,8 +210,8 @@ def check_golden_steps() -> None:
     is in the buffer, and a rollout in FP8 makes the next pass one."""
     from test_golden import STEPS, Case
 
-    from megatron_ebft import fp8
-    from megatron_ebft.model import local_layers
+    from megatron_ebft.model import fp8
+    from megatron_ebft.model.decoder import local_layers
 
     for name in STEPS:
         case = Case(name, 1, 3, transformer_impl="transformer_engine")

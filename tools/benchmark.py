@@ -104,8 +104,8 @@ AT_ONCE, WHOLE, NO_FP8 = "sft, rows at once", "ebft, whole rows", "ebft, no FP8"
 
 def build_pretrained(args):
     """A Run on a checkpoint's weights and a dataset, and this rank's rows of each repeat's global batch."""
-    from megatron_ebft.build import build_run
-    from megatron_ebft.training import gold_batch
+    from megatron_ebft.run.build import build_run
+    from megatron_ebft.run.training import gold_batch
 
     args.use_checkpoint_args, args.eval_interval = True, 0
     run = build_run(args)
@@ -116,7 +116,12 @@ def build(args):
     """A Run on random weights, and random rows on this rank, the same for every repeat."""
     from megatron.core.optimizer import get_megatron_optimizer
 
-    from megatron_ebft.arguments import (
+    from megatron_ebft.checkpointing.checkpoint import TrainState
+    from megatron_ebft.common.device import device
+    from megatron_ebft.data.micro_batches import GoldBatch
+    from megatron_ebft.model.decoder import build_encoder, build_policy, copy_weights
+    from megatron_ebft.parallel.groups import document_rank, document_size
+    from megatron_ebft.run.arguments import (
         ddp_config,
         ebft_config,
         model_args,
@@ -124,13 +129,8 @@ def build(args):
         policy_overrides,
         transformer_overrides,
     )
-    from megatron_ebft.batch import GoldBatch
-    from megatron_ebft.build import build_scheduler
-    from megatron_ebft.checkpoint import TrainState
-    from megatron_ebft.device import device
-    from megatron_ebft.model import build_encoder, build_policy, copy_weights
-    from megatron_ebft.parallel import document_rank, document_size
-    from megatron_ebft.training import Run
+    from megatron_ebft.run.build import build_scheduler
+    from megatron_ebft.run.training import Run
 
     architecture, overrides = model_args(args, args.vocab_size), transformer_overrides(args)
     config = ebft_config(args, architecture.num_layers)
@@ -150,8 +150,8 @@ def build(args):
 
 def measure_step(run, gold) -> tuple[dict[str, float], dict[str, float]]:
     """Seconds of one step, by phase and in all; and its metrics."""
-    from megatron_ebft.metrics import PhaseTimer
-    from megatron_ebft.training import train_step
+    from megatron_ebft.common.timer import PhaseTimer
+    from megatron_ebft.run.training import train_step
 
     timer, start = PhaseTimer(), time.perf_counter()
     metrics = train_step(run, gold, timer, check=False)
@@ -160,7 +160,7 @@ def measure_step(run, gold) -> tuple[dict[str, float], dict[str, float]]:
 
 def count_flops(run, gold) -> dict[str, float]:
     """Floating-point operations of the phases' matrix products and attention."""
-    from megatron_ebft.training import train_step
+    from megatron_ebft.run.training import train_step
 
     counts = {}
 
@@ -175,7 +175,7 @@ def count_flops(run, gold) -> dict[str, float]:
 
 def matmul_rate(dtype: torch.dtype, size: int, repeats: int = 5) -> float:
     """FLOP/s of the best of a few size³ matrix products: what this device reaches on large ones."""
-    from megatron_ebft.device import device, synchronize
+    from megatron_ebft.common.device import device, synchronize
 
     a, b = (torch.randn(size, size, device=device(), dtype=dtype) for _ in range(2))
     best = float("inf")
@@ -247,7 +247,7 @@ def attention_share(phases: dict[str, list]) -> float:
 
 def profiled_step(run, gold) -> dict[str, list[tuple[str, float, int]]]:
     """Name, milliseconds and number of calls of the GPU's kernels in one step, by phase, longest first."""
-    from megatron_ebft.training import train_step
+    from megatron_ebft.run.training import train_step
 
     phases = {}
 
@@ -284,8 +284,8 @@ def kernel_table(phases: dict[str, list], seconds: dict[str, float], longest: in
 
 def benchmark(args, flags: list[str]) -> dict:
     """All figures, JSON-able. flags: the same as `args`, for tools/plan.py."""
-    from megatron_ebft.device import have_gpu
-    from megatron_ebft.fp8 import FP8
+    from megatron_ebft.common.device import have_gpu
+    from megatron_ebft.model.fp8 import FP8
 
     run, batches = build_pretrained(args) if args.pretrained_checkpoint else build(args)
     runs = {"sft": dataclasses.replace(run, mode="sft"), "ebft": run}
@@ -430,9 +430,9 @@ def _as_flags(values: dict) -> list[str]:
 
 def main(argv: list[str]) -> None:
     warnings.filterwarnings("ignore")
-    from megatron_ebft.arguments import build_parser, check_args, parallel_sizes
-    from megatron_ebft.device import have_gpu
-    from megatron_ebft.parallel import init_parallel, shut_down
+    from megatron_ebft.common.device import have_gpu
+    from megatron_ebft.parallel.groups import init_parallel, shut_down
+    from megatron_ebft.run.arguments import build_parser, check_args, parallel_sizes
 
     parser = _own_flags(build_parser())
     parser.prog, parser.description = "tools/benchmark.py", __doc__.splitlines()[0]

@@ -18,12 +18,11 @@ from dataclasses import dataclass, field
 
 import benchmark  # noqa: F401 (formulas for attention on a CPU)
 import torch
+from collectives import Traffic
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-
-from megatron_ebft.traffic import Traffic
 
 
 @dataclass

@@ -9,7 +9,7 @@
 
 1. The first, a middle and the last pipeline stage are each run as one rank of the real code: one step of `train_step`
    on tensors without data, among ranks that are not there (simulate.py). Nothing is modelled apart, so memory,
-   operations and messages are those of the code (meter.py, traffic.py).
+   operations and messages are those of the code (meter.py, collectives.py).
 2. No rollout is left out (--ebft-skip-duplicates is off): what is saved depends on the policy, and need not be there.
    Nothing is planned in FP8, which needs a GPU: with it rows end in some more padding, and the weights of a pass that
    runs in FP8 take half as much again; those of training (--fp8-format) as much again, all the time.
@@ -17,7 +17,7 @@
    temporaries inside operations. Evaluation needs less than training: its rows are as long, and have no backward pass.
 4. Times are an estimate: every operation takes the longer of computing and of moving its bytes, at EFFICIENCY of the
    peaks; every collective its ring's bytes over the slowest link, and nothing overlaps. Pipeline stages idle as in the
-   schedules of Megatron (training) and of relay.py (sampling).
+   schedules of Megatron (training) and of rollout/schedule.py (sampling).
 5. Where it does not fit, single changes of flags are planned in the order of what they cost, and the first that helps
    is named.
 """
@@ -78,28 +78,29 @@ def build(args, meter):
     import torch
     from megatron.core import optimizer
 
-    from megatron_ebft import arguments, model
-    from megatron_ebft.batch import GoldBatch
-    from megatron_ebft.build import build_scheduler
-    from megatron_ebft.checkpoint import TrainState
-    from megatron_ebft.device import device
-    from megatron_ebft.parallel import document_size
-    from megatron_ebft.training import Run
+    from megatron_ebft.checkpointing.checkpoint import TrainState
+    from megatron_ebft.common.device import device
+    from megatron_ebft.data.micro_batches import GoldBatch
+    from megatron_ebft.model import decoder
+    from megatron_ebft.parallel.groups import document_size
+    from megatron_ebft.run import arguments
+    from megatron_ebft.run.build import build_scheduler
+    from megatron_ebft.run.training import Run
 
     architecture, overrides = arguments.model_args(args, args.vocab_size), arguments.transformer_overrides(args)
     config, encoder, reference = None, None, None
     with meter.kind("weights"):
-        policy = model.build_policy(architecture, arguments.ddp_config(args), **arguments.policy_overrides(args))
+        policy = decoder.build_policy(architecture, arguments.ddp_config(args), **arguments.policy_overrides(args))
     for chunk in policy:
         for buffer in chunk.buffers:
             meter.label(buffer.grad_data, "gradients")
     if args.training_mode == "ebft":
         config = arguments.ebft_config(args, architecture.num_layers)
         with meter.kind("encoder"):
-            encoder = model.build_encoder(architecture, max(config.feature_map.layers), **overrides)
+            encoder = decoder.build_encoder(architecture, max(config.feature_map.layers), **overrides)
         if args.ebft_kl_coef or args.ebft_track_kl:
             with meter.kind("reference"):
-                reference = model.build_frozen(architecture, **overrides)
+                reference = decoder.build_frozen(architecture, **overrides)
     with meter.kind("optimizer"):
         adam = optimizer.get_megatron_optimizer(arguments.optimizer_config(args), policy)
         adam.prepare_grads()
@@ -118,10 +119,10 @@ def measure(args, cluster: Cluster) -> dict:
     """One step of this rank, JSON-able: of tensors with data, or without."""
     from meter import Meter
 
-    from megatron_ebft.arguments import model_args
-    from megatron_ebft.attention import PrefillPattern
-    from megatron_ebft.build import feature_exchange
-    from megatron_ebft.training import train_step
+    from megatron_ebft.model.attention import PrefillPattern
+    from megatron_ebft.run.arguments import model_args
+    from megatron_ebft.run.build import feature_exchange
+    from megatron_ebft.run.training import train_step
 
     meter = Meter(model_args(args, args.vocab_size).padded_vocab_size // args.tensor_model_parallel_size,
                   cluster.operation)
@@ -151,9 +152,9 @@ def measure(args, cluster: Cluster) -> dict:
 
 def idle(args, run, gold) -> dict[str, float]:
     """Share of each phase in which this stage waits for others."""
-    from megatron_ebft.ebft import training_rows
-    from megatron_ebft.relay import idle_fraction, row_groups
-    from megatron_ebft.rollout import Rollouts
+    from megatron_ebft.method.ebft import training_rows
+    from megatron_ebft.rollout.sampler import Rollouts
+    from megatron_ebft.rollout.schedule import idle_fraction, row_groups
 
     stages, virtual = args.pipeline_model_parallel_size, args.num_virtual_stages_per_pipeline_rank
     rows, shares = len(gold.tokens_BT), {}
@@ -173,9 +174,9 @@ def measure_rank(argv: list[str], rank: int, like_gpu: bool = True) -> dict:
     args, cluster = parse(argv)
     from simulate import fake_tensors, gpu_operations, simulated_rank
 
-    from megatron_ebft.arguments import parallel_sizes
-    from megatron_ebft.build import check_batch
-    from megatron_ebft.parallel import init_parallel, shut_down
+    from megatron_ebft.parallel.groups import init_parallel, shut_down
+    from megatron_ebft.run.arguments import parallel_sizes
+    from megatron_ebft.run.build import check_batch
 
     begun = time.perf_counter()
     with simulated_rank(rank, args.world_size):
@@ -328,7 +329,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Cluster]:
     Raises:
         ValueError: naming the flag.
     """
-    from megatron_ebft.arguments import build_parser, check_args
+    from megatron_ebft.run.arguments import build_parser, check_args
 
     parser = build_parser()
     parser.prog, parser.description = "tools/plan.py", __doc__

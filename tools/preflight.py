@@ -60,8 +60,8 @@ def check_gpus(args) -> str:
 
 def check_data(args, tokenizer, problems: Problems) -> None:
     """Each dataset by itself, and then all of them as training builds them."""
-    from megatron_ebft.build import build_data
-    from megatron_ebft.dataset import Blend, check_dataset
+    from megatron_ebft.data.rows import Blend, check_dataset
+    from megatron_ebft.run.build import build_data
 
     before = len(problems)
     for flag, values in (("--data-path", args.data_path), ("--train-data-path", args.train_data_path),
@@ -77,7 +77,7 @@ def check_data(args, tokenizer, problems: Problems) -> None:
 
 def check_checkpoints(args, is_resumed: bool, problems: Problems) -> dict:
     """Every checkpoint that will be read; its reader by flag."""
-    from megatron_ebft.checkpoint_files import newest_first, resolve
+    from megatron_ebft.checkpointing.files import newest_first, resolve
 
     readers = {}
     for flag, folder in (("--load", args.load if is_resumed else None), ("--ebft-encoder-load", args.ebft_encoder_load),
@@ -95,8 +95,8 @@ def first_to_open(folders: list[str], flag: str):
     Raises:
         ValueError: about the first, where none is.
     """
-    from megatron_ebft.checkpoint_files import check_sizes, check_whole
-    from megatron_ebft.checkpoint_reader import CheckpointReader
+    from megatron_ebft.checkpointing.files import check_sizes, check_whole
+    from megatron_ebft.checkpointing.reader import CheckpointReader
 
     problems = []
     for folder in folders:
@@ -117,7 +117,7 @@ def rank_zero(world_size: int, sizes: dict):
     """
     from simulate import simulated_rank
 
-    from megatron_ebft.parallel import init_parallel, shut_down
+    from megatron_ebft.parallel.groups import init_parallel, shut_down
 
     with simulated_rank(0, world_size):
         try:
@@ -129,8 +129,8 @@ def rank_zero(world_size: int, sizes: dict):
 
 def checkpoint_bytes(args, vocab_size: int) -> tuple[int, int]:
     """Parameters of the model, and bytes of a checkpoint with its optimizer."""
-    from megatron_ebft.arguments import model_args
-    from megatron_ebft.model import build_skeleton
+    from megatron_ebft.model.decoder import build_skeleton
+    from megatron_ebft.run.arguments import model_args
 
     with rank_zero(1, dict(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, seed=1)):
         parameters = sum(p.numel() for p in build_skeleton(model_args(args, vocab_size)).parameters())
@@ -139,7 +139,7 @@ def checkpoint_bytes(args, vocab_size: int) -> tuple[int, int]:
 
 def check_save(args, size: int) -> str:
     """ValueError unless --save can be written and has room; else a line on the room there is."""
-    from megatron_ebft.checkpoint_files import complete_iterations, leftover_bytes
+    from megatron_ebft.checkpointing.files import complete_iterations, leftover_bytes
 
     if not args.save:
         raise ValueError("--save: name a folder, or the run ends without a checkpoint")
@@ -164,9 +164,9 @@ def check_save(args, size: int) -> str:
 
 def check_run(args, problems: Problems) -> list[str]:
     """Everything but GPUs; what the run is, in words."""
-    from megatron_ebft import arguments, build
-    from megatron_ebft.checkpoint_files import read_metadata
-    from megatron_ebft.tokenizer import build_tokenizer
+    from megatron_ebft.checkpointing.files import read_metadata
+    from megatron_ebft.data.tokenizer import build_tokenizer
+    from megatron_ebft.run import arguments, build
 
     is_resumed, tokenizer, words = False, None, []
     with problems.collected():
@@ -209,7 +209,7 @@ def add_job(add) -> None:
 
 def parse_all(argv: list[str]) -> argparse.Namespace:
     """Training flags, unchecked, with those of the job."""
-    from megatron_ebft.arguments import build_parser
+    from megatron_ebft.run.arguments import build_parser
 
     parser = build_parser()
     parser.prog, parser.description = "tools/preflight.py", __doc__

@@ -27,8 +27,8 @@ from datetime import timedelta
 import numpy
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-from megatron_ebft.dataset import ANSWER_MASK_SUFFIX
-from megatron_ebft.tokenizer import TOKENIZER_TYPES, Tokenizer, build_tokenizer
+from megatron_ebft.data.rows import ANSWER_MASK_SUFFIX
+from megatron_ebft.data.tokenizer import TOKENIZER_TYPES, Tokenizer, build_tokenizer
 
 BATCH_BYTES = 1 << 18
 """Input sent to a worker at a time."""

@@ -33,13 +33,13 @@ def parse(argv: list[str]):
     Raises:
         ValueError: naming the flag or the file.
     """
-    from megatron_ebft.arguments import Parser, add_machine, check_args
-    from megatron_ebft.checkpoint_files import read_metadata
-    from megatron_ebft.families import describe, read_model
-    from megatron_ebft.fp8_flags import add_fp8
-    from megatron_ebft.hf_files import HFWeights
-    from megatron_ebft.model import ModelArgs
-    from megatron_ebft.step_file import read_step
+    from megatron_ebft.checkpointing.files import read_metadata
+    from megatron_ebft.hf.families import describe, read_model
+    from megatron_ebft.hf.files import HFWeights
+    from megatron_ebft.model.decoder import ModelArgs
+    from megatron_ebft.run.arguments import Parser, add_machine, check_args
+    from megatron_ebft.run.fp8_flags import add_fp8
+    from megatron_ebft.run.step_file import read_step
 
     parser = Parser(prog="torchrun --nproc-per-node N tools/replay.py", allow_abbrev=False,
                     description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -88,8 +88,8 @@ def parse(argv: list[str]):
 @torch.no_grad()
 def load_hf_weights(policy: list, hf, weights) -> None:
     """Set this rank's part of a policy from Hugging Face tensors; padding of the vocabulary becomes 0."""
-    from megatron_ebft.families import VOCABULARY
-    from megatron_ebft.fingerprint import sharded_tensors, sharded_weights
+    from megatron_ebft.checkpointing.fingerprint import sharded_tensors, sharded_weights
+    from megatron_ebft.hf.families import VOCABULARY
 
     for tensor in sharded_tensors(sharded_weights(policy)):
         entry = hf.entries[tensor.key]
@@ -102,9 +102,15 @@ def load_hf_weights(policy: list, hf, weights) -> None:
 
 def build(args, hf, weights):
     """Policy, encoder, and with a KL term the reference, with their weights."""
-    from megatron_ebft.arguments import ddp_config, ebft_config, model_args, policy_overrides, transformer_overrides
-    from megatron_ebft.checkpoint import load_weights
-    from megatron_ebft.model import build_encoder, build_frozen, build_policy, copy_weights, free_fields
+    from megatron_ebft.checkpointing.checkpoint import load_weights
+    from megatron_ebft.model.decoder import build_encoder, build_frozen, build_policy, copy_weights, free_fields
+    from megatron_ebft.run.arguments import (
+        ddp_config,
+        ebft_config,
+        model_args,
+        policy_overrides,
+        transformer_overrides,
+    )
 
     architecture, overrides = model_args(args, hf.architecture.vocab_size), transformer_overrides(args)
     fields = dataclasses.asdict(architecture)
@@ -131,7 +137,7 @@ def build(args, hf, weights):
 @contextmanager
 def phase(name: str, models: list, passes: int, say):
     """Says how long the block took, and while it runs how long it will: it takes `passes` forward passes of a rank."""
-    from megatron_ebft.countdown import Countdown, clock
+    from megatron_ebft.common.progress import Countdown, clock
 
     countdown = Countdown(name, passes, say)
     hooks = [model.register_forward_hook(countdown.tick) for model in models]
@@ -143,13 +149,14 @@ def phase(name: str, models: list, passes: int, say):
 
 def compute(step, policy: list, encoder, reference, config, say) -> dict[str, torch.Tensor]:
     """Every result but the gradients, which are left in the policy's buffers; the same on every rank."""
-    from megatron_ebft import ebft
-    from megatron_ebft.batch import MicroBatches
-    from megatron_ebft.fp8 import quantised
-    from megatron_ebft.metrics import Means
-    from megatron_ebft.parallel import all_documents, all_samples
-    from megatron_ebft.step_file import gather_results
-    from megatron_ebft.whole import whole_features
+    from gather import whole_features
+
+    from megatron_ebft.data.micro_batches import MicroBatches
+    from megatron_ebft.method import ebft
+    from megatron_ebft.method.means import Means
+    from megatron_ebft.model.fp8 import quantised
+    from megatron_ebft.parallel.groups import all_documents, all_samples
+    from megatron_ebft.run.step_file import gather_results
 
     gold, rollouts = step.mine()
     rows = MicroBatches(gold, rollouts.tokens_BKNG, config.layout, config.layout.rollout_length,
@@ -173,9 +180,10 @@ def compute(step, policy: list, encoder, reference, config, say) -> dict[str, to
 
 def write(args, step, results: dict, policy: list, hf, say) -> None:
     """The output file, by rank 0; gradients come to it one at a time."""
-    from megatron_ebft.countdown import Countdown
-    from megatron_ebft.step_file import step_writer
-    from megatron_ebft.whole import whole_gradients
+    from gather import whole_gradients
+
+    from megatron_ebft.common.progress import Countdown
+    from megatron_ebft.run.step_file import step_writer
 
     shapes = {f"grad.{name}": shape for entry in hf.entries.values() for name, shape in zip(entry.names, entry.shapes)}
     gradients, countdown = whole_gradients(policy, hf), Countdown("written", len(shapes), say)
@@ -193,7 +201,7 @@ def compare(batch: str, output: str, tolerance: float, say) -> list[str]:
     """Says how far the output is from every result in the batch file; the names of those that are too far, or not
     there. What is not finite in the same place on both sides is the same, and log-probabilities that are NaN in the
     batch file were left out there."""
-    from megatron_ebft.step_file import INPUTS
+    from megatron_ebft.run.step_file import INPUTS
 
     with safe_open(batch, "pt") as given, safe_open(output, "pt") as computed:
         names, wrong = [key for key in given.keys() if key not in INPUTS], []
@@ -218,9 +226,9 @@ def compare(batch: str, output: str, tolerance: float, say) -> list[str]:
 def main(argv: list[str]) -> None:
     """Parse, build, compute, write, compare."""
     warnings.filterwarnings("ignore")
-    from megatron_ebft.arguments import parallel_sizes
-    from megatron_ebft.build import check_batch
-    from megatron_ebft.parallel import init_parallel, shut_down
+    from megatron_ebft.parallel.groups import init_parallel, shut_down
+    from megatron_ebft.run.arguments import parallel_sizes
+    from megatron_ebft.run.build import check_batch
 
     args, step, hf, weights = parse(argv)
     init_parallel(**parallel_sizes(args))

@@ -45,8 +45,8 @@ def measure(args, repeats: int) -> list[list[tuple[int, int, int, float]]]:
     """Each stage's timeline of one sampling pass: the shortest time of each task, on every rank."""
     from benchmark import build
 
-    from megatron_ebft.parallel import pp_group
-    from megatron_ebft.rollout import sample_rollouts
+    from megatron_ebft.parallel.groups import pp_group
+    from megatron_ebft.rollout.sampler import sample_rollouts
 
     run, (gold, *_) = build(args)
     passes = []
@@ -62,9 +62,9 @@ def measure(args, repeats: int) -> list[list[tuple[int, int, int, float]]]:
 
 def main(argv: list[str]) -> None:
     warnings.filterwarnings("ignore")
-    from megatron_ebft.arguments import build_parser, check_args, parallel_sizes
-    from megatron_ebft.parallel import document_size, init_parallel, shut_down
-    from megatron_ebft.relay import idle_fraction, row_groups
+    from megatron_ebft.parallel.groups import document_size, init_parallel, shut_down
+    from megatron_ebft.rollout.schedule import idle_fraction, row_groups
+    from megatron_ebft.run.arguments import build_parser, check_args, parallel_sizes
 
     parser = build_parser()
     parser.prog, parser.description = "tools/rollout_schedule.py", __doc__.splitlines()[0]

@@ -34,9 +34,9 @@ def main(argv: list[str]) -> None:
     warnings.filterwarnings("ignore")
     from benchmark import SHAPE, build
 
-    from megatron_ebft.arguments import build_parser, check_args, parallel_sizes
-    from megatron_ebft.checkpoint import Saver
-    from megatron_ebft.parallel import init_parallel, shut_down
+    from megatron_ebft.checkpointing.checkpoint import Saver
+    from megatron_ebft.parallel.groups import init_parallel, shut_down
+    from megatron_ebft.run.arguments import build_parser, check_args, parallel_sizes
 
     parser = build_parser()
     parser.prog, parser.description = "tools/save_cost.py", __doc__.splitlines()[0]

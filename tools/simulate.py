@@ -106,10 +106,10 @@ def simulated_rank(rank: int, world_size: int):
     from megatron.core import optimizer, parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from megatron_ebft import backend
+    from megatron_ebft.model import kernels
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    with _replaced((backend, "found", backend.Found),  # kernels of a GPU take no fake tensors
+    with _replaced((kernels, "found", kernels.Found),  # kernels of a GPU take no fake tensors
                    (parallel_state, "initialize_model_parallel",
                     partial(parallel_state.initialize_model_parallel, create_gloo_process_groups=False)),
                    (optimizer, "get_megatron_optimizer",
@@ -130,9 +130,11 @@ def fake_tensors():
 @contextmanager
 def gpu_operations():
     """Within: where a GPU goes about things in another way that shows in memory, so do fake tensors."""
-    from megatron_ebft import readout, sampling
+    from megatron_ebft.model import log_probabilities
+    from megatron_ebft.rollout import token_sampling
 
-    with _replaced((readout, "temporary_elements", lambda: 1 << 27), (sampling, "temporary_elements", lambda: 1 << 27),
+    with _replaced((log_probabilities, "temporary_elements", lambda: 1 << 27),
+                   (token_sampling, "temporary_elements", lambda: 1 << 27),
                    (torch.nn.RMSNorm, "forward", lambda self, x: _FusedRMSNorm.apply(x, self.weight))):
         yield
 

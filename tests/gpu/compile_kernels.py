@@ -56,7 +56,8 @@ def recorded_calls() -> dict[Call, list[str]]:
     """Every call that tests/gpu and the benchmark's shapes make, and who makes it."""
     import pytest
 
-    from megatron_ebft import backend, flex_attention, parallel
+    from megatron_ebft.model import flex_attention, kernels
+    from megatron_ebft.parallel import groups
 
     calls, label = collections.defaultdict(list), []
 
@@ -66,14 +67,14 @@ def recorded_calls() -> dict[Call, list[str]]:
             calls[call].append(label[-1])
         return q * 1  # of the output's shape, with a gradient
 
-    parallel.init_parallel(1, 1, seed=1)
+    groups.init_parallel(1, 1, seed=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flex_attention, "_kernel", lambda: record)
-        patch.setattr(backend, "found", lambda: backend.Found(no_compiler=""))
+        patch.setattr(kernels, "found", lambda: kernels.Found(no_compiler=""))
         for name, run in _passes():
             label.append(name)
             run()
-    parallel.shut_down()
+    groups.shut_down()
     return dict(calls)
 
 
@@ -86,9 +87,10 @@ def _passes():
     import test_step
     from test_golden import STEPS, Case
 
-    from megatron_ebft import ebft
-    from megatron_ebft.arguments import build_parser, check_args, ebft_config, model_args
-    from megatron_ebft.evaluation import evaluation_config
+    from megatron_ebft.layout.packed_row import split_blocks
+    from megatron_ebft.method import ebft
+    from megatron_ebft.method.evaluation import evaluation_config
+    from megatron_ebft.run.arguments import build_parser, check_args, ebft_config, model_args
 
     cpu = dict(transformer_impl="local", attention_kernel="flex", bias_activation_fusion=False,
                bias_dropout_fusion=False)
@@ -97,7 +99,7 @@ def _passes():
             case = Case(step, 1, 3, **precision, **cpu)
             yield f"golden {step}, encoder", case.rewards
             yield f"golden {step}, training", case.gradient
-        policy, gold, layout, draw = test_step.sampler({**precision, **cpu})
+        policy, gold, layout, draw = test_step.small_sampler({**precision, **cpu})
         yield "test_step, sampling", draw
         config = models.ebft_config(bf.Settings(bf.Geometry(8, 8, 8, 4), temperature=0.6), layout.seq_length, 4)
         yield "test_step, score", lambda: ebft.score(policy[0], gold, draw(), config)  # noqa: B023
@@ -113,10 +115,10 @@ def _passes():
         heads, config = (model.num_attention_heads, model.num_query_groups, model.kv_channels), ebft_config(
             args, model.num_layers)
         batch, longest = args.micro_batch_size, args.ebft_eval_length
-        training, encoder = (config.layout.parts(0, config.layout.rollout_length - less)[0] for less in (1, 0))
+        training, encoder = (split_blocks(config.layout, 0, config.layout.rollout_length - less)[0] for less in (1, 0))
         held_out = evaluation_config(config, longest)[0].layout
         yield f"{name}, training", lambda: _row(training, batch, heads, torch.bfloat16, True)  # noqa: B023
-        for label, row in (("encoder", encoder), ("evaluation", held_out.parts(0, held_out.rollout_length)[0])):
+        for label, row in (("encoder", encoder), ("evaluation", split_blocks(held_out, 0, held_out.rollout_length)[0])):
             yield f"{name}, {label}", lambda: _row(row, batch, heads, torch.bfloat16, False)  # noqa: B023
         yield f"{name}, sampling", lambda: _decoding(training, args.global_batch_size, heads,  # noqa: B023
                                                      torch.bfloat16)
@@ -129,7 +131,7 @@ def _qkv(length, batch, heads, dtype) -> list[Tensor]:
 
 
 def _row(row, batch, heads, dtype, has_gradient, document_BT=None):
-    from megatron_ebft.attention import StridedPattern
+    from megatron_ebft.model.attention import StridedPattern
 
     with torch.set_grad_enabled(has_gradient):
         StridedPattern(row, document_BT).attend(1, *_qkv(row.length, batch, heads, dtype), 0.1, True)
@@ -137,12 +139,12 @@ def _row(row, batch, heads, dtype, has_gradient, document_BT=None):
 
 @torch.no_grad()
 def _decoding(row, batch, heads, dtype, document_BT=None):
-    from megatron_ebft import visibility
-    from megatron_ebft.attention import DecodePattern, PrefillPattern, RolloutCache
-    from megatron_ebft.layout import document_starts
+    from megatron_ebft.layout import visible_keys
+    from megatron_ebft.layout.strided import document_starts
+    from megatron_ebft.model.attention import DecodePattern, PrefillPattern, RolloutCache
 
     starts = None if document_BT is None else document_starts(document_BT)
-    cache = RolloutCache(row, visibility.decoding(row, starts, batch), document_BT)
+    cache = RolloutCache(row, visible_keys.decoding(row, starts, batch), document_BT)
     PrefillPattern(cache).attend(1, *_qkv(row.layout.seq_length, batch, heads, dtype), 0.1, True)
     DecodePattern(cache, 0).attend(1, *_qkv(row.decode_length, batch, heads, dtype), 0.1, True)
 
@@ -233,7 +235,7 @@ def lower(call: Call) -> list[str]:
     from torch._inductor.graph import GraphLowering
     from torch.nn.attention import flex_attention as flex
 
-    from megatron_ebft import flex_attention
+    from megatron_ebft.model import flex_attention
 
     sources, expected, run = [], 1 + call.has_gradient, GraphLowering.run
 

@@ -87,7 +87,7 @@ finish() {
 }
 
 run_report() {
-  part report start megatron_ebft.report
+  part report start megatron_ebft.environment
   finish report
   cat "$scratch/report.log"
 }
@@ -116,7 +116,7 @@ run_plan() {
 has_fp8() {
   local said
   [[ "${DRY-}" == 1 ]] && return
-  said="$(start megatron_ebft.report 2>/dev/null)"
+  said="$(start megatron_ebft.environment 2>/dev/null)"
   [[ "$said" =~ FP8\ blockwise\ +yes ]]
 }
 

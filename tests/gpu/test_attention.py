@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_ebft import visibility
-from megatron_ebft.attention import DecodePattern, PrefillPattern, RolloutCache, StridedPattern
-from megatron_ebft.backend import no_flex_attention
-from megatron_ebft.layout import StridedLayout, document_starts
+from megatron_ebft.layout import visible_keys
+from megatron_ebft.layout.packed_row import split_blocks
+from megatron_ebft.layout.strided import StridedLayout, document_starts
+from megatron_ebft.model.attention import DecodePattern, PrefillPattern, RolloutCache, StridedPattern
+from megatron_ebft.model.kernels import no_flex_attention
 
 pytestmark = pytest.mark.gpu
 LIMITS = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
@@ -19,7 +20,7 @@ DTYPES = pytest.mark.parametrize("dtype", LIMITS, ids=["float32", "bfloat16"])
 
 
 def row_and_documents(has_documents: bool, pad_to: int = 8):
-    row = StridedLayout(256, 8, 8, 8, 4, pad_to).parts(0, 7)[0]
+    row = split_blocks(StridedLayout(256, 8, 8, 8, 4, pad_to), 0, 7)[0]
     index = torch.arange(256, device="cuda")
     return row, torch.stack([(index > 100).long(), (index > 37).long() + (index > 200)]) if has_documents else None
 
@@ -37,7 +38,7 @@ def needs(flex, dtype):
 
 def exact(row, document_BT, q, k, v):
     """Output and gradients in float64, with the mask written out; of padding, zero."""
-    reach = visibility.strided(row, None if document_BT is None else document_starts(document_BT), 2)
+    reach = visible_keys.strided(row, None if document_BT is None else document_starts(document_BT), 2)
     mask = reach.sees(torch.arange(row.length, device="cuda"))[:, None]
     leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
     out = scaled_dot_product_attention(*leaves, attn_mask=mask, scale=0.2, enable_gqa=True)
@@ -75,7 +76,7 @@ def test_decoding(flex, dtype, has_documents):
     q, k, v = (x.detach() for x in heads(row, dtype))
     with torch.enable_grad():
         whole = exact(row, document_BT, q, k, v)[0].detach()
-    cache = RolloutCache(row, visibility.decoding(row, starts, 2), document_BT)
+    cache = RolloutCache(row, visible_keys.decoding(row, starts, 2), document_BT)
     PrefillPattern(cache).attend(1, *(x[:, :, :256] for x in (q, k, v)), 0.2, flex)
     for step in range(row.steps):
         index = row.rollout_index(range(step, step + 1)).flatten().cuda()

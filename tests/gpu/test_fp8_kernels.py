@@ -8,10 +8,11 @@ import pytest
 import torch
 from models import relative_error
 
-from megatron_ebft import backend, ebft, fp8
-from megatron_ebft.fp8 import FP8, quantised
-from megatron_ebft.metrics import Means
-from megatron_ebft.rollout import sample_rollouts
+from megatron_ebft.method import ebft
+from megatron_ebft.method.means import Means
+from megatron_ebft.model import fp8, kernels
+from megatron_ebft.model.fp8 import FP8, quantised
+from megatron_ebft.rollout.sampler import sample_rollouts
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_rank")]
 SIZES = dict(layers=4, hidden=512, ffn=1024, heads=8, kv_heads=4, vocab=512)
@@ -20,7 +21,7 @@ BF16 = dict(params_dtype=torch.bfloat16, bf16=True, transformer_impl="transforme
 
 @pytest.fixture(params=["blockwise", "tensorwise"])
 def precision(request):
-    missing = backend.no_transformer_engine(torch.bfloat16) or backend.found().no_fp8[request.param]
+    missing = kernels.no_transformer_engine(torch.bfloat16) or kernels.found().no_fp8[request.param]
     if missing:
         pytest.skip(missing)
     return FP8(request.param)

@@ -12,10 +12,12 @@ from models import largest_difference, relative_error
 from test_brute_force import GOLDEN, by_sample
 from test_golden import STEPS, Case
 
-from megatron_ebft import backend, ebft, rollout
-from megatron_ebft.layout import StridedLayout
-from megatron_ebft.rollout import SamplingConfig, sample_rollouts
-from megatron_ebft.training import SELF_CHECK_BF16, SELF_CHECK_FLOAT32
+from megatron_ebft.layout.strided import StridedLayout
+from megatron_ebft.method import ebft
+from megatron_ebft.model import kernels
+from megatron_ebft.rollout import sampler
+from megatron_ebft.rollout.sampler import SamplingConfig, sample_rollouts
+from megatron_ebft.run.training import SELF_CHECK_BF16, SELF_CHECK_FLOAT32
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_rank")]
 FLOAT32, BF16 = dict(params_dtype=torch.float32), dict(params_dtype=torch.bfloat16, bf16=True)
@@ -29,7 +31,7 @@ def path(request):
     """Overrides of a model for one kind of kernels; skipped, with the reason, where it cannot be."""
     options = PATHS[request.param]
     try:
-        backend.choose(options["transformer_impl"], options["attention_kernel"], dtype=options["params_dtype"],
+        kernels.choose(options["transformer_impl"], options["attention_kernel"], dtype=options["params_dtype"],
                        head_dim=16)
     except ValueError as error:
         pytest.skip(str(error))
@@ -52,7 +54,7 @@ def test_golden_step(name, path):
     assert largest_difference(scores.gold_BT, log_probs[:, 0, : T - 1]) <= (0.06 if is_bf16 else 1e-4)
 
 
-def sampler(path, seq_length=128):
+def small_sampler(path, seq_length=128):
     """A policy, rows with documents, and what samples from it."""
     model, weights = bf.load_llama(GOLDEN / "llama")
     policy = models.build_policy(model, weights, **path)
@@ -63,7 +65,7 @@ def sampler(path, seq_length=128):
 
 
 def test_sampler_and_training_pass_agree(path):
-    policy, gold, layout, draw = sampler(path)
+    policy, gold, layout, draw = small_sampler(path)
     config = models.ebft_config(bf.Settings(bf.Geometry(8, 8, 8, 4), temperature=0.6), 128, 4)
     rollouts = draw()
     scores = ebft.score(policy[0], gold, rollouts, config)
@@ -73,8 +75,8 @@ def test_sampler_and_training_pass_agree(path):
 
 def test_decoding_does_not_wait_for_the_device(path, monkeypatch):
     """Every step after the prefill only launches work: CUDA refuses whatever would wait."""
-    _, _, _, draw = sampler(path)
-    expected, work = draw(), rollout._Group.work
+    _, _, _, draw = small_sampler(path)
+    expected, work = draw(), sampler._Group.work
 
     def watched(self, step, virtual, given):
         torch.cuda.set_sync_debug_mode("error" if step else "default")
@@ -83,7 +85,7 @@ def test_decoding_does_not_wait_for_the_device(path, monkeypatch):
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(rollout._Group, "work", watched)
+    monkeypatch.setattr(sampler._Group, "work", watched)
     assert torch.equal(draw().tokens_BKNG, expected.tokens_BKNG)
 
 
@@ -91,7 +93,8 @@ def test_kernels_draw_the_same_tokens():
     """In float32, where they differ by roundings too small to move a draw."""
     drawn = []
     for attention in ("sdpa", "flex"):
-        if attention == "flex" and backend.no_flex_attention(torch.float32, 16):
-            pytest.skip(backend.no_flex_attention(torch.float32, 16))
-        drawn.append(sampler(dict(transformer_impl="local", attention_kernel=attention, **FLOAT32))[3]().tokens_BKNG)
+        if attention == "flex" and kernels.no_flex_attention(torch.float32, 16):
+            pytest.skip(kernels.no_flex_attention(torch.float32, 16))
+        draw = small_sampler(dict(transformer_impl="local", attention_kernel=attention, **FLOAT32))[3]
+        drawn.append(draw().tokens_BKNG)
     assert (drawn[0] == drawn[1]).float().mean() > 0.999

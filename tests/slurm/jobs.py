@@ -20,7 +20,7 @@ from compare_runs import COLUMNS
 from preprocess_data import main as preprocess
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_ebft.checkpoint_reader import CheckpointReader
+from megatron_ebft.checkpointing.reader import CheckpointReader
 
 REPO = Path(__file__).parents[2]
 SCRIPT, STUB = REPO / "slurm/ebft_8b.sh", REPO / "tests/slurm/stub.py"

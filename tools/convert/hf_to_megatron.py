@@ -20,8 +20,8 @@ def main(argv: list[str]) -> None:
     import torch
     import verify
 
-    from megatron_ebft.arguments import Parser
-    from megatron_ebft.convert import hf_to_megatron
+    from megatron_ebft.hf.convert import hf_to_megatron
+    from megatron_ebft.run.arguments import Parser
 
     parser = Parser(prog="tools/convert/hf_to_megatron.py", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)

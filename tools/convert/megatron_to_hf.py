@@ -18,8 +18,8 @@ def main(argv: list[str]) -> None:
     warnings.filterwarnings("ignore")
     import verify
 
-    from megatron_ebft.arguments import Parser
-    from megatron_ebft.convert import megatron_to_hf
+    from megatron_ebft.hf.convert import megatron_to_hf
+    from megatron_ebft.run.arguments import Parser
 
     parser = Parser(prog="tools/convert/megatron_to_hf.py", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -18,8 +18,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from megatron_ebft.countdown import Countdown, clock
-from megatron_ebft.device import device
+from megatron_ebft.common.device import device
+from megatron_ebft.common.progress import Countdown, clock
 
 TOLERANCE = 1e-4
 PROMPT_LENGTH, SEED = 32, 0
@@ -123,7 +123,7 @@ def _transformers(folder: str, weights, reader, tokens: Tensor, positions: Tenso
     """Logits [B, S, V] and the layers' outputs [B, S, H]."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from megatron_ebft.families import parse_config, read_config
+    from megatron_ebft.hf.families import parse_config, read_config
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
@@ -147,11 +147,11 @@ def _megatron(reader, tokens: Tensor, positions: Tensor, countdown: Countdown) -
     """The same, of the checkpoint."""
     from megatron.core import parallel_state
 
-    from megatron_ebft.attention import CausalPattern, as_mask
-    from megatron_ebft.families import EMBEDDING, VOCABULARY
-    from megatron_ebft.fingerprint import SHARDING
-    from megatron_ebft.model import build_skeleton
-    from megatron_ebft.parallel import init_parallel, shut_down
+    from megatron_ebft.checkpointing.fingerprint import SHARDING
+    from megatron_ebft.hf.families import EMBEDDING, VOCABULARY
+    from megatron_ebft.model.attention import CausalPattern, as_mask
+    from megatron_ebft.model.decoder import build_skeleton
+    from megatron_ebft.parallel.groups import init_parallel, shut_down
 
     is_alone = not parallel_state.is_initialized()
     if is_alone:

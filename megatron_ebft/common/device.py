@@ -1,0 +1,144 @@
+"""The device ranks compute on, and the one place where a CPU stands in for CUDA.
+
+Megatron-Core names "cuda" in many places. On a machine without a GPU, and only there, `init_device` replaces
+those entry points by their CPU counterparts, so that every other module is written for CUDA alone:
+
+1. `torch.cuda` functions that name a device, a random state or a stream answer for the CPU.
+2. `device="cuda"` keywords, `Tensor.cuda()` and `Module.cuda()` mean the CPU.
+3. `Tensor.type()` answers "torch.cuda.FloatTensor" (Megatron's distributed optimizer compares that string).
+
+`init_device` runs before the process groups start (parallel/groups.py calls it).
+"""
+
+import os
+import time
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+
+
+def have_gpu() -> bool:
+    """Whether ranks compute on CUDA devices."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device of this rank."""
+    return torch.device("cuda", torch.cuda.current_device()) if have_gpu() else CPU
+
+
+def backend() -> str:
+    """The torch.distributed backend: NCCL for GPUs, gloo for CPUs."""
+    return "nccl" if have_gpu() else "gloo"
+
+
+def temporary_elements() -> int:
+    """Elements of a temporary over the vocabulary: what a CPU cache holds, or a modest share of a GPU's memory."""
+    return 1 << 27 if have_gpu() else 1 << 19
+
+
+def synchronize() -> None:
+    """Wait for the device, so that a wall-clock reading means something."""
+    if have_gpu():
+        torch.cuda.synchronize()
+
+
+def upload(tensor: Tensor, to: torch.device | None = None) -> Tensor:
+    """A tensor on a device (default: this rank's); one made on the host gets there without waiting for what the device
+    does."""
+    to = to or device()
+    return tensor if tensor.device.type == to.type else tensor.contiguous().pin_memory().to(to, non_blocking=True)
+
+
+def work_clock() -> float:
+    """Seconds of this rank's own work so far: a GPU's clock once it is idle, a CPU's time of this thread."""
+    synchronize()
+    return time.perf_counter() if have_gpu() else time.thread_time()
+
+
+class _InertStream:
+    """Stands in for torch.cuda.Stream and Event: a CPU has one queue, so waiting is a no-op."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        return False
+
+    def record(self, *args):
+        return self
+
+    def query(self):
+        return True
+
+    wait = wait_stream = wait_event = record_event = synchronize = record
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Turns device="cuda" keywords into "cpu", and a tensor's CPU type name into its CUDA one."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        name = kwargs.get("device")
+        if name is not None and str(name).startswith("cuda"):
+            kwargs = {**kwargs, "device": CPU}
+        return func(*args, **kwargs)
+
+
+def be_deterministic() -> None:
+    """Choose kernels that add up in a fixed order (--deterministic-mode); call it before the first product on the GPU.
+
+    torch only warns where it knows no such kernel. For running sums along rows (cumsum) the warning is needless. The
+    backward passes of flash and memory-efficient attention are another matter: they are switched off.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "^NVLS")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+
+
+_installed = False
+
+
+def init_device() -> None:
+    """Select this rank's device (LOCAL_RANK) and SDPA's kernels; without a GPU, install the stand-in. Idempotent."""
+    global _installed
+    if have_gpu():
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(f"--nproc-per-node: rank {local_rank} of this machine has no GPU of its own, there are "
+                             f"{torch.cuda.device_count()}; start as many ranks as GPUs")
+        torch.cuda.set_device(local_rank)
+        # cuDNN comes first in torch's order on Hopper. It plans 23 to 37 ms for every new shape, and its backward pass
+        # adds up in any order.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        return
+    if _installed:
+        return
+    _installed = True
+    cuda, stream = torch.cuda, _InertStream()
+    cuda.current_device = lambda: CPU
+    cuda.set_device = lambda *_: None
+    cuda.synchronize = cuda.empty_cache = lambda *_, **__: None
+    cuda.is_current_stream_capturing = lambda: False
+    cuda.current_stream = cuda.default_stream = lambda *_, **__: stream
+    cuda.stream = lambda *_: stream
+    cuda.Stream = cuda.Event = _InertStream
+    for module in (cuda, cuda.random):
+        module.get_rng_state = lambda *_, **__: torch.get_rng_state()
+        module.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+        module.manual_seed = module.manual_seed_all = lambda seed: torch.random.default_generator.manual_seed(seed)
+    torch.nn.Module.cuda = lambda self, *_: self
+    _CudaMeansCpu().__enter__()

@@ -1,0 +1,1 @@
+"""Tokenizers, rows of gold tokens, and how rows are cut into micro-batches."""

@@ -1,0 +1,292 @@
+"""Conversion of checkpoints between Hugging Face and Megatron-Core, one tensor at a time.
+
+1. Neither side is ever in memory as a whole: a Megatron-Core tensor is made of its Hugging Face parts when it is
+   written, and taken apart when it is read. torch's checkpointing is given a planner that does so; no model is built.
+2. What is converted is a checkpoint like those that training saves, at iteration 0, without an optimizer: its record
+   has the architecture, its folder the companions (hf/files.py), its manifest the checksums.
+3. What can be found wrong is found from the headers, before a tensor is written. Output is written beside its place,
+   verified there if that is wanted, and moved by a rename; where anything fails, nothing stays.
+"""
+
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from torch import Tensor
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+
+from megatron_ebft.checkpointing.files import (
+    FORMAT,
+    POINTER,
+    RECORD,
+    clear_leftovers,
+    publish,
+    seal,
+    sync,
+    temporary_name,
+    write_json,
+    writing,
+)
+from megatron_ebft.checkpointing.reader import CheckpointReader
+from megatron_ebft.common.progress import Countdown, gigabytes
+from megatron_ebft.data.tokenizer import build_tokenizer
+from megatron_ebft.hf.families import CONFIG, HFModel, describe, parse_config, read_config, read_model, write_config
+from megatron_ebft.hf.files import (
+    COMPANIONS,
+    GENERATION_CONFIG,
+    INDEX,
+    SENTENCEPIECE,
+    SINGLE,
+    TOKENIZER_FILES,
+    HFWeights,
+    SafetensorsWriter,
+    read_companions,
+    tensor_bytes,
+    write_companions,
+)
+from megatron_ebft.model.decoder import free_fields
+
+NOTHING_STAYS = "Nothing was left there"
+
+
+class _AsWritten(DefaultSavePlanner):
+    """Saves tensors that are only promised: `make(key)` is asked for each when it is written."""
+
+    def __init__(self, make):
+        super().__init__(flatten_state_dict=False)
+        self.make = make
+
+    def lookup_object(self, index):
+        return self.make(index.fqn)
+
+
+def hf_to_megatron(hf_folder: str, output: str, dtype: torch.dtype | None = None, say=print, verify=None) -> str:
+    """Convert a Hugging Face folder to a torch_dist checkpoint of iteration 0; returns its folder.
+
+    Args:
+        output: a directory without checkpoints; made where there is none.
+        dtype: of all weights; None: as they are.
+        say: takes lines about progress.
+        verify: called with what was read and what was written before that is moved to its place; may raise.
+
+    Raises:
+        ValueError: naming --hf-model and the file, key or tensor that is wrong, or --output.
+    """
+    model = read_model(hf_folder, "--hf-model")
+    weights = HFWeights(hf_folder, "--hf-model")
+    weights.check(model)
+    promised = _promise(model, weights, dtype)
+    total = sum(tensor.nbytes for tensor in promised.values())
+    if os.path.isdir(output) and any(name == POINTER or re.match(r"iter_\d+(?!.*\.tmp\.)", name)
+                                     for name in os.listdir(output)):
+        raise ValueError(f"--output {output}: holds checkpoints already; name a new folder")
+    _check_place(output, total)
+    companions = read_companions(hf_folder)
+    metadata = {"architecture": asdict(model.architecture), "tokenizer": _tokenizer(hf_folder, companions, model, say),
+                "converted_from": {"hf_model": os.path.abspath(hf_folder), "family": model.family.architecture}}
+    record = {"format": FORMAT, "train_state": {"iteration": 0, "consumed_samples": 0}, "layout": None,
+              "optimizer": None, "metadata": metadata}
+    countdown = Countdown("converted", total, say, gigabytes)
+
+    def make(key: str) -> Tensor:
+        entry = model.entries[key]
+        tensor = entry.join([weights.read(name).to(promised[key].dtype) for name in entry.names])
+        assert (tensor.dtype, tensor.shape) == (promised[key].dtype, promised[key].shape), key
+        countdown.add(tensor.nbytes)
+        return tensor
+
+    temporary = os.path.join(output, temporary_name(0))
+    with writing(output, "--output", NOTHING_STAYS), _gone_on_failure(temporary):
+        clear_leftovers(output)
+        # One file a tensor: torch keeps what it writes to a file in memory until the file is closed.
+        writer = FileSystemWriter(temporary, single_file_per_rank=False, thread_count=1)
+        checkpoint.save(promised, storage_writer=writer, planner=_AsWritten(make), no_dist=True)
+        save_config(CheckpointingConfig("torch_dist"), temporary)
+        torch.save({}, os.path.join(temporary, "common.pt"))
+        write_companions(os.path.join(temporary, COMPANIONS), companions)
+        write_json(os.path.join(temporary, RECORD), record)
+        seal(temporary)
+        countdown.close()
+        if verify is not None:
+            verify(hf_folder, weights, CheckpointReader(temporary, "--output", is_whole=True))
+        publish(output, temporary, 0)
+    return os.path.join(output, "iter_0000000")
+
+
+def megatron_to_hf(load: str, output: str, template: str | None = None, max_shard_size: int = 5 * 10**9, say=print,
+                   verify=None) -> None:
+    """Convert a checkpoint (the latest of a directory, or an iter_* folder itself) to a Hugging Face folder.
+
+    Args:
+        output: a folder that is not there yet, or empty.
+        template: a Hugging Face folder whose configuration and tokenizer replace those that the checkpoint carries.
+        max_shard_size: bytes of a safetensors file, unless one tensor has more.
+        say, verify: as hf_to_megatron.
+
+    Raises:
+        ValueError: naming --load, --output or --hf-template and what is wrong.
+    """
+    output = os.path.realpath(output)
+    if os.path.isdir(output) and os.listdir(output):
+        raise ValueError(f"--output {output}: is not empty; name a new folder")
+    reader = CheckpointReader(load, "--load", say=say)
+    companions = _companions(reader, template)
+    model = _family_of(reader, companions, f"--hf-template {template}" if template else f"--load {reader.folder}")
+    reader.check(model)
+    tensors = {name: (reader.dtypes[key], shape) for key, entry in model.entries.items()
+               for name, shape in zip(entry.names, entry.shapes)}
+    total = sum(tensor_bytes(*tensor) for tensor in tensors.values())
+    _check_place(output, total)
+    companions = _configured(companions, model, next(iter(tensors.values()))[0], reader)
+
+    temporary = f"{output}.tmp.{secrets.token_hex(4)}"
+    with writing(output, "--output", NOTHING_STAYS), _gone_on_failure(temporary):
+        os.makedirs(temporary)
+        write_companions(temporary, companions)
+        _write_shards(temporary, tensors, _parts(reader, model), max_shard_size,
+                      Countdown("converted", total, say, gigabytes))
+        for name in os.listdir(temporary):
+            sync(os.path.join(temporary, name))
+        sync(temporary)
+        if verify is not None:
+            verify(temporary, HFWeights(temporary, "--output"), reader)
+        os.rename(temporary, output)  # over an empty folder, too
+        sync(os.path.dirname(output))
+
+
+def _promise(model: HFModel, weights: HFWeights, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Shapes and dtypes of the Megatron-Core tensors, without data."""
+    promised = {}
+    for key, entry in model.entries.items():
+        found = {weights.dtypes[name] for name in entry.names}
+        if dtype is None and torch.float16 in found:
+            raise ValueError(f"{weights.where}: the weights are float16 ({entry.names[0]}), which is not trained here; "
+                             "give --dtype bf16 (which rounds them) or --dtype fp32 (which does not)")
+        if dtype is None and len(found) > 1:
+            raise ValueError(f"{weights.where}: {', '.join(entry.names)} have several dtypes, and become one tensor; "
+                             "give --dtype")
+        promised[key] = torch.empty(entry.shape, dtype=dtype or found.pop(), device="meta")
+    return promised
+
+
+def _tokenizer(folder: str, companions: dict, model: HFModel, say) -> dict | None:
+    """What the record says of the tokenizer; None where none travels with the model."""
+    if not companions.keys() & set(TOKENIZER_FILES):
+        say(f"--hf-model {folder}: no tokenizer files there; training will need --tokenizer-model")
+        return None
+    try:
+        tokenizer = build_tokenizer("HuggingFaceTokenizer", folder)
+    except ValueError as error:
+        raise ValueError(f"--hf-model {folder}: its tokenizer cannot be used. {error}") from error
+    if tokenizer.num_ids > model.architecture.vocab_size:
+        raise ValueError(f"--hf-model {folder}: its tokenizer has {tokenizer.num_ids} ids, and the model knows "
+                         f"{model.architecture.vocab_size}; remove the added tokens, or resize the model's embeddings")
+    return {"type": tokenizer.name, "fingerprint": tokenizer.fingerprint}
+
+
+def _check_place(output: str, needed: int) -> None:
+    parent = os.path.abspath(output)
+    while not os.path.exists(parent):
+        parent = os.path.dirname(parent)
+    if not os.path.isdir(parent):
+        raise ValueError(f"--output {output}: {parent} is a file; name a folder")
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"--output {output}: {parent} cannot be written; name another folder")
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise ValueError(f"--output {output}: needs {gigabytes(needed)}, and {gigabytes(free)} are free there")
+
+
+@contextmanager
+def _gone_on_failure(folder: str):
+    """Whatever ends the block early, the folder is removed."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _companions(reader: CheckpointReader, template: str | None) -> dict[str, bytes]:
+    """Configuration and tokenizer that go with the weights."""
+    found = read_companions(os.path.join(reader.folder, COMPANIONS))
+    if template is None:
+        return found
+    read_config(template, "--hf-template")
+    given = read_companions(template)
+    if given.keys() & set(TOKENIZER_FILES):  # never the files of two tokenizers
+        found = {name: content for name, content in found.items() if name not in TOKENIZER_FILES}
+    return found | given
+
+
+def _family_of(reader: CheckpointReader, companions: dict, where: str) -> HFModel:
+    """The model as the configuration at hand describes it, or by the checkpoint's architecture alone."""
+    if CONFIG not in companions:
+        return describe(reader.architecture, f"{reader.flag} {reader.folder}")
+    model = parse_config(json.loads(companions[CONFIG]), f"{where}: {CONFIG}")
+    differ = [f"{name} {value} (checkpoint {vars(reader.architecture)[name]})"
+              for name, value in vars(model.architecture).items()
+              if name not in free_fields(vars(reader.architecture)) and value != vars(reader.architecture)[name]]
+    if differ:
+        raise ValueError(f"{where}: {CONFIG} describes another model than the checkpoint: {', '.join(differ)}")
+    return model
+
+
+def _configured(companions: dict, model: HFModel, dtype: torch.dtype, reader: CheckpointReader) -> dict:
+    """Companions whose config.json names the dtype of the weights, and a generation_config.json."""
+    config = json.loads(companions[CONFIG]) if CONFIG in companions else write_config(model, dtype, _eos(reader))
+    key, name = "dtype" if "dtype" in config else "torch_dtype", str(dtype).removeprefix("torch.")
+    made = {}
+    if CONFIG not in companions or config.get(key) != name:
+        made[CONFIG] = config | {key: name}
+    if GENERATION_CONFIG not in companions:
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        made[GENERATION_CONFIG] = {"_from_model_config": True, **{key: config[key] for key in ids if key in config}}
+    return companions | {name: json.dumps(value, indent=2).encode() + b"\n" for name, value in made.items()}
+
+
+def _eos(reader: CheckpointReader) -> int | None:
+    """The id that ends a document, of the tokenizer that the checkpoint carries."""
+    folder, tokenizer = os.path.join(reader.folder, COMPANIONS), reader.metadata["tokenizer"]
+    paths = {"HuggingFaceTokenizer": folder, "SentencePieceTokenizer": os.path.join(folder, SENTENCEPIECE)}
+    if tokenizer is None or tokenizer["type"] not in paths or not os.path.isdir(folder):
+        return None
+    return build_tokenizer(tokenizer["type"], paths[tokenizer["type"]]).eod
+
+
+def _parts(reader: CheckpointReader, model: HFModel) -> Iterator[tuple[str, Tensor]]:
+    """Every Hugging Face tensor, in the order of the model's entries."""
+    for key, entry in model.entries.items():
+        yield from zip(entry.names, entry.split(reader.read(key)), strict=True)
+
+
+def _write_shards(folder: str, tensors: dict, parts: Iterator, max_shard_size: int, countdown: Countdown) -> None:
+    shards, size = [{}], 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor_bytes(*tensor) > max_shard_size:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor_bytes(*tensor)
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    names = names if len(shards) > 1 else [SINGLE]
+    for file, shard in zip(names, shards):
+        with SafetensorsWriter(os.path.join(folder, file), shard, {"format": "pt"}) as writer:
+            for _ in shard:
+                name, tensor = next(parts)
+                writer.write(name, tensor)
+                countdown.add(tensor.nbytes)
+    if len(shards) > 1:
+        write_json(os.path.join(folder, INDEX), {
+            "metadata": {"total_size": countdown.total},
+            "weight_map": {name: file for file, shard in zip(names, shards) for name in shard}})
+    countdown.close()

@@ -1,0 +1,123 @@
+"""The one owner of token order: where every gold and rollout token stands, and what it sees.
+
+Strided blocks (METHOD: "Strided blocks"). A document row holds T gold tokens. Block k has its anchor at
+a_k = c + k·s; its gold completion is gold[a_k : a_k+G]; its n rollouts continue gold[0:a_k].
+
+1. Rollout token (k, j, t) has position a_k + t, sees gold[0:a_k] and (k, j, 0..t), and nothing else. Gold is causal.
+2. Its predictor, the token whose logits give its log-probability, is gold position a_k − 1 for t = 0 and
+   rollout token (k, j, t−1) otherwise. The last rollout token therefore predicts nothing and nobody sees it:
+   a training row needs only G − 1 steps of each rollout, an encoder row all G.
+3. With a document mask, a gold token sees its own document only, positions restart there, and a block counts
+   only if the token before its anchor and its whole completion are in one document.
+
+How rows are packed: packed_row.py. What attention kernels are told: visible_keys.py.
+
+Suffixes of tensor names: B rows, T gold tokens, K blocks, N samples, G steps.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ROOMS = 16
+"""Sizes that the room for rollouts in a row is rounded up to: kernels and the allocator see few lengths."""
+
+
+@dataclass(frozen=True)
+class StridedLayout:
+    """Geometry of the blocks of one row.
+
+    Raises:
+        ValueError: naming the flag, when a value is out of range or no block fits the row.
+    """
+
+    seq_length: int
+    """T, gold tokens in a row."""
+    context_length: int
+    """c, the first anchor; at least 1, since the first rollout token needs a predictor."""
+    stride: int
+    """s, gold tokens between anchors."""
+    rollout_length: int
+    """G, tokens of a rollout."""
+    num_samples: int
+    """n, rollouts of a block (with sample parallelism: those of this rank)."""
+    pad_to: int = 1
+    """Rows and decoding steps have a multiple of this many tokens."""
+    rooms: int = ROOMS
+    """Sizes that the room for rollouts in a row is rounded up to."""
+
+    def __post_init__(self):
+        for flag, value in (("context-length", self.context_length), ("stride", self.stride),
+                            ("rollout-length", self.rollout_length), ("num-samples", self.num_samples)):
+            if value < 1:
+                raise ValueError(f"--ebft-{flag} {value}: must be at least 1")
+        if self.seq_length < self.context_length + self.rollout_length:
+            raise ValueError(
+                f"--seq-length {self.seq_length} is too short for one block: it needs at least --ebft-context-length "
+                f"{self.context_length} + --ebft-rollout-length {self.rollout_length} tokens")
+        assert self.seq_length % self.pad_to == 0  # the flags were checked
+
+    @property
+    def num_blocks(self) -> int:
+        """NB = (T − G − c) // s + 1."""
+        return (self.seq_length - self.rollout_length - self.context_length) // self.stride + 1
+
+    def anchors(self, device=None) -> Tensor:
+        """a_k = c + k·s, int64 [K]."""
+        return self.context_length + self.stride * torch.arange(self.num_blocks, device=device)
+
+    def completion_index(self, device=None) -> Tensor:
+        """Gold positions a_k .. a_k+G−1 of every block's reference completion, int64 [K, G]."""
+        return self.anchors(device)[:, None] + torch.arange(self.rollout_length, device=device)
+
+    def valid_blocks(self, document_BT: Tensor | None, answer_BT: Tensor | None) -> Tensor | bool:
+        """Blocks that count: bool [B, K], or True when neither mask is given.
+
+        Args:
+            document_BT: document number of each gold token, not decreasing along a row; None: no document mask.
+            answer_BT: True on answer tokens; None: every token may be generated.
+        """
+        valid = True
+        if document_BT is not None:
+            anchors = self.anchors(document_BT.device)
+            valid = document_BT[:, anchors - 1] == document_BT[:, anchors + self.rollout_length - 1]
+        if answer_BT is not None:
+            valid = answer_BT[:, self.completion_index(answer_BT.device)].all(-1) & valid
+        return valid
+
+
+def document_starts(document_BT: Tensor) -> Tensor:
+    """First gold position of each token's document, int64 [B, T]."""
+    index = torch.arange(document_BT.shape[1], device=document_BT.device).expand_as(document_BT)
+    is_first = torch.ones_like(document_BT, dtype=torch.bool)
+    is_first[:, 1:] = document_BT[:, 1:] != document_BT[:, :-1]
+    return (index * is_first).cummax(1).values
+
+
+def pad(tokens_BS: Tensor, length: int) -> Tensor:
+    """Rows of tokens or positions, filled up with zeros."""
+    return torch.nn.functional.pad(tokens_BS, (0, length - tokens_BS.shape[1]))
+
+
+def gold_positions(gold_BT: Tensor, starts_BT: Tensor | None) -> Tensor:
+    """Position ids [B, T] of gold tokens; with a document mask they restart at each document."""
+    positions = torch.arange(gold_BT.shape[1], device=gold_BT.device).expand_as(gold_BT)
+    return positions if starts_BT is None else positions - starts_BT
+
+
+def first_alike(rollout_BKNG: Tensor) -> Tensor:
+    """Which is the first of a block's rollouts that is the same token for token, int64 [B, K, N]."""
+    alike = True
+    for token_BKN in rollout_BKNG.unbind(-1):
+        alike = (token_BKN[..., :, None] == token_BKN[..., None, :]) & alike
+    return alike.byte().argmax(-1)
+
+
+def computed_rollouts(needed_BKN: Tensor, first_BKN: Tensor) -> Tensor:
+    """Rollouts that are computed, bool [B, K, N]: of identical ones, of which any is needed, the first.
+
+    Args:
+        needed_BKN: bool. first_BKN: `first_alike`.
+    """
+    return torch.zeros_like(first_BKN).scatter_add_(-1, first_BKN, needed_BKN.long()) > 0

@@ -1,0 +1,1 @@
+"""What EBFT computes: features, rewards, losses, and the step that is Algorithm 1 of the paper."""

@@ -1,0 +1,109 @@
+"""Evaluation on held-out rows: cross entropy, CFM as a function of completion length, alignment, KL to the start.
+
+Always the same rows and the same random numbers, at temperature 1 and without whitening, so that two evaluations
+differ by the policy alone.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from megatron_ebft.data.micro_batches import GoldBatch
+from megatron_ebft.layout.strided import StridedLayout
+from megatron_ebft.method import energy
+from megatron_ebft.method.ebft import EBFTConfig, encoder_rows, score
+from megatron_ebft.method.features import block_grams
+from megatron_ebft.method.losses import kl_estimate
+from megatron_ebft.method.means import Means
+from megatron_ebft.method.sft import cross_entropy_pass
+from megatron_ebft.model.fp8 import FP8
+from megatron_ebft.rollout.sampler import Rollouts, sample_rollouts
+
+EVALUATION_ITERATION = -1
+"""Names evaluation in the sampler's random numbers, where training has its iteration."""
+
+
+@dataclass
+class EvaluationRollouts:
+    """Rollouts of one batch of evaluation rows, for showing."""
+
+    gold: GoldBatch
+    layout: StridedLayout
+    rollouts: Rollouts
+
+
+def evaluation_config(config: EBFTConfig, longest: int) -> tuple[EBFTConfig, list[int]]:
+    """The configuration evaluation rolls out with, and the completion lengths it measures: 1, 2, 4, …, and G.
+
+    Rollouts are as long as the longest of them and blocks that far apart, so that an evaluation row is about as long
+    as a training row. Lengths that leave no room for a block are left out.
+    """
+    training = config.layout
+    longest = max(min(longest, training.seq_length - training.context_length), training.rollout_length)
+    lengths = sorted({training.rollout_length, *(2**i for i in range(longest.bit_length()))})
+    layout = replace(training, rollout_length=lengths[-1], stride=max(training.stride, lengths[-1]))
+    sampling = replace(config.sampling, temperature=1.0, top_p=1.0, top_k=0, fp8=FP8())
+    return replace(config, layout=layout, sampling=sampling), lengths
+
+
+def evaluate(policy: list, encoder, reference, batches: Iterable[GoldBatch], config: EBFTConfig | None,
+             longest: int, micro_batch_size: int) -> tuple[dict[str, float], EvaluationRollouts | None]:
+    """All evaluation metrics over `batches`, the same on every rank; those of which nothing could be measured (no
+    completion of that length is valid) are left out.
+
+    Args:
+        encoder: None in plain next-token training without one: cross entropy only.
+        reference: frozen starting policy, or None: no KL.
+        config: the method's configuration; needed with an encoder.
+        longest: completions are measured up to this many tokens.
+    """
+    means, shown = Means(), None
+    was_training = policy[0].training
+    for chunk in policy:
+        chunk.eval()
+    with torch.no_grad():
+        for gold in batches:
+            cross_entropy_pass(policy, gold, micro_batch_size, means, forward_only=True)
+            if encoder is not None:
+                rollouts, layout = _measure_rollouts(policy, encoder, reference, gold, config, longest, means)
+                shown = shown or EvaluationRollouts(gold, layout, rollouts)
+    for chunk in policy:
+        chunk.train(was_training)
+    metrics = means.reduce()
+    if "ce_loss" in metrics:
+        metrics["perplexity"] = math.exp(min(metrics["ce_loss"], 700))
+    return metrics, shown
+
+
+def _measure_rollouts(policy, encoder, reference, gold, config, longest, means) -> tuple[Rollouts, StridedLayout]:
+    config, lengths = evaluation_config(config, longest)
+    layout = config.layout
+    rollouts = sample_rollouts(policy, gold, layout, config.sampling, EVALUATION_ITERATION, config.rollout_rows)
+    valid_BKNG = _valid_tokens(gold, layout)
+    needed_BKN = valid_BKNG[..., 0].expand(rollouts.tokens_BKNG.shape[:3])
+    rows = encoder_rows(gold, rollouts, config, needed_BKN)
+    gram_BKLMM = block_grams(encoder, config.feature_map, rows, lengths)
+    biased, unbiased = energy.cfm(gram_BKLMM)
+    alignment, _ = energy.rewards(gram_BKLMM, "none")
+    for i, length in enumerate(lengths):
+        valid_BK = gold.valid_blocks(replace(layout, rollout_length=length))[:, : layout.num_blocks]
+        if config.num_samples > 1:
+            means.add_masked(f"cfm_length/{length:02d}", unbiased[:, :, i], valid_BK)
+        means.add_masked(f"cfm_biased_length/{length:02d}", biased[:, :, i], valid_BK)
+        means.add_masked(f"alignment_length/{length:02d}", alignment[:, :, i].mean(-1), valid_BK)
+    means.add_masked("entropy", rollouts.entropy_BKNG, valid_BKNG)
+    if reference is not None:
+        start = score(reference, gold, rollouts, config, needed_BKN).rollout_BKNG
+        # The sampler's log-probabilities are the policy's own; k3 has the lowest variance.
+        means.add_masked("kl_to_start", kl_estimate(rollouts.log_probs_BKNG, start, "k3"), valid_BKNG)
+    return rollouts, layout
+
+
+def _valid_tokens(gold: GoldBatch, layout: StridedLayout) -> Tensor:
+    """Rollout tokens up to which the gold completion is valid, bool [B, K, 1, G]."""
+    upto = [gold.valid_blocks(replace(layout, rollout_length=length))[:, : layout.num_blocks]
+            for length in range(1, layout.rollout_length + 1)]
+    return torch.stack(upto, dim=-1)[:, :, None]

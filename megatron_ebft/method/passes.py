@@ -1,0 +1,25 @@
+"""Forward and backward passes over micro-batches, by Megatron-Core's pipeline schedules."""
+
+import contextlib
+
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_ebft.data.micro_batches import GoldMicroBatches, MicroBatches
+from megatron_ebft.model import fp8
+
+
+def run_schedule(forward_step, micro_batches: MicroBatches | GoldMicroBatches, model, forward_only: bool) -> None:
+    """Run Megatron's pipeline schedule over the micro-batches; with a backward pass, in the precision of training.
+
+    Args:
+        model: a model, or a policy's list of virtual stages, each of which sees all micro-batches.
+    """
+    chunks = model if isinstance(model, list) else [model]
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    schedule = get_forward_backward_func(stages, len(chunks) if len(chunks) > 1 else None)
+    with contextlib.nullcontext() if forward_only else fp8.training(chunks):
+        schedule(
+            forward_step_func=forward_step, data_iterator=[iter(micro_batches) for _ in chunks], model=chunks,
+            num_microbatches=len(micro_batches), seq_length=micro_batches.row_length,
+            micro_batch_size=micro_batches.micro_batch_size, forward_only=forward_only)

@@ -1,0 +1,33 @@
+"""Next-token training: the SFT mode, and the cross entropy of evaluation."""
+
+import torch
+
+from megatron_ebft.data.micro_batches import GoldBatch, GoldMicroBatches
+from megatron_ebft.method import losses
+from megatron_ebft.method.means import Means
+from megatron_ebft.method.passes import run_schedule
+from megatron_ebft.model.attention import CausalPattern, as_mask
+from megatron_ebft.model.log_probabilities import LogProbs, gold_section
+from megatron_ebft.parallel.groups import dp_sum
+
+
+def cross_entropy_pass(model, gold: GoldBatch, micro_batch_size: int, means: Means, forward_only: bool) -> None:
+    """Mean next-token loss over the valid gold tokens of the global batch; unless `forward_only`, with its gradient.
+
+    Adds "ce_loss" (nats per token) to `means`.
+    """
+    valid = gold.gold_valid()
+    count = dp_sum(valid.sum().float()).clamp(min=1)
+
+    def forward_step(iterator, model):
+        mb = next(iterator)
+
+        def loss_func(sections):
+            ce = losses.cross_entropy(sections[0].squeeze(-1).t(), valid[mb.rows])
+            means.add("ce_loss", ce.detach(), valid[mb.rows].sum())
+            return ce / count, torch.zeros((), dtype=torch.int), {}
+
+        mask = as_mask(CausalPattern(mb.document_BT))
+        return model(mb.tokens, mb.positions, mask, labels=LogProbs([gold_section(mb.tokens)])), loss_func
+
+    run_schedule(forward_step, GoldMicroBatches(gold, micro_batch_size), model, forward_only)

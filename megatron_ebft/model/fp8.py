@@ -1,0 +1,180 @@
+"""FP8 in rollouts of the policy, in the frozen encoder and, by Megatron's flags, in the training pass.
+
+1. The linear layers of a decoder layer run in FP8 (e4m3). Attention, norms, embedding, output head and sampling stay as
+   they are, and so do the first and last layers where that is asked for.
+2. blockwise: activations in blocks of 1 × 128, weights in blocks of 128 × 128, scales that are powers of two. A token
+   is quantised the same whatever else is in its batch. tensorwise: one scale for each tensor, faster and coarser, and
+   not the same for another cut into micro-batches or with other rollouts left out.
+3. Weights are quantised once, when `quantised` is entered, and what was made is forgotten when it is left: an optimizer
+   step cannot leave old ones behind (Megatron-Core up to 0.18 does not refresh them by itself).
+4. On Hopper this is Transformer Engine's autocast around each layer. Anywhere else, `emulate` puts the same numbers
+   through the same layers: weights and inputs are rounded to what FP8 could hold, and multiplied as usual.
+5. The training pass is Megatron-Core's (--fp8-format, --fp8-recipe), on Transformer Engine's layers alone. It is on in
+   nothing else: evaluation measures the model at full precision, and rollouts have a recipe of their own.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from torch import Tensor
+
+from megatron_ebft.model import kernels
+from megatron_ebft.model.decoder import local_layers, unwrap
+from megatron_ebft.parallel.groups import tp_group
+
+RECIPES = ("off", "blockwise", "tensorwise")
+BLOCK = 128
+ROWS = 16
+"""A rank's tokens are a multiple of this: FP8 matrix products need 8, Megatron-Core pads to 16. Blockwise, they are one
+of BLOCK in training (activations are then quantised along tokens as well) and where kernels.gathers_whole_blocks."""
+LARGEST = torch.finfo(torch.float8_e4m3fn).max
+
+
+@dataclass(frozen=True)
+class FP8:
+    """What runs in FP8, by which recipe (one of RECIPES); `check` says whether it can, here."""
+
+    recipe: str = "off"
+    emulate: bool = False
+    at_start: int = 0
+    """Layers of the model, on all its stages, that stay out of it, at its beginning."""
+    at_end: int = 0
+    flag: str = "--ebft-rollout-fp8"
+
+    def check(self, no_transformer_engine: str) -> None:
+        """ValueError, naming the part that is missing, where this cannot run.
+
+        Args:
+            no_transformer_engine: why layers are not Transformer Engine's, or "".
+        """
+        if self.recipe == "off":
+            return
+        missing = no_transformer_engine or kernels.found().no_fp8[self.recipe]
+        if missing and not self.emulate:
+            raise ValueError(f"{self.flag} {self.recipe}: {missing}. --ebft-fp8-emulate computes the same numbers "
+                             "without it, slowly; off does without FP8")
+        if self.emulate and not no_transformer_engine:
+            raise ValueError("--ebft-fp8-emulate: works in Megatron-Core's own layers; give --transformer-impl local")
+
+
+@contextlib.contextmanager
+def quantised(chunks: list, fp8: FP8) -> Iterator[None]:
+    """Within, forward passes of these stages of one model run in FP8; no gradient may be taken."""
+    with contextlib.ExitStack() as stack:
+        if fp8.recipe != "off":
+            assert not torch.is_grad_enabled()
+            run_in_fp8 = _emulated if fp8.emulate else _by_transformer_engine
+            for layer in _layers(chunks, fp8):
+                stack.enter_context(run_in_fp8(layer, fp8.recipe))
+        yield
+
+
+@contextlib.contextmanager
+def training(policy: list) -> Iterator[None]:
+    """Within, forward and backward passes of the policy run in FP8, where --fp8-format asks for it.
+
+    The weights are quantised anew by the first micro-batch of a schedule.
+    """
+    configs = [unwrap(chunk).config for chunk in policy]
+    for config in configs:
+        config.fp8 = config.training_fp8
+    try:
+        yield
+    finally:
+        for config in configs:
+            config.fp8 = None
+
+
+def _layers(chunks: list, fp8: FP8) -> list[torch.nn.Module]:
+    """The decoder layers on this rank that run in FP8."""
+    found = []
+    for chunk in chunks:
+        whole = unwrap(chunk).config.num_layers
+        found += [layer for number, layer in local_layers(chunk).items()
+                  if fp8.at_start < number <= whole - fp8.at_end]
+    return found
+
+
+# ---------------------------------------------------------------- Transformer Engine
+
+
+@contextlib.contextmanager
+def _by_transformer_engine(layer: torch.nn.Module, recipe: str) -> Iterator[None]:
+    import transformer_engine.pytorch as te
+    from transformer_engine.common.recipe import Float8BlockScaling, Float8CurrentScaling, Format
+
+    scaling = Float8BlockScaling() if recipe == "blockwise" else Float8CurrentScaling(fp8_format=Format.E4M3)
+    forward = layer.forward
+
+    def in_fp8(*args, **kwargs):
+        with te.autocast(enabled=True, recipe=scaling, amax_reduction_group=tp_group()):
+            return forward(*args, **kwargs)
+
+    layer.forward = in_fp8
+    _forget_weights(layer)
+    try:
+        yield
+    finally:
+        del layer.forward
+        _forget_weights(layer)
+
+
+def _forget_weights(layer: torch.nn.Module) -> None:
+    """The next forward pass quantises the weights anew, and those after it take what it made."""
+    for module in layer.modules():
+        if hasattr(module, "is_first_microbatch"):
+            module.is_first_microbatch = True
+        workspaces = getattr(module, "_fp8_workspaces", None)
+        if workspaces:
+            workspaces.clear()
+
+
+# ---------------------------------------------------------------- emulation
+
+
+@contextlib.contextmanager
+def _emulated(layer: torch.nn.Module, recipe: str) -> Iterator[None]:
+    linears = [module for module in layer.modules() if isinstance(module, ColumnParallelLinear | RowParallelLinear)]
+    weights = [linear.weight.data for linear in linears]
+    hooks = [linear.register_forward_pre_hook(
+        lambda _, inputs: (round_activations(inputs[0], recipe), *inputs[1:])) for linear in linears]
+    try:
+        for linear, weight in zip(linears, weights):
+            linear.weight.data = round_weights(weight, recipe)
+        yield
+    finally:
+        for linear, weight, hook in zip(linears, weights, hooks):
+            linear.weight.data = weight
+            hook.remove()
+
+
+def round_activations(x: Tensor, recipe: str) -> Tensor:
+    """x [..., H] as FP8 holds it: blocks of 128 along H, or one scale for all of it."""
+    if recipe == "tensorwise":
+        return _round(x, x.abs().amax(), False)
+    blocks = torch.nn.functional.pad(x, (0, -x.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    rounded = _round(blocks, blocks.abs().amax(-1, keepdim=True), True)
+    return rounded.flatten(-2)[..., : x.shape[-1]]
+
+
+def round_weights(weight: Tensor, recipe: str) -> Tensor:
+    """A matrix as FP8 holds it: blocks of 128 × 128, or one scale for all of it."""
+    if recipe == "tensorwise":
+        return _round(weight, weight.abs().amax(), False)
+    rows, columns = weight.shape
+    padded = torch.nn.functional.pad(weight, (0, -columns % BLOCK, 0, -rows % BLOCK))
+    blocks = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
+    rounded = _round(blocks, blocks.abs().amax((1, 3), keepdim=True), True)
+    return rounded.flatten(2).flatten(0, 1)[:rows, :columns].contiguous()
+
+
+def _round(x: Tensor, largest: Tensor, is_power_of_two: bool) -> Tensor:
+    """To e4m3 and back, scaled so that `largest`, broadcast to x, is at the end of its range."""
+    scale = largest.float().clamp(min=1e-30) / LARGEST
+    if is_power_of_two:
+        scale = scale.log2().ceil().exp2()
+    scaled = (x.float() / scale).clamp(-LARGEST, LARGEST)
+    return (scaled.to(torch.float8_e4m3fn).float() * scale).to(x.dtype)

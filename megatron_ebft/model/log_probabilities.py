@@ -1,0 +1,196 @@
+"""What is read out of the final hidden states: log-probabilities of given tokens (here), or draws (token_sampling.py).
+
+1. A readout is called with the final hidden states [S, B, H] (with sequence parallelism this rank's part of S) and the
+   LanguageModel. Full-vocabulary logits are never gathered over tensor ranks: maxima, sums and target logits are
+   reduced instead.
+2. Several targets, at different temperatures, can be read from one row (a gold token before an anchor predicts its
+   successor at τ = 1 and the first token of n rollouts at the sampling temperature); the backward pass fills one
+   gradient buffer for all of them. It recomputes the softmax from the logits, so nothing else of their size is kept.
+3. On a GPU one kernel reads the logits for the normalisers and one writes the gradient, in the logits' dtype; elsewhere
+   a few rows at a time go through float32.
+4. Columns of padding (a shard may have some, or nothing else) are not read and get a gradient of 0. Writing −inf into
+   them would cost the backward pass a copy of the whole gradient.
+
+Suffixes: S row length, B rows, V vocabulary shard, P rows read, M targets per row.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_ebft.common.device import temporary_elements, upload
+from megatron_ebft.layout.packed_row import RowLayout
+from megatron_ebft.model import kernels
+
+
+@dataclass
+class Section:
+    """Rows of the logits and the tokens they predict."""
+
+    rows: Tensor | slice
+    """Row indices, int64 [P], or a slice."""
+    targets_PBM: Tensor
+    """Token ids, int64."""
+    temperature: float
+
+
+@dataclass
+class LogProbs:
+    """Readout: log-probabilities of each section's targets, a list of float32 [P, B, M], differentiable."""
+
+    sections: list[Section]
+
+    def __call__(self, hidden_SBH: Tensor, model) -> tuple[Tensor, ...]:
+        return _VocabParallelLogProbs.apply(model.head(hidden_SBH), model.num_real_ids, model.pg_collection.tp,
+                                            self.sections)
+
+
+def gold_section(gold_BT: Tensor) -> Section:
+    """Gold tokens 1..T−1, each predicted by the one before it, at temperature 1."""
+    return Section(slice(0, gold_BT.shape[1] - 1), gold_BT[:, 1:].t()[:, :, None], 1.0)
+
+
+def training_readout(row: RowLayout, gold_BT: Tensor, rollout_BKNG: Tensor, temperature: float) -> LogProbs:
+    """Log-probabilities of a packed training row: gold tokens, then step 0 and steps 1..G−1 of its rollouts.
+
+    Args:
+        rollout_BKNG: rollouts of ALL blocks.
+    """
+    first_KBN, later_RB1 = row.split_targets(rollout_BKNG)
+    return LogProbs([gold_section(gold_BT),
+                     Section(upload(row.anchor_predictors()), first_KBN, temperature),
+                     Section(slice(row.layout.seq_length, row.end), later_RB1, temperature)])
+
+
+def local_targets(targets: Tensor, vocab_shard: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Targets as indices into this rank's vocabulary shard (0 where elsewhere), and which are here."""
+    local = targets - dist.get_rank(group) * vocab_shard
+    here = (local >= 0) & (local < vocab_shard)
+    return local.where(here, 0), here
+
+
+def log_sum_exp(logits: Tensor, real: int, temperature: float, group: dist.ProcessGroup) -> Tensor:
+    """log Σ exp(logits / temperature) over the real columns and the vocabulary shards of `group`, float32 (float64
+    stays); the result lacks the last dimension."""
+    local = _local_log_sum_exp(logits, real, temperature)
+    if dist.get_world_size(group) == 1:
+        return local
+    top = local.clone()
+    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
+    total = (local - top).exp()
+    dist.all_reduce(total, group=group)
+    return total.log() + top
+
+
+@kernels.compiled
+def _local_log_sum_exp(logits: Tensor, real: int, temperature: float) -> Tensor:
+    return scaled(logits[..., :real], temperature).logsumexp(-1)
+
+
+class _VocabParallelLogProbs(torch.autograd.Function):
+    """Sections given by slices must not overlap; those given by indices may share rows with them."""
+
+    @staticmethod
+    def forward(ctx, logits_SBV: Tensor, real: int, group: dist.ProcessGroup, sections: list[Section]):
+        ctx.real, ctx.group, ctx.sections = real, group, sections
+        outputs, normalisers = [], []
+        for section in sections:
+            parts = [_log_probs(logits_SBV[rows], real, targets, section.temperature, group)
+                     for rows, targets in _chunks(section, logits_SBV)]
+            log_probs, lse = (torch.cat(x) for x in zip(*parts)) if parts else _nothing(section, logits_SBV)
+            outputs.append(log_probs)
+            normalisers.append(lse)
+        ctx.save_for_backward(logits_SBV, *normalisers)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        logits_SBV, *normalisers = ctx.saved_tensors
+        grad_SBV = torch.empty_like(logits_SBV)
+        covered = torch.zeros(len(logits_SBV), dtype=torch.bool)
+        write = _write_gradient if kernels.found().no_compiler else _write_gradient_in_one
+        sections = zip(ctx.sections, normalisers, grads, strict=True)
+        slices_first = sorted(sections, key=lambda x: not isinstance(x[0].rows, slice))
+        for section, lse, grad in slices_first:
+            done = 0
+            for rows, targets in _chunks(section, logits_SBV):
+                here = slice(done, done + len(targets))
+                done = here.stop
+                is_slice = isinstance(rows, slice)
+                out = grad_SBV[rows] if is_slice else torch.empty_like(logits_SBV[: len(rows)])
+                local, is_local = local_targets(targets, logits_SBV.shape[-1], ctx.group)
+                grad_PBM = grad[here] if section.temperature == 1 else grad[here] / section.temperature
+                write(out, logits_SBV[rows], ctx.real, local, is_local, lse[here], grad_PBM, section.temperature)
+                if is_slice:
+                    covered[rows] = True
+                else:
+                    _zero_rows(grad_SBV, covered)
+                    grad_SBV.index_add_(0, rows, out)
+        _zero_rows(grad_SBV, covered)
+        return grad_SBV, None, None, None
+
+
+def _zero_rows(grad_SBV: Tensor, covered: Tensor) -> None:
+    """Zero the rows not yet written, once."""
+    if not covered.all():
+        grad_SBV.index_fill_(0, upload((~covered).nonzero().squeeze(1), grad_SBV.device), 0)
+        covered.fill_(True)
+
+
+def _chunks(section: Section, logits_SBV: Tensor):
+    """The section's rows and targets, a bounded number of rows at a time."""
+    count = len(section.targets_PBM)
+    size = max(1, temporary_elements() // logits_SBV[0].numel())
+    for first in range(0, count, size):
+        last = min(first + size, count)
+        if isinstance(section.rows, slice):
+            rows = slice(section.rows.start + first, section.rows.start + last)
+        else:
+            rows = section.rows[first:last]
+        yield rows, section.targets_PBM[first:last]
+
+
+def _nothing(section: Section, logits_SBV: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and normalisers of a section without rows."""
+    dtype = torch.promote_types(logits_SBV.dtype, torch.float32)
+    return (logits_SBV.new_zeros(section.targets_PBM.shape, dtype=dtype),
+            logits_SBV.new_zeros(section.targets_PBM.shape[:2], dtype=dtype))
+
+
+def scaled(logits: Tensor, temperature: float) -> Tensor:
+    """Logits over the temperature, in float32 (float64 stays); not always a copy."""
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return x if temperature == 1 else x / temperature
+
+
+def _log_probs(logits_PBV: Tensor, real: int, targets_PBM: Tensor, temperature: float,
+               group) -> tuple[Tensor, Tensor]:
+    lse = log_sum_exp(logits_PBV, real, temperature, group)
+    local, here = local_targets(targets_PBM, logits_PBV.shape[-1], group)
+    target = scaled(logits_PBV.gather(-1, local), temperature).where(here, 0.0)
+    if dist.get_world_size(group) > 1:
+        dist.all_reduce(target, group=group)
+    return target - lse[..., None], lse
+
+
+def _write_gradient(out_PBV, logits_PBV, real: int, local_PBM, is_local_PBM, lse_PB, grad_PBM,
+                    temperature: float) -> None:
+    """(onehot(target) − softmax) · grad, summed over the targets of a row; 0 on padding."""
+    softmax = (scaled(logits_PBV, temperature) - lse_PB[..., None]).exp_()
+    softmax[..., real:] = 0
+    softmax *= -grad_PBM.sum(-1, keepdim=True)
+    out_PBV.copy_(softmax.scatter_add_(-1, local_PBM, grad_PBM * is_local_PBM))
+
+
+@kernels.compiled
+def _write_gradient_in_one(out_PBV, logits_PBV, real: int, local_PBM, is_local_PBM, lse_PB, grad_PBM,
+                           temperature: float) -> None:
+    """The same as one kernel that writes each number once, without atomic additions."""
+    column_V = torch.arange(logits_PBV.shape[-1], device=logits_PBV.device)
+    softmax = (scaled(logits_PBV, temperature) - lse_PB[..., None]).exp()
+    gradient = softmax.where(column_V < real, 0.0) * -grad_PBM.sum(-1, keepdim=True)
+    for local_PB1, is_local_PB1, grad_PB1 in zip(*(x.split(1, -1) for x in (local_PBM, is_local_PBM, grad_PBM))):
+        gradient = gradient + grad_PB1.where((column_V == local_PB1) & is_local_PB1, 0.0)
+    out_PBV.copy_(gradient)

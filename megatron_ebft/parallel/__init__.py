@@ -1,0 +1,1 @@
+"""Process groups, and errors that reach every rank."""

@@ -1,0 +1,1 @@
+"""Sampling of block-parallel rollouts from the policy."""

@@ -1,0 +1,261 @@
+"""Sampling of tokens from vocabulary-parallel logits, reproducible whatever the batch split.
+
+1. A token is drawn by inverting the distribution function at one uniform number, which is a hash of
+   (seed, iteration, document, block, sample, step): no generator state, no dependence on who computes it.
+2. The readout `Draws` samples inside the model, a chunk of rows at a time, so that logits never leave it and stay in
+   the model's dtype.
+3. Without filters, a draw needs one pass over the logits: it reduces every segment of SEGMENT ids to three sums
+   (`segment_sums`, on a GPU one compiled kernel), from which come the normaliser, the entropy and the mass of each
+   segment. The draw chooses a rank's shard, then a segment, and only that segment's tokens are looked at again.
+4. Top-k and top-p keep the tokens above a threshold per row. The threshold is found by radix selection on the bits of
+   the probabilities, a byte a round: four small histograms are summed over the vocabulary's ranks, with no sort and no
+   gathered logits. Equal probabilities are kept or dropped together. Masses are integers, so that no sum depends on an
+   order, be it of ranks or of a GPU's atomic additions.
+
+Suffixes: B rows of the batch, P rows read of each, R = B·P, V vocabulary shard, S segments, M draws per row.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_ebft.common.device import temporary_elements
+from megatron_ebft.common.hashing import GOLDEN, mix64
+from megatron_ebft.model import kernels
+from megatron_ebft.model.log_probabilities import log_sum_exp, scaled
+
+SEGMENT = 1024
+"""Ids whose probabilities are summed up in the first pass: what one GPU thread block holds in registers."""
+HEAD_ROWS = 256
+"""Fewest rows for which the output head runs at once: with fewer, reading its weight costs more than multiplying."""
+LOWEST = -1e30
+"""Stands for the maximum of a segment without any mass, of which −inf would make NaN."""
+
+
+@dataclass
+class Draws:
+    """Readout: tokens drawn after the given rows, their log-probabilities and the entropies, as `sample` returns them:
+    [B, P, M] and [B, P]; no gradient."""
+
+    rows: Tensor | slice
+    numbers_BPM: Tensor
+    """Uniform in [0, 1), float64: M draws after each row."""
+    temperature: float
+    top_p: float
+    top_k: int
+
+    def __call__(self, hidden_SBH: Tensor, model) -> tuple[Tensor, Tensor, Tensor]:
+        hidden_BPH = model.select_rows(hidden_SBH, self.rows).transpose(0, 1)
+        hidden_RH, numbers_RM = hidden_BPH.flatten(0, 1), self.numbers_BPM.flatten(0, 1)
+        size = max(HEAD_ROWS, temporary_elements() // model.vocab_shard)
+        parts = [sample(model.row_logits(hidden_RH[i : i + size]), model.num_real_ids, numbers_RM[i : i + size],
+                        self.temperature, self.top_p, self.top_k, model.pg_collection.tp)
+                 for i in range(0, len(hidden_RH), size)]
+        return tuple(torch.cat(x).unflatten(0, hidden_BPH.shape[:2]) for x in zip(*parts))
+
+
+def uniform(seed: int, iteration: int, document: Tensor, block: Tensor, sample: Tensor,
+            step: Tensor | int) -> Tensor:
+    """Uniform numbers in [0, 1), float64, of the broadcast shape of document, block, sample and step (int64)."""
+    state = torch.zeros((), dtype=torch.int64, device=document.device)
+    for part in (seed, iteration, document, block, sample, step):
+        state = mix64(state + part + GOLDEN)
+    return ((state >> 11) & (1 << 53) - 1).double() * 2.0**-53
+
+
+def _sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    return _over_ranks(x.sum(-1, keepdim=True), group)
+
+
+def _over_ranks(x: Tensor, group: dist.ProcessGroup, op=dist.ReduceOp.SUM) -> Tensor:
+    """The sum (or `op`) over the vocabulary's ranks, in place."""
+    if dist.get_world_size(group) > 1:
+        dist.all_reduce(x, op=op, group=group)
+    return x
+
+
+def filter_probabilities(p: Tensor, top_p: float, top_k: int, group: dist.ProcessGroup) -> Tensor:
+    """Probabilities with all but the most likely tokens set to 0, not renormalised.
+
+    Kept: the `top_k` most likely tokens (0: all), and of these the fewest whose share of their mass reaches `top_p`
+    (1: all); ties are kept. p: float32 [..., V], this rank's shard of a distribution, whose mass counts in units of
+    2 ** -52.
+    """
+    if top_k > 0:
+        p = _keep_most_likely(p, (p > 0).long(), top_k, group)
+    if top_p < 1:
+        mass = (p * 2.0**52).long()
+        p = _keep_most_likely(p, mass, _sum(mass, group).double() * top_p, group)
+    return p
+
+
+def _keep_most_likely(p: Tensor, weights: Tensor, wanted: Tensor | int, group: dist.ProcessGroup) -> Tensor:
+    """p at and above the highest threshold from which there is as much weight as wanted; all of it, where there is not.
+
+    weights: int64 [..., V]; sums must stay below 2 ** 63.
+    """
+    bits = p.view(torch.int32)  # of non-negative floats these are in their order
+    low = above = torch.zeros_like(weights[..., :1])
+    for shift in (24, 16, 8, 0):  # the threshold is in [low, low + (256 << shift)); above: weight past that interval
+        bucket = (bits >> shift) - (low >> shift)
+        bucket.masked_fill_((bucket < 0) | (bucket >= 256), 256)
+        mass = weights.new_zeros(*weights.shape[:-1], 257).scatter_add_(-1, bucket, weights)
+        del bucket  # as large as the weights
+        mass = _over_ranks(mass, group)[..., :256]
+        reach = above + mass.flip(-1).cumsum(-1).flip(-1)  # weight from each bucket on: falls
+        last = ((reach >= wanted).sum(-1, keepdim=True) - 1).clamp(min=0)
+        low = low + (last << shift)
+        above = reach.gather(-1, last) - mass.gather(-1, last)
+    return p.where(bits >= low, 0.0)
+
+
+def sample(logits_RV: Tensor, real: int, numbers_RM: Tensor, temperature: float, top_p: float, top_k: int,
+           group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw tokens from softmax(logits / temperature), filtered by top-p and top-k.
+
+    Args:
+        logits_RV: this rank's vocabulary shard, of any floating-point dtype.
+        real: columns of the shard that are ids; those after them are padding, which is not read. May be 0.
+        numbers_RM: uniform in [0, 1), float64: M draws from each distribution.
+
+    Returns:
+        tokens int64 [R, M]; their log-probabilities under the unfiltered softmax(logits / temperature), float32
+        [R, M]; that distribution's entropy in nats, float32 [R].
+    """
+    columns = logits_RV[:, :real] if real else logits_RV.new_full((len(logits_RV), 1), -torch.inf)
+    first_id = dist.get_rank(group) * logits_RV.shape[1]
+    # Histograms of top-k and top-p have 257 entries a row; M segments of a row are looked at again.
+    size = max(1, temporary_elements() // max(columns.shape[1], 257, SEGMENT * numbers_RM.shape[1]))
+    parts = []
+    for i in range(0, len(columns), size):
+        here = columns[i : i + size], numbers_RM[i : i + size], temperature
+        if top_k > 0 or top_p < 1:
+            parts.append(_draw_filtered(*here, top_p, top_k, first_id, group))
+        else:
+            parts.append(_draw(*here, first_id, group))
+    tokens, log_probs, entropy = (torch.cat(x) for x in zip(*parts))
+    return tokens, log_probs.float(), entropy.float()
+
+
+# ---------------------------------------------------------------- without filters
+
+
+@kernels.compiled
+def segment_sums(logits_RV: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each segment of x = logits / temperature: top = max x, Σ exp(x − top) and Σ exp(x − top)·(x − top), [R, S].
+
+    Sums are in float32 (float64 stays). A segment of −inf has sums of 0 and the maximum LOWEST.
+    """
+    whole = logits_RV.shape[1] // SEGMENT * SEGMENT
+    parts = []
+    if whole:
+        parts.append(_sums(logits_RV[:, :whole].unflatten(1, (-1, SEGMENT)), temperature))
+    if whole < logits_RV.shape[1]:
+        parts.append(_sums(logits_RV[:, None, whole:], temperature))
+    return tuple(torch.cat(x, 1) for x in zip(*parts))
+
+
+def _sums(logits_RSC: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    x = scaled(logits_RSC, temperature)
+    top = x.amax(-1, keepdim=True).clamp(min=LOWEST)
+    x = (x - top).clamp_(min=-1e4)  # exp is 0 from there on, and 0 · −inf is NaN
+    exp = x.exp()
+    return top.squeeze(-1), exp.sum(-1), x.mul_(exp).sum(-1)
+
+
+def _draw(logits_RV, numbers_RM, temperature, first_id: int, group) -> tuple[Tensor, Tensor, Tensor]:
+    """Draws in levels: the rank, a segment of its shard, a token of the segment."""
+    top_RS, sum_RS, moment_RS = (x.double() for x in segment_sums(logits_RV, temperature))
+    top_R1 = _over_ranks(top_RS.amax(-1, keepdim=True), group, dist.ReduceOp.MAX)
+    shift_RS = top_RS - top_R1
+    scale_RS = shift_RS.exp()
+    mass_RS = sum_RS * scale_RS
+    moment_R1 = (moment_RS * scale_RS + mass_RS * shift_RS).sum(-1, keepdim=True)  # Σ exp(x − top)·(x − top)
+    before_R1, total_R1, owner_RM = _shard_of(mass_RS.sum(-1, keepdim=True), numbers_RM, group)
+    log_total_R1 = total_R1.log()
+    entropy_R1 = log_total_R1 - _over_ranks(moment_R1, group) / total_R1
+
+    segment_RM, rest_RM = _invert(mass_RS, numbers_RM * total_R1 - before_R1)
+    width = min(SEGMENT, logits_RV.shape[1])
+    id_RMC = segment_RM[..., None] * SEGMENT + torch.arange(width, device=logits_RV.device)
+    is_id = id_RMC < logits_RV.shape[1]
+    logits_RMC = logits_RV.gather(1, id_RMC.clamp(max=logits_RV.shape[1] - 1).flatten(1)).view_as(id_RMC)
+    x_RMC = scaled(logits_RMC, temperature).where(is_id, -torch.inf)
+    exp_RMC = (x_RMC - top_RS.gather(1, segment_RM)[..., None].to(x_RMC.dtype)).exp().double()
+    share_RM = rest_RM / mass_RS.gather(1, segment_RM)  # of its segment's mass, before the token
+    place_RM1, _ = _invert(exp_RMC, (share_RM * exp_RMC.sum(-1))[..., None])
+    x_RM = x_RMC.gather(-1, place_RM1).squeeze(-1)
+    tokens_RM = segment_RM * SEGMENT + place_RM1.squeeze(-1) + first_id
+    log_probs_RM = x_RM.double() - (top_R1 + log_total_R1)
+    return *_from_owner(tokens_RM, log_probs_RM, owner_RM, group), entropy_R1.squeeze(-1)
+
+
+def _invert(mass: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The bin in which the running sum of the masses passes each target, and what of the target is left in it.
+
+    A target that rounding puts past the end is in the last bin that has any mass.
+
+    Args:
+        mass: float64 [..., C], not negative.
+        target: float64 [..., M].
+    """
+    bounds = mass.cumsum(-1)
+    last = _last_with_mass(mass)
+    index = torch.searchsorted(bounds, target, right=True).minimum(last)
+    rest = target - (bounds.gather(-1, index) - mass.gather(-1, index))
+    return index, rest.clamp(min=0)  # rounding must not reach a bin without mass that comes first
+
+
+def _last_with_mass(mass: Tensor) -> Tensor:
+    """The last bin that has any mass, [..., 1]; 0 where none has."""
+    return (torch.arange(mass.shape[-1], device=mass.device) * (mass > 0)).amax(-1, keepdim=True)
+
+
+# ---------------------------------------------------------------- with filters
+
+
+def _draw_filtered(logits_RV, numbers_RM, temperature, top_p, top_k, first_id: int,
+                   group) -> tuple[Tensor, Tensor, Tensor]:
+    x = scaled(logits_RV, temperature).float()
+    lse = log_sum_exp(x, x.shape[1], 1.0, group)
+    log_p = x - lse[..., None]
+    p = log_p.exp()
+    entropy = -_sum(p * log_p.clamp(min=-1e4), group).squeeze(-1)
+    kept = filter_probabilities(p, top_p, top_k, group)
+    cdf = kept.cumsum(-1, dtype=torch.float64)
+    before, total, owner = _shard_of(cdf[..., -1:], numbers_RM, group)
+    local = torch.searchsorted(cdf, numbers_RM * total - before, right=True)
+    local = local.minimum(_last_with_mass(kept))  # rounding must not reach filtered tokens
+    return *_from_owner(local + first_id, log_p.gather(-1, local), owner, group), entropy
+
+
+# ---------------------------------------------------------------- over the vocabulary's ranks
+
+
+def _shard_of(mass: Tensor, numbers: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+    """Mass of the vocabulary shards before this rank's, of all, and the rank in whose shard each number falls.
+
+    A number that rounding puts past the end falls into the last shard that has any mass.
+    """
+    if dist.get_world_size(group) == 1:
+        return torch.zeros_like(mass), mass, torch.zeros_like(numbers, dtype=torch.int64)
+    masses = [torch.empty_like(mass) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(masses, mass.contiguous(), group=group)
+    masses = torch.cat(masses, -1)
+    bounds = masses.cumsum(-1)
+    total, rank = bounds[..., -1:], dist.get_rank(group)
+    owner = torch.searchsorted(bounds, numbers * total, right=True).minimum(_last_with_mass(masses))
+    before = bounds[..., rank - 1 : rank] if rank else torch.zeros_like(mass)
+    return before, total, owner
+
+
+def _from_owner(tokens: Tensor, log_probs: Tensor, owner: Tensor, group) -> tuple[Tensor, Tensor]:
+    """Tokens and log-probabilities of the rank in whose shard each draw fell, on every rank."""
+    if dist.get_world_size(group) > 1:
+        is_here = owner == dist.get_rank(group)
+        tokens, log_probs = tokens.where(is_here, -1), log_probs.where(is_here, -torch.inf)
+        dist.all_reduce(tokens, op=dist.ReduceOp.MAX, group=group)
+        dist.all_reduce(log_probs, op=dist.ReduceOp.MAX, group=group)
+    return tokens, log_probs

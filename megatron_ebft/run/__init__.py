@@ -1,0 +1,1 @@
+"""A training run: flags, construction, the loop, saves, stopping and logging."""

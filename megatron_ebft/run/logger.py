@@ -1,0 +1,138 @@
+"""Seeing a run: a console line a step, TensorBoard, rollouts beside gold text. Rank 0 writes, others do nothing."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import torch.distributed as dist
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_ebft.common.progress import Countdown, clock
+from megatron_ebft.method.evaluation import EvaluationRollouts
+
+CONSOLE = {"loss": "loss {:.4f}", "ce_loss": "ce {:.4f}", "reward": "reward {:+.4f}", "alignment": "align {:.4f}",
+           "diversity": "div {:.4f}", "cfm": "cfm {:.4f}", "entropy": "H {:.2f}", "grad_norm": "grad {:.3f}",
+           "lr": "lr {:.2e}"}
+EVALUATION = {"ce_loss": "ce {:.4f}", "cfm": "cfm {:.4f}", "alignment": "align {:.4f}", "kl_to_start": "kl {:.4f}",
+              "entropy": "H {:.2f}"}
+SHOWN_BLOCKS, SHOWN_CONTEXT = 3, 32
+
+
+class Logger:
+    """Console and TensorBoard of one run.
+
+    Args:
+        directory: TensorBoard's; what an interrupted run left there beyond `iteration` is dropped.
+        tokens_per_step: gold tokens of a global batch.
+        rollout_length: G, the completion length whose CFM is "the" CFM of an evaluation.
+    """
+
+    def __init__(self, directory: str, iteration: int, train_iters: int, tokens_per_step: int, rollout_length: int,
+                 tokenizer):
+        self.is_main = dist.get_rank() == 0
+        self.train_iters, self.tokens_per_step = train_iters, tokens_per_step
+        self.rollout_length, self.tokenizer = rollout_length, tokenizer
+        self.durations: list[float] = []
+        self.directory, self.is_warned = directory, False
+        purge_step = iteration + 1 if iteration else 0
+        try:
+            self.writer = SummaryWriter(directory, purge_step=purge_step) if self.is_main else None
+        except OSError as error:
+            raise ValueError(f"--tensorboard-dir {directory}: cannot be written ({error})") from error
+
+    def print(self, line: str) -> None:
+        """A line on rank 0's console."""
+        if self.is_main:
+            print(line, flush=True)
+
+    def _record(self, iteration: int = 0, scalars: dict[str, float] | None = None, text: str | None = None,
+                flush: bool = False) -> None:
+        """To TensorBoard. A full disk costs a warning and what could not be written, not the run."""
+        try:
+            if self.writer is None:
+                self.writer = SummaryWriter(self.directory)
+            for name, value in (scalars or {}).items():
+                self.writer.add_scalar(name, value, iteration)
+            if text is not None:
+                self.writer.add_text("rollouts", text, iteration)
+            if flush:
+                self.writer.flush()
+            self.is_warned = False
+        except OSError as error:
+            if not self.is_warned:
+                self.print(f"warning: --tensorboard-dir {self.directory}: cannot be written ({error}); until "
+                           "there is room again, values are lost. Training goes on")
+            self.is_warned, self.writer = True, None
+
+    def progress(self, what: str, items: list) -> Iterator:
+        """The items, with a line and the time left every 10 seconds."""
+        countdown = Countdown(what, len(items), self.print)
+        for item in items:
+            yield item
+            countdown.tick()
+
+    def step(self, iteration: int, metrics: dict[str, float], seconds: dict[str, float], duration: float,
+             totals: dict[str, float]) -> None:
+        """Log one training step. seconds: by phase; duration: of the whole step; totals: of the run so far."""
+        if not self.is_main:
+            return
+        self.durations = [*self.durations[-19:], duration]
+        left = (self.train_iters - iteration) * sum(self.durations) / len(self.durations)
+        self._record(iteration, {
+            **{f"train/{name}": value for name, value in metrics.items()},
+            **{f"seconds/{name}": value for name, value in seconds.items()},
+            **{f"run/{name}": value for name, value in totals.items()},
+            "seconds/step": duration, "train/tokens_per_second": self.tokens_per_step / duration})
+        numbers = " ".join(form.format(metrics[name]) for name, form in CONSOLE.items() if name in metrics)
+        phases = " ".join(f"{name} {value:.2f}" for name, value in seconds.items() if value >= 0.005)
+        self.print(f"step {iteration}/{self.train_iters} | {numbers} | {phases} | {duration:.2f}s "
+                   f"{self.tokens_per_step / duration:.0f} tok/s | left {clock(left)}")
+
+    def evaluation(self, iteration: int, metrics: dict[str, float], shown: EvaluationRollouts | None,
+                   seconds: float) -> None:
+        """Log one evaluation."""
+        if not self.is_main:
+            return
+        for name in ("cfm", "cfm_biased", "alignment"):
+            at_length = f"{name}_length/{self.rollout_length:02d}"
+            if at_length in metrics:
+                metrics[name] = metrics[at_length]
+        text = None if shown is None else self._rollout_text(shown)
+        self._record(iteration, {f"eval/{name}": value for name, value in metrics.items()}, text, flush=True)
+        numbers = " ".join(form.format(metrics[name]) for name, form in EVALUATION.items() if name in metrics)
+        self.print(f"eval {iteration}/{self.train_iters} | {numbers} | {clock(seconds)}")
+
+    def flush(self) -> None:
+        """Leave nothing in memory: what a checkpoint has behind it must not be lost with the process."""
+        if self.is_main:
+            self._record(flush=True)
+
+    def saved(self, folder: str | None) -> None:
+        """Say that a checkpoint is whole, if one is."""
+        if folder is not None:
+            self.print(f"saved {folder}")
+
+    def _rollout_text(self, shown: EvaluationRollouts) -> str:
+        """Context, gold completion and rollouts of a few blocks of the first row, as Markdown."""
+        layout, tokens = shown.layout, shown.gold.tokens_BT[0]
+        blocks = range(0, layout.num_blocks, max(1, layout.num_blocks // SHOWN_BLOCKS))
+        completions = layout.completion_index()
+        sections = []
+        for block in list(blocks)[:SHOWN_BLOCKS]:
+            anchor = int(completions[block, 0])
+            sections.append(f"**context** …{self._code(tokens[max(0, anchor - SHOWN_CONTEXT):anchor])}")
+            sections.append(f"**gold** {self._code(tokens[completions[block].to(tokens.device)])}")
+            for sample in shown.rollouts.tokens_BKNG[0, block]:
+                sections.append(f"**rollout** {self._code(sample)}")
+        return "\n\n".join(sections)
+
+    def _code(self, ids) -> str:
+        return "\n```\n" + self.tokenizer.detokenize(ids.tolist()) + "\n```"
+
+    def close(self, start: float, is_done: bool = True) -> None:
+        """Last line and files closed. start: time.perf_counter() at the run's start."""
+        if self.is_main:
+            if self.writer is not None:
+                with contextlib.suppress(OSError):  # was reported
+                    self.writer.close()
+            self.print(f"{'done' if is_done else 'stopped'} in {clock(time.perf_counter() - start)}")

@@ -1,0 +1,276 @@
+"""Runs that stop early and go on, ranks that hang, saves and steps that fail."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import kills
+import pytest
+import torch
+from ranks import free_port
+from safetensors import safe_open
+from test_training import arguments, data, scalars  # noqa: F401
+from test_training import start as start_run
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_ebft.checkpointing.checkpoint import Saver
+from megatron_ebft.checkpointing.files import latest_iteration
+from megatron_ebft.model.decoder import unwrap
+from megatron_ebft.parallel import groups
+from megatron_ebft.run import stopping, training
+from megatron_ebft.run.stopping import StepFailed, StopAsked, Stopper
+from megatron_ebft.run.watchdog import Report, diagnose
+
+FLAGS = ["--train-iters", "6", "--save-interval", "4", "--eval-interval", "3"]
+
+
+def start(args) -> tuple:
+    """A run and its logger, from the same initial weights every time."""
+    groups.set_seed(args.seed)
+    return start_run(args)
+
+
+@pytest.fixture(autouse=True)
+def no_requests(monkeypatch):
+    monkeypatch.setattr(stopping, "_received", [])
+
+
+def test_kills(tmp_path):
+    """SIGKILL four times, USR1 and TERM once: see kills.py, which does the same twenty times by hand."""
+    rows = kills.dataset(tmp_path)
+    kinds = [signal.SIGKILL, signal.SIGKILL, signal.SIGUSR1, signal.SIGKILL, signal.SIGTERM, signal.SIGKILL]
+    kills.interrupted_run(tmp_path / "broken", rows, 30, kinds, seed=0)
+    kills.interrupted_run(tmp_path / "whole", rows, 30, [], seed=0)
+    assert kills.compare(tmp_path / "whole", tmp_path / "broken") > 300
+
+
+# ---------------------------------------------------------------- requests
+
+
+def ask_at(patch, target, name: str, call: int) -> None:
+    """A signal arrives during the call of that number."""
+    original, calls = getattr(target, name), []
+
+    def asked(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            stopping._received.append("SIGUSR1")
+        return original(*args, **kwargs)
+
+    patch.setattr(target, name, asked)
+
+
+STOPS = {  # where the signal arrives; the step that is the last, and the evaluation that is
+    "in a step": (training, "optimizer_step", 2, 2, 0),
+    "in a rollout": (training, "sample_rollouts", 3, 2, 0),
+    "in an evaluation": (training, "evaluate", 2, 3, 0),
+    "in a save": (Saver, "save", 1, 4, 3),
+    "in the first evaluation": (training, "evaluate", 1, 0, -1),
+    "in the last evaluation": (training, "evaluate", 3, 6, 3),
+}
+
+
+@pytest.mark.parametrize("place", STOPS)
+def test_a_request_stops_and_the_run_goes_on(arguments, tmp_path, one_rank, monkeypatch, place, capsys):  # noqa: F811
+    *where, step, evaluated = STOPS[place]
+
+    def flags(name):
+        return arguments(*FLAGS, "--save", str(tmp_path / name), "--load", str(tmp_path / name))
+
+    run, log = start(flags("whole"))
+    assert training.train(run, log)
+    log.close(0.0)
+    run, log = start(flags("broken"))
+    with monkeypatch.context() as patch:
+        ask_at(patch, *where)
+        assert not training.train(run, log)
+    log.close(0.0, is_done=False)
+    assert (run.state.iteration, run.state.evaluated) == (step, evaluated)
+    assert f"stopping after step {step}/6: SIGUSR1" in capsys.readouterr().out
+    assert latest_iteration(str(tmp_path / "broken")) == (step or None)
+    stopping._received.clear()
+    run, log = start(flags("broken"))
+    assert training.train(run, log) and run.state.restarts == (step > 0)
+    log.close(0.0)
+    assert kills.compare(tmp_path / "whole", tmp_path / "broken") > 100
+
+
+def test_a_stop_file_and_a_deadline(one_rank, tmp_path, monkeypatch):
+    file = tmp_path / "stop"
+    Stopper(None, str(file)).check()
+    file.write_text("")
+    with pytest.raises(StopAsked, match=f"--ebft-stop-file {file}"):
+        Stopper(None, str(file)).check()
+    monkeypatch.setattr(stopping, "_begun", time.monotonic() - 100)
+    stopper = Stopper(minutes=2.0)  # 20 seconds are left
+    stopper.check()
+    stopper.longest_step, stopper.longest_save = 8.0, 4.0
+    stopper.check()
+    stopper.longest_save = 6.0  # 1.5 × (8 + 6) = 21
+    stopper.check(steps=0)
+    with pytest.raises(StopAsked, match="--exit-duration-in-mins 2, (19|20) s before its end"):
+        stopper.check()
+
+
+def test_a_slice_shorter_than_the_save_interval_makes_progress(arguments, tmp_path, one_rank, monkeypatch):  # noqa: F811
+    flags = [*FLAGS, "--save-interval", "1000", "--eval-interval", "0", "--save", str(tmp_path), "--load",
+             str(tmp_path)]
+    for done in (2, 4):
+        run, log = start(arguments(*flags))
+        with monkeypatch.context() as patch:
+            ask_at(patch, training, "optimizer_step", 2)
+            assert not training.train(run, log)
+        stopping._received.clear()
+        assert latest_iteration(str(tmp_path)) == run.state.iteration == done
+
+
+# ---------------------------------------------------------------- what fails
+
+
+def test_a_failed_save_costs_a_warning_but_at_the_end(arguments, tmp_path, one_rank, monkeypatch, capsys):  # noqa: F811
+    save, calls = Saver.save, []
+
+    def fails(self, *args):
+        calls.append(1)
+        if len(calls) in failing:
+            raise ValueError("--save x: cannot write the checkpoint (disk full)")
+        save(self, *args)
+
+    monkeypatch.setattr(Saver, "save", fails)
+    failing = [2]
+    run, log = start(arguments(*FLAGS, "--save-interval", "2", "--save", str(tmp_path / "a"), "--async-save"))
+    assert training.train(run, log) and latest_iteration(str(tmp_path / "a")) == 6
+    assert "warning: --save x: cannot write the checkpoint (disk full). Training goes on" in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path / "a")) == ["iter_0000002", "iter_0000006", "latest_checkpointed_iteration.txt",
+                                                  "tensorboard"]
+    calls.clear()
+    failing = [3, 4]
+    run, log = start(arguments(*FLAGS, "--save-interval", "2", "--save", str(tmp_path / "b")))
+    with pytest.raises(RuntimeError, match="the run's end, step 6, could not be saved; make room"):
+        training.train(run, log)
+    assert latest_iteration(str(tmp_path / "b")) == 4
+
+
+def test_a_disk_without_room_for_tensorboard_costs_a_warning(arguments, tmp_path, one_rank, monkeypatch,  # noqa: F811
+                                                             capsys):
+    run, log = start(arguments(*FLAGS, "--tensorboard-dir", str(tmp_path)))
+    add_scalar = SummaryWriter.add_scalar
+
+    def full(self, name, value, iteration):
+        if iteration in (2, 3):
+            raise OSError(28, "No space left on device")
+        add_scalar(self, name, value, iteration)
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", full)
+    assert training.train(run, log)
+    log.close(0.0)
+    said = capsys.readouterr().out
+    assert said.count("warning: --tensorboard-dir") == 1 and "No space left on device" in said
+    assert [step for step, _ in scalars(tmp_path)["train/loss"]] == [1, 4, 5, 6]
+
+
+def test_the_deadline_knows_saves_of_earlier_processes(arguments, tmp_path, one_rank, monkeypatch):  # noqa: F811
+    """Of a save in the background, until it is whole; a finished run cannot be asked for fewer steps."""
+    flags = [*FLAGS, "--async-save", "--save", str(tmp_path), "--load", str(tmp_path)]
+    finished = Saver.finished
+
+    def late(self, wait=False):
+        return finished(self, wait) if wait else None  # not whole before the run waits for it, two steps later
+
+    monkeypatch.setattr(Saver, "finished", late)
+    run, log = start(arguments(*flags))
+    assert training.train(run, log)
+    assert run.stopper.longest_save == run.state.longest_save > run.stopper.longest_step
+    run, log = start(arguments(*flags, "--train-iters", "8", "--override-opt-param-scheduler"))
+    assert run.state.longest_save > 0 and training.train(run, log) and run.stopper.longest_save > 0
+    with pytest.raises(ValueError, match="--train-iters 7: --load .* is at step 8 already"):
+        start(arguments(*flags, "--train-iters", "7", "--override-opt-param-scheduler"))
+
+
+def test_a_step_that_is_not_finite_is_dumped_and_the_checkpoint_stays(arguments, tmp_path, one_rank):  # noqa: F811
+    run, log = start(arguments(*FLAGS, "--train-iters", "3", "--save-interval", "2", "--save", str(tmp_path)))
+    original = training.optimizer_step
+
+    def broken(run, loss):
+        if run.state.iteration == 2:
+            next(unwrap(run.policy[0]).parameters()).main_grad.fill_(torch.nan)
+        return original(run, loss)
+
+    training.optimizer_step = broken
+    try:
+        with pytest.raises(StepFailed, match="step 3: loss .*gradient norm nan.*The last checkpoint is good"):
+            training.train(run, log)
+    finally:
+        training.optimizer_step = original
+    assert latest_iteration(str(tmp_path)) == 2
+    with safe_open(tmp_path / "failed_steps/step_0000003.safetensors", "pt") as file:
+        assert {"docs", "sequences", "log_probs", "advantage"} <= set(file.keys())
+
+
+# ---------------------------------------------------------------- ranks that hang
+
+HANGS = """
+import os, signal, sys, time
+import torch, torch.distributed as dist
+from megatron_ebft.watchdog import Watchdog
+dist.init_process_group("gloo")
+watchdog = Watchdog(3.0 if sys.argv[3] == "1" else 0.5)
+watchdog.watch()
+for phase in ("rollout of step 7", "features of step 7", "train of step 7"):
+    watchdog.enter(phase, int(sys.argv[3]))
+    if phase.startswith(sys.argv[1]) and dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGSTOP) if sys.argv[2] == "stopped" else time.sleep(60 // int(sys.argv[3]) ** 2)
+    dist.all_reduce(torch.ones(1))
+watchdog.stop()
+"""
+
+
+@pytest.mark.parametrize("how, says", [("stopped", "does not answer"), ("asleep", "does not come to meet the others")])
+def test_a_rank_that_hangs_is_named(how, says):
+    """Rank 1 hangs in `features`; rank 0, which waits for it, says so and ends with code 70."""
+    ranks = start_hanging(how, patience=1)
+    try:
+        said = ranks[0].communicate(timeout=60)[1]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert ranks[0].returncode == 70, said
+    assert "error: no progress for 3 s: rank 1 on " in said and says in said and "in features of step 7" in said
+
+
+def test_a_long_save_is_no_hang():
+    """Phases that may take longer do."""
+    ranks = start_hanging("asleep", patience=6)
+    assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
+
+
+def start_hanging(how: str, patience: int) -> list[subprocess.Popen]:
+    port = str(free_port())
+    command = [sys.executable, "-c", HANGS, "features", how, str(patience)]
+    return [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {
+        "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(__file__).parents[2])}) for rank in (0, 1)]
+
+
+def test_who_is_to_blame():
+    def reports(**changes):
+        usual = {rank: Report(5, "train of step 2", f"node{rank}", "x.py:1 f", True, 90.0 + rank, 99.0)
+                 for rank in range(4)}
+        for name, change in changes.items():
+            usual[int(name[1:])] = replace(usual[int(name[1:])], **change)
+        return usual
+
+    cases = [
+        (reports(), "rank 0 on node0 was the first to stand still", 0),
+        (reports(_3=dict(is_waiting=False)), "rank 3 on node3 does not come to meet the others: in train of step 2, at "
+         "x.py:1 f, last moved 7 s ago. The others wait in train of step 2", 0),
+        (reports(_2=dict(number=4, phase="features of step 2")), "rank 2 on node2 is behind the others: in fea", 0),
+        (reports(_0=dict(reported=60.0, moved=50.0)), "rank 0 on node0 does not answer", 1)]
+    for found, text, speaker in cases:
+        said, by = diagnose(found, 100.0, 10.0)
+        assert text in said and by == speaker, said

@@ -1,0 +1,375 @@
+"""The training command: resumes bit for bit after SIGKILL, logs what it should, refuses what cannot work."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from preprocess_data import main as preprocess
+from ranks import free_port
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_ebft.checkpointing.checkpoint import Saver, load_weights
+from megatron_ebft.checkpointing.files import read_metadata
+from megatron_ebft.common.timer import PhaseTimer
+from megatron_ebft.method.evaluation import evaluate
+from megatron_ebft.method.means import Means
+from megatron_ebft.method.sft import cross_entropy_pass
+from megatron_ebft.model.decoder import ModelArgs, build_frozen, unwrap
+from megatron_ebft.parallel import groups
+from megatron_ebft.rollout import sampler
+from megatron_ebft.run.arguments import parse_args
+from megatron_ebft.run.build import build_run, describe
+from megatron_ebft.run.logger import Logger
+from megatron_ebft.run.training import gold_batch, optimizer_step, train, train_step
+
+VOCAB = 64
+MODEL = ["--num-layers", "4", "--hidden-size", "32", "--num-attention-heads", "4", "--num-query-groups", "2"]
+SMALL = ["--seq-length", "24", "--micro-batch-size", "1", "--global-batch-size", "2", "--lr", "1e-2", "--eval-iters",
+         "1",
+         "--ebft-rollout-length", "4", "--ebft-stride", "4", "--ebft-context-length", "4", "--ebft-eval-length", "8",
+         "--tokenizer-type", "NullTokenizer", "--vocab-size", str(VOCAB)]
+EVERY_STEP = {"loss", "rl_loss", "ce_loss", "reward", "alignment", "diversity", "reward_std", "zero_spread", "cfm",
+              "cfm_biased", "entropy", "mismatch", "mismatch_ratio", "grad_norm", "lr", "tokens_per_second"}
+EVALUATED = {"ce_loss", "cfm", "cfm_biased", "alignment", "kl_to_start", "cfm_length/01", "cfm_length/08"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Flags of a dataset of documents that count in steps of 3 from a random start."""
+    folder = tmp_path_factory.mktemp("data")
+    generator = torch.Generator().manual_seed(0)
+    with open(folder / "text.jsonl", "w") as file:
+        for _ in range(40):
+            first = int(torch.randint(0, VOCAB - 1, (), generator=generator))
+            ids = [(first + 3 * i) % (VOCAB - 1) for i in range(60)]
+            file.write(json.dumps({"text": " ".join(map(str, ids))}) + "\n")
+    preprocess(["--input", str(folder / "text.jsonl"), "--output-prefix", str(folder / "set"), "--tokenizer-type",
+                "NullTokenizer", "--vocab-size", str(VOCAB)])
+    return ["--data-path", str(folder / "set_text_document"), "--split", "80,20,0"]
+
+
+def start_ranks(flags: list[str], ranks: int = 2) -> list[subprocess.Popen]:
+    """`python -m megatron_ebft.train` on each rank; rank 0's output is piped."""
+    port = free_port()
+    return [subprocess.Popen(
+        [sys.executable, "-m", "megatron_ebft.train", *flags], text=True, stderr=subprocess.STDOUT,
+        stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL, start_new_session=True,
+        env=os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+                          "MASTER_PORT": str(port), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1",
+                          "CUDA_VISIBLE_DEVICES": ""})
+        for rank in range(ranks)]
+
+
+def finish(processes: list[subprocess.Popen]) -> str:
+    output = processes[0].communicate(timeout=120)[0]
+    assert [p.wait(timeout=20) for p in processes] == [0] * len(processes), output
+    return output
+
+
+def scalars(folder) -> dict[str, list[tuple[int, float]]]:
+    """Steps and values of every TensorBoard scalar."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    """Weights of the latest checkpoint."""
+    model = build_frozen(ModelArgs(**read_metadata(str(folder))["architecture"]))
+    load_weights(str(folder), model)
+    return dict(unwrap(model).named_parameters())
+
+
+def test_killed_run_continues_bit_for_bit(data, tmp_path, one_rank):
+    def flags(folder):
+        return [*data, *MODEL, *SMALL, "--train-iters", "6", "--save-interval", "3", "--eval-interval", "3",
+                "--save", str(folder), "--load", str(folder)]
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    first, second = start_ranks(flags(whole)), None
+    finish(first)
+    second = start_ranks(flags(killed))
+    for line in second[0].stdout:
+        if line.startswith("saved"):  # iteration 3 is whole; step 4 has begun
+            time.sleep(0.05)
+            for process in second:
+                os.killpg(process.pid, signal.SIGKILL)  # with the processes that Megatron-Core saves with
+            break
+    rest = second[0].communicate()[0]
+    assert [p.wait() for p in second] == [-signal.SIGKILL] * 2 and "step 5/6" not in rest
+    output = finish(start_ranks(flags(killed)))
+    assert "step 3/6" not in output and "step 4/6" in output
+
+    expected, found = scalars(whole / "tensorboard"), scalars(killed / "tensorboard")
+    timed = ("seconds/", "run/", "train/tokens_per_second", "train/distance_to_start")
+    for tag in (tag for tag in expected if not tag.startswith(timed)):
+        assert found[tag] == expected[tag], tag
+    assert [step for step, _ in found["train/loss"]] == [1, 2, 3, 4, 5, 6]
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(killed)[name]), name
+
+
+def test_the_same_run_on_one_rank_and_on_four(arguments, data, tmp_path, one_rank):
+    """One rank against TP 2 × PP 2 with sequence parallelism, which then continues as PP 2 × 2 sample ranks."""
+    run, _ = start(arguments("--tensorboard-dir", str(tmp_path / "x"), "--training-mode", "sft"))
+    save(run, tmp_path / "start")
+    common = ["--pretrained-checkpoint", str(tmp_path / "start"), "--train-iters", "4", "--eval-interval", "2",
+              "--save-interval", "2", "--ebft-kl-coef", "0.1", "--lr", "1e-3"]
+    run, log = start(arguments(*common, "--save", str(tmp_path / "one")))
+    train(run, log)
+    log.close(0.0)
+
+    folder = tmp_path / "four"
+    flags = [*data, *MODEL, *SMALL, *common, "--save", str(folder), "--load", str(folder),
+             "--pipeline-model-parallel-size", "2"]
+    first = finish(start_ranks([*flags, "--tensor-model-parallel-size", "2", "--sequence-parallel"], 4))
+    assert "tensor 2 with sequence × pipeline 2 × data 1" in first and "2 groups of rows over 2 stages" in first
+    (folder / "latest_checkpointed_iteration.txt").write_text("2")
+    second = finish(start_ranks([*flags, "--ebft-sample-parallel-size", "2"], 4))
+    assert "step 2/4" not in second and "step 3/4" in second and "--tensor-model-parallel-size 2 → 1" in second
+    expected, found = scalars(tmp_path / "one" / "tensorboard"), scalars(folder / "tensorboard")
+    for tag in (tag for tag in expected if tag.startswith(("train/", "eval/")) and "tokens_per" not in tag):
+        steps = [step for step, _ in expected[tag]]
+        if tag != "train/distance_to_start":  # measured at the first step of each process
+            assert [step for step, _ in found[tag]] == steps, tag
+        for (_, value), (_, wanted) in zip(found[tag], expected[tag]):
+            assert value == pytest.approx(wanted, rel=1e-5, abs=1e-5), tag
+    for name, value in weights(tmp_path / "one").items():
+        assert (value - weights(folder)[name])[:VOCAB].abs().max() <= 1e-5, name
+
+
+@pytest.fixture
+def arguments(data):
+    """Flags → parsed arguments of a small run."""
+    return lambda *more: parse_args([*data, *MODEL, *SMALL, "--train-iters", "4", *more])
+
+
+def start(args) -> tuple:
+    """A run and its logger."""
+    run = build_run(args)
+    return run, Logger(args.tensorboard_dir, run.state.iteration, args.train_iters, 48, args.ebft_rollout_length,
+                       run.tokenizer)
+
+
+def save(run, folder) -> None:
+    """A checkpoint of the run as it is."""
+    Saver(str(folder)).save(run.state, run.policy, run.optimizer, run.scheduler, run.metadata)
+
+
+def test_a_note_where_one_side_alone_runs_in_fp8(arguments, tmp_path, one_rank):
+    plain = ("--tensorboard-dir", str(tmp_path), "--seq-length", "32")
+    rollouts = (*plain, "--ebft-rollout-fp8", "blockwise", "--ebft-fp8-emulate")
+    for flags, is_noted in ((plain, False), (rollouts, True)):
+        run = build_run(arguments(*flags))
+        assert ("rollouts run in FP8 and the training pass does not" in describe(run)) == is_noted
+    run.args.fp8_format = "hybrid"
+    assert "FP8" not in describe(run)
+
+
+@pytest.mark.parametrize("clip", ["0.05", "0"])
+def test_optimizer_step_is_megatrons(arguments, tmp_path, one_rank, clip):
+    """Clipping included: the same weights as from the optimizer's own step on the same gradients."""
+    after = []
+    for steps in (lambda run: optimizer_step(run, 0.0), lambda run: run.optimizer.step()[1]):
+        groups.set_seed(1)
+        run = build_run(arguments("--training-mode", "sft", "--clip-grad", clip, "--tensorboard-dir", str(tmp_path)))
+        for chunk in run.policy:
+            chunk.zero_grad_buffer()
+        cross_entropy_pass(run.policy, gold_batch(run, run.train_data, 0), 1, Means(), forward_only=False)
+        assert (norm := float(steps(run))) > 0.1
+        after.append((norm, [p.clone() for chunk in run.policy for p in chunk.parameters()]))
+    (ours, our_weights), (megatrons, weights) = after
+    assert ours == megatrons and all(map(torch.equal, our_weights, weights))
+
+
+def test_every_metric_is_logged(arguments, tmp_path, one_rank, capsys):
+    run, log = start(arguments("--tensorboard-dir", str(tmp_path), "--ebft-kl-coef", "0.1", "--ebft-document-mask"))
+    train(run, log)
+    log.close(0.0)
+    found = scalars(tmp_path)
+    assert {f"train/{name}" for name in EVERY_STEP | {"kl_loss"}} <= found.keys()
+    assert {f"eval/{name}" for name in EVALUATED} <= found.keys()
+    assert {f"seconds/{name}" for name in ("rollout", "features", "train", "optimizer", "step")} <= found.keys()
+    assert abs(found["eval/kl_to_start"][0][1]) < 1e-7 and found["eval/kl_to_start"][-1][1] > 1e-5
+    assert found["train/distance_to_start"][0] == (1, 0.0)
+    assert all(value < 1e-5 for _, value in found["train/mismatch"])
+    console = capsys.readouterr().out
+    assert "step 4/4" in console and "left" in console and "rollout" in console
+    texts = EventAccumulator(str(tmp_path)).Reload().Tensors("rollouts/text_summary")
+    shown = texts[0].tensor_proto.string_val[0].decode()
+    assert shown.count("**gold**") == shown.count("**context**") > 0 and shown.count("**rollout**") >= 4
+
+
+def test_sft_then_ebft_from_its_checkpoint(arguments, tmp_path, one_rank):
+    sft = arguments("--training-mode", "sft", "--save", str(tmp_path / "sft"), "--train-iters", "8", "--lr", "3e-2")
+    run, log = start(sft)
+    train(run, log)
+    losses = [value for _, value in scalars(tmp_path / "sft" / "tensorboard")["eval/ce_loss"]]
+    assert losses[-1] < losses[0]
+    flags = ["--use-checkpoint-args", "--pretrained-checkpoint", str(tmp_path / "sft"),
+             "--save", str(tmp_path / "ebft"), "--load", str(tmp_path / "ebft")]
+    args = arguments(*flags)
+    args.num_layers = args.hidden_size = args.num_attention_heads = None  # must come from the checkpoint
+    run, _ = start(args)
+    trained = weights(tmp_path / "sft")
+    assert all(torch.equal(p, trained[name]) for name, p in unwrap(run.encoder).named_parameters())
+    save(run, args.save)
+    with pytest.raises(ValueError, match="--ebft-encoder-load: the encoder's weights are not those"):
+        build_run(arguments("--load", str(tmp_path / "ebft"), "--seed", "7"))
+    with pytest.raises(ValueError, match="was saved by --training-mode sft"):
+        build_run(arguments("--load", str(tmp_path / "sft")))
+
+
+def test_an_encoder_of_its_own(arguments, tmp_path, one_rank):
+    """An SFT start with the base model as encoder: recorded, found again on resume, refused when it is another."""
+    for name, seed in (("base", "1"), ("start", "2")):
+        run = build_run(arguments("--training-mode", "sft", "--seed", seed, "--save", str(tmp_path / name)))
+        save(run, tmp_path / name)
+    flags = ["--pretrained-checkpoint", str(tmp_path / "start"), "--save", str(tmp_path), "--load", str(tmp_path)]
+    run = build_run(arguments(*flags, "--ebft-encoder-load", str(tmp_path / "base")))
+    base, begun = weights(tmp_path / "base"), weights(tmp_path / "start")
+    assert all(torch.equal(p, base[name]) for name, p in unwrap(run.encoder).named_parameters())
+    assert all(torch.equal(p, begun[name]) for name, p in unwrap(run.policy[0]).named_parameters())
+    save(run, tmp_path)
+    build_run(arguments(*flags, "--ebft-encoder-load", str(tmp_path / "base")))
+    with pytest.raises(ValueError, match="--ebft-encoder-load: the encoder's weights are not those"):
+        build_run(arguments(*flags))
+
+
+def test_longer_rows_than_the_checkpoint_was_trained_on(arguments, tmp_path, one_rank):
+    run = build_run(arguments("--training-mode", "sft", "--save", str(tmp_path)))
+    save(run, tmp_path)
+    args = arguments("--pretrained-checkpoint", str(tmp_path), "--use-checkpoint-args", "--seq-length", "48")
+    args.vocab_size = args.num_layers = None
+    assert build_run(args).metadata["architecture"]["max_position_embeddings"] == 48
+
+
+@pytest.mark.parametrize("flags", [
+    ["--bf16"], ["--bf16", "--recompute-granularity", "full", "--ebft-document-mask"], ["--ebft-whitening", "released"],
+    ["--normalization", "LayerNorm", "--no-swiglu", "--add-bias-linear"],
+    ["--position-embedding-type", "learned_absolute"],
+    ["--qk-layernorm", "--add-qkv-bias", "--rotary-percent", "0.5", "--untie-embeddings-and-output-weights"],
+    ["--ebft-num-samples", "1", "--ebft-advantage", "reinforce", "--ebft-feature-norm", "layer"],
+    ["--ebft-top-p", "0.9", "--ebft-top-k", "5", "--ebft-feature-pooling", "mean", "--ebft-whitening", "paper"]])
+def test_every_kind_of_model_and_method_trains(arguments, tmp_path, one_rank, flags):
+    """The first step checks itself: sampler = trainer = start, rewards finite."""
+    run, log = start(arguments("--tensorboard-dir", str(tmp_path), "--train-iters", "2", *flags))
+    train(run, log)
+    found = scalars(tmp_path)
+    assert len(found["train/loss"]) == 2 and all(math.isfinite(v) for points in found.values() for _, v in points)
+
+
+def test_short_answers_are_evaluated_at_the_lengths_they_have(arguments, one_rank):
+    """Nothing measured is left out, not reported as 0; each length counts the blocks whose completion it can hold."""
+    run = build_run(arguments("--eval-interval", "0"))
+    gold = gold_batch(run, run.train_data, 0)
+    answers = torch.zeros_like(gold.tokens_BT, dtype=torch.bool)
+    answers[:, 4:6] = answers[:, 12:15] = True  # the anchors of evaluation are 4 and 12, its completions up to 8 long
+    gold.answer_BT = answers
+    metrics, _ = evaluate(run.policy, run.encoder, run.reference, [gold], run.config, 8, 1)
+    assert {name for name in metrics if name.startswith("cfm_length")} == {"cfm_length/01", "cfm_length/02"}
+    assert abs(metrics["kl_to_start"]) < 1e-7 and metrics["entropy"] > 1
+
+    gold.answer_BT = answers & False
+    metrics, _ = evaluate(run.policy, run.encoder, run.reference, [gold], run.config, 8, 1)
+    assert metrics == {}
+
+
+def test_a_checkpoint_of_another_tokenizer_is_refused(arguments, tmp_path, one_rank):
+    run, _ = start(arguments("--save", str(tmp_path)))
+    run.metadata["tokenizer"]["fingerprint"] = "another"
+    save(run, tmp_path)
+    for flag in ("--load", "--ebft-encoder-load", "--pretrained-checkpoint"):
+        with pytest.raises(ValueError, match=f"--tokenizer-model: {flag} was trained with another"):
+            build_run(arguments(flag, str(tmp_path)))
+
+
+@pytest.mark.parametrize("where", ["policy", "encoder"])
+@pytest.mark.parametrize("check, message", [(True, "self-check failed.*not finite"),
+                                            (False, "not finite, stopped before")])
+@pytest.mark.parametrize("whitening", ["none", "paper"])
+def test_a_number_that_is_not_finite_stops_before_the_step(arguments, one_rank, where, check, message, whitening):
+    run = build_run(arguments("--eval-interval", "0", "--ebft-whitening", whitening))
+    broken = unwrap(run.policy[0] if where == "policy" else run.encoder)
+    with torch.no_grad():
+        broken.decoder.layers[0].mlp.linear_fc1.weight[0, 0] = torch.nan
+    before = [p.detach().clone() for p in run.policy[0].parameters()]
+    with pytest.raises(RuntimeError, match=message):
+        train_step(run, gold_batch(run, run.train_data, 0), PhaseTimer(), check)
+    assert all(torch.equal(a, b) or a.isnan().any() for a, b in zip(before, run.policy[0].parameters()))
+
+
+def test_the_first_step_notices_a_sampler_that_is_not_the_trainer(arguments, tmp_path, one_rank, monkeypatch):
+    run, log = start(arguments("--tensorboard-dir", str(tmp_path), "--eval-interval", "0"))
+    draws = sampler.Draws
+    monkeypatch.setattr(sampler, "Draws", lambda rows, u, temperature, *rest: draws(rows, u, 1.1 * temperature, *rest))
+    with pytest.raises(RuntimeError, match="sampler's log-probabilities differ"):
+        train(run, log)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--ebft-num-samples", "1"], "--ebft-num-samples 1 with --ebft-advantage rloo: needs at least 2"),
+    (["--seq-length", "7"], "--seq-length 7 is too short for one block"),
+    (["--ebft-stride", "0"], "--ebft-stride 0: must be at least 1"),
+    (["--ebft-temperature", "0"], "--ebft-temperature 0.0: must be above 0"),
+    (["--ebft-top-p", "1.5"], "--ebft-top-p 1.5: must be in"),
+    (["--ebft-feature-layers", "0.1", "0.5"], "--ebft-feature-layers 0.1 0.5: with --num-layers 4 these are layers"),
+    (["--global-batch-size", "3", "--micro-batch-size", "2"], "--global-batch-size 3: must be a multiple"),
+    (["--lr", "nan"], "--lr nan"),
+    (["--ebft-diversity-coef", "nan"], "--ebft-diversity-coef nan"),
+    (["--num-attention-heads", "0"], "--num-attention-heads 0: must be at least 1"),
+    (["--num-query-groups", "3"], "must be a multiple of --num-query-groups 3"),
+    (["--tensor-model-parallel-size", "3"], "--num-attention-heads 4: must be a multiple of --tensor-model-parallel"),
+    (["--sequence-parallel"], "--sequence-parallel: needs --tensor-model-parallel-size above 1"),
+    (["--tensor-model-parallel-size", "16", "--sequence-parallel"], "--seq-length 24: with --sequence-parallel"),
+    (["--pipeline-model-parallel-size", "3"], "--num-layers 4: cannot be split evenly"),
+    (["--num-virtual-stages-per-pipeline-rank", "2"], "--num-virtual-stages-per-pipeline-rank: needs --pipeline-model"),
+    (["--pipeline-model-parallel-size", "4", "--num-virtual-stages-per-pipeline-rank", "2"],
+     "needs a multiple of --pipeline-model-parallel-size 4"),
+    (["--ebft-sample-parallel-size", "3"], "--ebft-sample-parallel-size 3: must divide --ebft-num-samples"),
+    (["--context-parallel-size", "2"], "--context-parallel-size 2: the strided attention needs whole rows"),
+    (["--num-experts", "8"], "--num-experts 8: mixture-of-experts models are not supported"),
+    (["--num-layers-per-virtual-pipeline-stage", "1"], "stage 1: use --num-virtual-stages-per-pipeline-rank"),
+    (["--pipeline-model-parallel-size", "2", "--decoder-first-pipeline-num-layers", "9"], "--num-layers 4: fewer than"),
+    (["--moe-router-topk", "2"], "unrecognized arguments: --moe-router-topk"),
+    (["--use-megatron-fsdp"], "--use-megatron-fsdp: use the distributed optimizer"),
+    (["--fp8-param-gather"], "--fp8-param-gather: weights stay in bf16"),
+    (["--fp8-format", "hybrid"], "--seq-length 24: with --fp8-format it must be a multiple of 128"),
+    (["--fp8-format", "hybrid", "--fp8-recipe", "delayed"], "--fp8-recipe: invalid choice: 'delayed'"),
+    (["--fp8-format", "hybrid", "--fp8-recipe", "tensorwise", "--seq-length", "32"],
+     "--fp8-format hybrid: no CUDA device. The training pass has no FP8 without Transformer Engine"),
+    (["--ebft-rollout-fp8", "blockwise", "--sequence-parallel", "--tensor-model-parallel-size", "2", "--seq-length",
+      "48"], r"--seq-length 48: with --ebft-rollout-fp8 .* a multiple of 32 \(16 a tensor rank\)"),
+    (["--ebft-rollout-fp8", "blockwise"], "--seq-length 24: with --ebft-rollout-fp8 .* a multiple of 16"),
+    (["--ebft-encoder-fp8", "tensorwise", "--seq-length", "32"], "--ebft-encoder-fp8 tensorwise: no CUDA device.*"
+     "--ebft-fp8-emulate computes the same"),
+    (["--load", "/nowhere"], "--load /nowhere"),
+    (["--pretrained-checkpoint", "/nowhere"], "--pretrained-checkpoint /nowhere: no such directory"),
+    (["--use-checkpoint-args"], "--use-checkpoint-args: needs --load or --pretrained-checkpoint"),
+    (["--data-path", "/nowhere/set"], "--data-path /nowhere/set"),
+    (["--vocab-size", "63"], "--tokenizer-model: .* was made with another tokenizer"),
+    (["--ebft-answer-only"], "--ebft-answer-only: --data-path .* has no answer mask"),
+    (["--max-position-embeddings", "16"], "--seq-length 24: longer than --max-position-embeddings 16"),
+])
+def test_bad_flags_are_named(arguments, tmp_path, one_rank, flags, message):
+    with pytest.raises(ValueError, match=message):
+        build_run(arguments("--tensorboard-dir", str(tmp_path), *flags))
+
+
+def test_unknown_values_name_their_flag():
+    with pytest.raises(ValueError, match="--ebft-whitening: invalid choice: 'zca'"):
+        parse_args(["--train-iters", "1", "--ebft-whitening", "zca"])
+
+
+def test_a_world_that_does_not_fit_is_refused(data):
+    processes = start_ranks([*data, *MODEL, *SMALL, "--train-iters", "1", "--global-batch-size", "3"])
+    output = processes[0].communicate(timeout=60)[0]
+    assert processes[0].returncode == 64 and "Traceback" not in output
+    assert "error: --global-batch-size 3: must be a multiple of --micro-batch-size 1 × 2 ranks" in output
+    processes[1].wait(timeout=20)
