@@ -33,7 +33,8 @@ from megatron_ebft.data.micro_batches import GoldBatch
 from megatron_ebft.hf.files import SafetensorsWriter
 from megatron_ebft.layout.step_major import from_step_major, step_major_positions, to_step_major
 from megatron_ebft.layout.strided import StridedLayout, document_starts
-from megatron_ebft.method.ebft import Rewards, Scores
+from megatron_ebft.method.gradient import Scores
+from megatron_ebft.method.rewards import Rewards
 from megatron_ebft.parallel.groups import (
     all_documents,
     all_samples,
@@ -93,12 +94,14 @@ def _map(function, value: Tensor | None) -> Tensor | None:
     return None if value is None else function(value)
 
 
-def gather_results(step: Step, rewards: Rewards, scores: Scores, losses: dict[str, float]) -> dict[str, Tensor]:
+def gather_results(step: Step, rewards: Rewards, advantage_BKN: Tensor, scores: Scores,
+                   losses: dict[str, float]) -> dict[str, Tensor]:
     """What became of a step, from every rank's part, in the file's order: all but features and gradients."""
     args, layout = step.args, step.layout
-    reward = args.ebft_alignment_coef * rewards.alignment - args.ebft_diversity_coef * rewards.diversity
-    of_samples = {"alignment": rewards.alignment, "diversity": rewards.diversity, "reward": reward,
-                  "advantage": all_samples(rewards.advantage)}
+    alignment, diversity = rewards.alignment_BKn.float(), rewards.diversity_BKn.float()
+    reward = args.ebft_alignment_coef * alignment - args.ebft_diversity_coef * diversity
+    of_samples = {"alignment": alignment, "diversity": diversity, "reward": reward,
+                  "advantage": all_samples(advantage_BKN)}
     results = {key: to_step_major(layout, all_documents(x)[..., None]) for key, x in of_samples.items()}
     rollout_BKNG, gold_BT = all_documents(all_samples(scores.rollout_BKNG)), all_documents(scores.gold_BT)
     results["log_probs"] = to_step_major(layout, rollout_BKNG, gold_BT)

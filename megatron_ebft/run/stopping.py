@@ -52,10 +52,6 @@ class StopAsked(Exception):
     """All ranks stop here; the message says why."""
 
 
-class StepFailed(RuntimeError):
-    """A step was stopped before it changed the weights; raised on every rank."""
-
-
 class Stopper:
     """What may ask a run to stop.
 

@@ -88,7 +88,7 @@ def _passes():
     from test_golden import STEPS, Case
 
     from megatron_ebft.layout.packed_row import split_blocks
-    from megatron_ebft.method import ebft
+    from megatron_ebft.method import gradient
     from megatron_ebft.method.evaluation import evaluation_config
     from megatron_ebft.run.arguments import build_parser, check_args, ebft_config, model_args
 
@@ -102,7 +102,7 @@ def _passes():
         policy, gold, layout, draw = test_step.small_sampler({**precision, **cpu})
         yield "test_step, sampling", draw
         config = models.ebft_config(bf.Settings(bf.Geometry(8, 8, 8, 4), temperature=0.6), layout.seq_length, 4)
-        yield "test_step, score", lambda: ebft.score(policy[0], gold, draw(), config)  # noqa: B023
+        yield "test_step, score", lambda: gradient.score(policy[0], gold, draw(), config)  # noqa: B023
         for has_documents in (False, True):
             row, document_BT = test_attention.row_and_documents(has_documents)
             for shape in test_attention.SHAPES.values():

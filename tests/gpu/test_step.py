@@ -13,11 +13,11 @@ from test_brute_force import GOLDEN, by_sample
 from test_golden import STEPS, Case
 
 from megatron_ebft.layout.strided import StridedLayout
-from megatron_ebft.method import ebft
+from megatron_ebft.method import gradient
 from megatron_ebft.model import kernels
 from megatron_ebft.rollout import sampler
 from megatron_ebft.rollout.sampler import SamplingConfig, sample_rollouts
-from megatron_ebft.run.training import SELF_CHECK_BF16, SELF_CHECK_FLOAT32
+from megatron_ebft.run.self_check import LIMIT_BF16, LIMIT_FLOAT32
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_rank")]
 FLOAT32, BF16 = dict(params_dtype=torch.float32), dict(params_dtype=torch.bfloat16, bf16=True)
@@ -68,9 +68,9 @@ def test_sampler_and_training_pass_agree(path):
     policy, gold, layout, draw = small_sampler(path)
     config = models.ebft_config(bf.Settings(bf.Geometry(8, 8, 8, 4), temperature=0.6), 128, 4)
     rollouts = draw()
-    scores = ebft.score(policy[0], gold, rollouts, config)
+    scores = gradient.score(policy[0], gold, rollouts, config)
     difference = (scores.rollout_BKNG - rollouts.log_probs_BKNG).abs().mean().item()
-    assert difference < (SELF_CHECK_BF16 if "bf16" in path else SELF_CHECK_FLOAT32)
+    assert difference < (LIMIT_BF16 if "bf16" in path else LIMIT_FLOAT32)
 
 
 def test_decoding_does_not_wait_for_the_device(path, monkeypatch):

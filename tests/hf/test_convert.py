@@ -44,7 +44,7 @@ from megatron_ebft.model.decoder import ModelArgs, unwrap
 from megatron_ebft.parallel import groups
 from megatron_ebft.run.arguments import parse_args
 from megatron_ebft.run.build import build_run
-from megatron_ebft.run.training import train_step
+from megatron_ebft.run.loop import train_step
 
 TOOLS = Path(hf_to_megatron.__file__).parent
 VOCAB, ORIGINAL, LENGTH = 67, 32, 56  # positions go beyond ORIGINAL; with it, all three kinds of frequencies occur

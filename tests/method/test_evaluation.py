@@ -19,7 +19,7 @@ def test_every_completion_length_is_brute_force():
     method = models.ebft_config(settings, docs.shape[1], 4, micro_batch_size=2)
     policy, encoder = models.build_policy(config, weights), models.build_encoder(config, weights)
     gold = models.gold_batch(docs)
-    metrics, shown = evaluate(policy, encoder, models.build_reference(config, weights), [gold], method, 8, 2)
+    metrics, shown = evaluate(policy, encoder, models.build_start(config, weights), [gold], method, 8, 2)
 
     rolled, lengths = evaluation_config(method, 8)
     layout = rolled.layout

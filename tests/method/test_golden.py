@@ -13,7 +13,7 @@ from models import largest_difference, relative_error
 from test_brute_force import GOLDEN, by_sample, load_golden
 
 from megatron_ebft.data.micro_batches import MicroBatches
-from megatron_ebft.method import ebft, energy
+from megatron_ebft.method import energy, gradient
 from megatron_ebft.method.means import Means
 from megatron_ebft.rollout.sampler import Rollouts
 
@@ -37,11 +37,11 @@ class Case:
         self.rollouts = Rollouts(tokens, torch.zeros_like(tokens, dtype=torch.float32), None)
         self.means = Means()
 
-    def rewards(self) -> ebft.Rewards:
-        return ebft.compute_rewards(self.encoder, self.gold, self.rollouts, self.config)
+    def rewards(self) -> models.Rewarded:
+        return models.rewarded(self.encoder, self.gold, self.rollouts, self.config)
 
-    def gradient(self) -> ebft.Scores:
-        return ebft.policy_gradient(self.policy, self.gold, self.rollouts, self.rewards().advantage, self.config,
+    def gradient(self) -> gradient.Scores:
+        return gradient.policy_gradient(self.policy, self.gold, self.rollouts, self.rewards().advantage, self.config,
                                     self.means)
 
     def check_gradient(self, tolerance: float) -> None:
@@ -115,10 +115,10 @@ def test_activations_are_recomputed(recompute):
 def test_a_rollout_changes_its_own_block_only():
     """Golden tokens with one of them replaced: everything about the other blocks stays."""
     case = Case("step", 2, 0)
-    before = ebft.score(case.policy[0], case.gold, case.rollouts, case.config)
+    before = gradient.score(case.policy[0], case.gold, case.rollouts, case.config)
     tokens = case.rollouts.tokens_BKNG.clone()
     tokens[0, 1, 0, 2] = (tokens[0, 1, 0, 2] + 1) % case.model["vocab_size"]
-    after = ebft.score(case.policy[0], case.gold, replace(case.rollouts, tokens_BKNG=tokens), case.config)
+    after = gradient.score(case.policy[0], case.gold, replace(case.rollouts, tokens_BKNG=tokens), case.config)
     changed = (before.rollout_BKNG != after.rollout_BKNG).nonzero().tolist()
     assert changed and all(x[:3] == [0, 1, 0] and x[3] >= 2 for x in changed)
     assert torch.equal(before.gold_BT, after.gold_BT)

@@ -21,7 +21,7 @@ from models import relative_error
 
 from megatron_ebft.common.device import device
 from megatron_ebft.layout.strided import first_alike
-from megatron_ebft.method import ebft, energy
+from megatron_ebft.method import energy, gradient
 from megatron_ebft.method.means import Means
 from megatron_ebft.rollout import sampler
 from megatron_ebft.rollout.sampler import Rollouts, sample_rollouts
@@ -68,14 +68,14 @@ class Toy:
         gold, rollouts = models.gold_batch(self.doc.expand(R, T)), Rollouts(tokens, None, None)
         policy = models.build_policy(self.config, self.weights)
         encoder = models.build_encoder(self.config, self.encoder_weights)
-        rewards = ebft.compute_rewards(encoder, gold, rollouts, method)
+        rewards = models.rewarded(encoder, gold, rollouts, method)
         first = first_alike(tokens)  # identical rollouts have identical rewards, whatever rounding says
         exact = energy.advantages(*(x.gather(-1, first) for x in energy.rewards(rewards.gram, "none")), advantage, 1.0,
                                   alpha)
         assert torch.equal(rewards.advantage, exact.float())  # float32 is all the package keeps of them
         probability_RK = self.log_probs(self.weights)[:, tuples_RN].sum(-1).t().exp().to(device())
         assert (probability_RK.sum(0) - 1).abs().max() < 1e-12
-        ebft.policy_gradient(policy, gold, rollouts, exact * probability_RK[..., None], method, Means())
+        gradient.policy_gradient(policy, gold, rollouts, exact * probability_RK[..., None], method, Means())
         return {name: R * grad for name, grad in models.gradients(policy, self.config).items()}
 
 

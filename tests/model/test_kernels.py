@@ -291,7 +291,7 @@ def training_in_fp8() -> dict:
     import models
     from test_golden import GOLDEN, Case
 
-    from megatron_ebft.method import ebft
+    from megatron_ebft.method import gradient
     from megatron_ebft.method.means import Means
     from megatron_ebft.method.sft import cross_entropy_pass
     from megatron_ebft.model.decoder import local_layers
@@ -310,10 +310,10 @@ def training_in_fp8() -> dict:
         rewards = case.rewards()
         sample_rollouts(case.policy, case.gold, case.config.layout, case.config.sampling, 0)
         cross_entropy_pass(case.policy, case.gold, 1, Means(), forward_only=True)
-        ebft.score(case.policy, case.gold, case.rollouts, case.config)
+        gradient.score(case.policy, case.gold, case.rollouts, case.config)
         others, _ = {recipe for _, recipe, _ in passes}, passes.clear()
         case.policy[0].zero_grad_buffer()
-        ebft.policy_gradient(case.policy, case.gold, case.rollouts, rewards.advantage, case.config, Means())
+        gradient.policy_gradient(case.policy, case.gold, case.rollouts, rewards.advantage, case.config, Means())
         training.append([(numbers[layer], recipe, is_new) for layer, recipe, is_new in passes])
         passes.clear()
         if step == 0:

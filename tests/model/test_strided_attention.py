@@ -19,7 +19,7 @@ from models import largest_difference
 from test_brute_force import LLAMA3_ROPE
 
 from megatron_ebft.data.micro_batches import MicroBatches
-from megatron_ebft.method import ebft
+from megatron_ebft.method import gradient
 from megatron_ebft.method.means import Means
 from megatron_ebft.rollout.sampler import sample_rollouts
 
@@ -158,19 +158,19 @@ def test_a_step_is_brute_force(case):
     encoder = models.build_encoder(step.config, step.encoder_weights)
     for found, key in zip(step.features(encoder), ("features_rollout", "features_gold")):
         assert_close(found.cpu()[valid], expected[key][valid])
-    rewards = ebft.compute_rewards(encoder, step.gold, step.rollouts, step.method)
+    rewards = models.rewarded(encoder, step.gold, step.rollouts, step.method)
     for key in ("alignment", "diversity", "advantage"):
         assert_close(getattr(rewards, key).cpu()[valid], expected[key][valid])
 
     means = Means()
-    scores = ebft.policy_gradient(step.policy, step.gold, step.rollouts, rewards.advantage, step.method, means)
+    scores = gradient.policy_gradient(step.policy, step.gold, step.rollouts, rewards.advantage, step.method, means)
     assert_close(step.rollouts.log_probs_BKNG.cpu()[valid], expected["log_probs"][valid])
     is_scored = scores.is_scored_BKNG
     assert is_scored[..., 0].all() and (is_scored.all() or case.skip_duplicates)
     assert scores.rollout_BKNG.isfinite().equal(is_scored)
     assert_close(scores.rollout_BKNG[is_scored], step.rollouts.log_probs_BKNG[is_scored])
     assert_close(scores.gold_BT.cpu(), expected["gold_log_probs"])
-    scored = ebft.score(step.policy[0], step.gold, step.rollouts, step.method)
+    scored = gradient.score(step.policy[0], step.gold, step.rollouts, step.method)
     assert_close(scored.rollout_BKNG, step.rollouts.log_probs_BKNG)  # of blocks that do not count, too
     assert_close(scored.gold_BT, scores.gold_BT)
     losses = means.reduce()
@@ -193,12 +193,12 @@ def test_the_kl_term_is_brute_force(estimator):
         gradient = step.brute_force(replace(step.settings, kl_estimator="k2"))["grads"]
     else:
         gradient = expected["grads"]
-    reference = models.build_reference(step.config, step.reference_weights)
+    reference = models.build_start(step.config, step.reference_weights)
     encoder = models.build_encoder(step.config, step.encoder_weights)
-    start = ebft.score(reference, step.gold, step.rollouts, step.method).rollout_BKNG
-    rewards = ebft.compute_rewards(encoder, step.gold, step.rollouts, step.method)
+    start = gradient.score(reference, step.gold, step.rollouts, step.method).rollout_BKNG
+    rewards = models.rewarded(encoder, step.gold, step.rollouts, step.method)
     means = Means()
-    ebft.policy_gradient(step.policy, step.gold, step.rollouts, rewards.advantage, step.method, means, start)
+    gradient.policy_gradient(step.policy, step.gold, step.rollouts, rewards.advantage, step.method, means, start)
     assert means.reduce()["kl_loss"] == pytest.approx(expected["kl"].item(), abs=TOLERANCE)
     check_gradient(step, gradient)
 

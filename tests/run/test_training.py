@@ -20,13 +20,15 @@ from megatron_ebft.common.timer import PhaseTimer
 from megatron_ebft.method.evaluation import evaluate
 from megatron_ebft.method.means import Means
 from megatron_ebft.method.sft import cross_entropy_pass
+from megatron_ebft.method.update import update
 from megatron_ebft.model.decoder import ModelArgs, build_frozen, unwrap
 from megatron_ebft.parallel import groups
 from megatron_ebft.rollout import sampler
 from megatron_ebft.run.arguments import parse_args
-from megatron_ebft.run.build import build_run, describe
+from megatron_ebft.run.build import build_run
+from megatron_ebft.run.describe import describe
 from megatron_ebft.run.logger import Logger
-from megatron_ebft.run.training import gold_batch, optimizer_step, train, train_step
+from megatron_ebft.run.loop import gold_batch, train, train_step
 
 VOCAB = 64
 MODEL = ["--num-layers", "4", "--hidden-size", "32", "--num-attention-heads", "4", "--num-query-groups", "2"]
@@ -176,7 +178,7 @@ def test_a_note_where_one_side_alone_runs_in_fp8(arguments, tmp_path, one_rank):
 def test_optimizer_step_is_megatrons(arguments, tmp_path, one_rank, clip):
     """Clipping included: the same weights as from the optimizer's own step on the same gradients."""
     after = []
-    for steps in (lambda run: optimizer_step(run, 0.0), lambda run: run.optimizer.step()[1]):
+    for steps in (lambda run: update(run.optimizer, 0.0), lambda run: run.optimizer.step()[1]):
         groups.set_seed(1)
         run = build_run(arguments("--training-mode", "sft", "--clip-grad", clip, "--tensorboard-dir", str(tmp_path)))
         for chunk in run.policy:
@@ -272,12 +274,12 @@ def test_short_answers_are_evaluated_at_the_lengths_they_have(arguments, one_ran
     answers = torch.zeros_like(gold.tokens_BT, dtype=torch.bool)
     answers[:, 4:6] = answers[:, 12:15] = True  # the anchors of evaluation are 4 and 12, its completions up to 8 long
     gold.answer_BT = answers
-    metrics, _ = evaluate(run.policy, run.encoder, run.reference, [gold], run.config, 8, 1)
+    metrics, _ = evaluate(run.policy, run.encoder, run.start, [gold], run.config, 8, 1)
     assert {name for name in metrics if name.startswith("cfm_length")} == {"cfm_length/01", "cfm_length/02"}
     assert abs(metrics["kl_to_start"]) < 1e-7 and metrics["entropy"] > 1
 
     gold.answer_BT = answers & False
-    metrics, _ = evaluate(run.policy, run.encoder, run.reference, [gold], run.config, 8, 1)
+    metrics, _ = evaluate(run.policy, run.encoder, run.start, [gold], run.config, 8, 1)
     assert metrics == {}
 
 

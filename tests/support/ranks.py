@@ -30,7 +30,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNIN
 def server() -> multiprocessing.context.BaseContext:
     """Starts processes by forking one that has imported the package, which takes most of a rank's time."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megatron_ebft.run.training"])
+    context.set_forkserver_preload(["megatron_ebft.run.loop"])
     with mock.patch.dict(os.environ, ENVIRONMENT):
         multiprocessing.forkserver.ensure_running()
     return context

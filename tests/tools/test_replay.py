@@ -30,8 +30,8 @@ from megatron_ebft.method import energy
 from megatron_ebft.model.decoder import unwrap
 from megatron_ebft.run.arguments import parse_args
 from megatron_ebft.run.build import build_run
+from megatron_ebft.run.loop import StepFailed, gold_batch, train_step
 from megatron_ebft.run.step_file import INPUTS, read_step
-from megatron_ebft.run.training import StepFailed, gold_batch, train_step
 
 STEPS = ("step", "step_whitened", "step_translation")
 TP2_PP2 = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
