@@ -4,6 +4,7 @@ import dataclasses
 
 import brute_force as bf
 import models
+import plain_llama
 import pytest
 import torch
 from models import relative_error
@@ -29,7 +30,7 @@ def precision(request):
 
 @pytest.fixture
 def policy():
-    return models.build_policy(*bf.random_llama(0, **SIZES), **BF16)
+    return models.build_policy(*plain_llama.random_llama(0, **SIZES), **BF16)
 
 
 def sampled(policy, precision, pad_to=fp8.ROWS):
@@ -82,7 +83,7 @@ def test_training_pass(policy, precision, number_format, recompute):
         gradient.policy_gradient(chunks, gold, rollouts, advantage, config, Means())
         return {name: x.float() for name, x in models.whole_tensors(chunks, of_gradients=True).items()}
 
-    in_fp8, fresh = (models.build_policy(*bf.random_llama(0, **SIZES), **flags) for _ in range(2))
+    in_fp8, fresh = (models.build_policy(*plain_llama.random_llama(0, **SIZES), **flags) for _ in range(2))
     expected, found = gradients(policy), gradients(in_fp8)
     assert all(0.001 < relative_error(found[name], expected[name]) < 0.5 for name in expected)
     for chunks in (in_fp8, fresh):

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import brute_force as bf
 import models
+import plain_llama
 import pytest
 import torch
 from models import largest_difference
@@ -37,7 +38,8 @@ def rollout_tokens(kinds: int) -> torch.Tensor:
 
 
 def random_llama(seed: int):
-    return bf.random_llama(seed, layers=4, hidden=16, ffn=24, heads=4, kv_heads=2, vocab=VOCAB, dtype=torch.float64)
+    return plain_llama.random_llama(seed, layers=4, hidden=16, ffn=24, heads=4, kv_heads=2, vocab=VOCAB,
+                                    dtype=torch.float64)
 
 
 class Step:

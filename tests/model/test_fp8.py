@@ -4,11 +4,12 @@ from itertools import product
 
 import brute_force as bf
 import models
+import plain_llama
 import pytest
 import torch
 from models import relative_error
-from test_gradient import TEMPERATURE, T, Toy
-from test_training import arguments, data, scalars, start  # noqa: F401
+from small_run import scalars, start
+from toy import TEMPERATURE, T, Toy
 
 from megatron_ebft.common.device import device
 from megatron_ebft.method import energy, gradient
@@ -68,7 +69,7 @@ def test_error_of_a_matrix_product(recipe):
 
 @pytest.fixture
 def policy(one_rank):
-    config, weights = bf.random_llama(0, layers=4, hidden=32, ffn=48, heads=4, kv_heads=2, vocab=40)
+    config, weights = plain_llama.random_llama(0, layers=4, hidden=32, ffn=48, heads=4, kv_heads=2, vocab=40)
     return models.build_policy(config, weights)
 
 
@@ -122,7 +123,7 @@ def test_cached_weights_are_forgotten():
     assert linear.is_first_microbatch and not linear._fp8_workspaces
 
 
-def test_training(arguments, tmp_path, one_rank, monkeypatch, capsys):  # noqa: F811
+def test_training(arguments, tmp_path, one_rank, monkeypatch, capsys):
     """With rollouts and encoder in FP8; the self-check tells rounding from a mistake in the sampler."""
     flags = ["--ebft-rollout-fp8", "blockwise", "--ebft-encoder-fp8", "blockwise", "--ebft-fp8-emulate", "--seq-length",
              "32", "--tensorboard-dir", str(tmp_path), "--train-iters", "3", "--init-method-std", "0.2"]
@@ -147,7 +148,7 @@ def test_training(arguments, tmp_path, one_rank, monkeypatch, capsys):  # noqa: 
             loop.train(run, log)
 
 
-def test_the_self_check_knows_training_in_fp8(arguments, tmp_path, one_rank, monkeypatch):  # noqa: F811
+def test_the_self_check_knows_training_in_fp8(arguments, tmp_path, one_rank, monkeypatch):
     """The start is then compared with a pass that rounds; sampler and trainer are compared without."""
     run, log = start(arguments("--tensorboard-dir", str(tmp_path), "--train-iters", "1", "--ebft-kl-coef", "0.1"))
     run.args.fp8_format = "e4m3"  # the pass itself needs a GPU

@@ -3,12 +3,11 @@
 from collections import Counter
 from dataclasses import replace
 
-import brute_force as bf
 import models
+import plain_llama
 import pytest
 import torch
-from test_brute_force import GOLDEN
-from test_golden import Case
+from golden import GOLDEN, Case
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_ebft.method import batches
@@ -99,7 +98,7 @@ def test_a_pass_computes_its_angles_once(recompute):
 
 @pytest.mark.usefixtures("one_rank")
 def test_learned_positions_are_not_rotated():
-    config, _ = bf.load_llama(GOLDEN / "llama")
+    config, _ = plain_llama.load_llama(GOLDEN / "llama")
     model = build_frozen(replace(models.architecture(config), position_embedding_type="learned_absolute"))
     assert unwrap(model).rotary is None
     tokens = torch.arange(8)[None]

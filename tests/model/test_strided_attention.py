@@ -12,11 +12,12 @@ from random import Random
 
 import brute_force as bf
 import models
+import plain_llama
 import pytest
 import torch
 from hypothesis import example, given, settings, strategies
 from models import largest_difference
-from test_brute_force import LLAMA3_ROPE
+from plain_llama import LLAMA3_ROPE
 
 from megatron_ebft.data.micro_batches import MicroBatches
 from megatron_ebft.method import gradient
@@ -112,13 +113,13 @@ class Step:
 
     def random_llama(self, seed: int):
         case = self.case
-        return bf.random_llama(seed, layers=4, hidden=16, ffn=24, heads=4, kv_heads=case.kv_heads, vocab=VOCAB,
+        return plain_llama.random_llama(seed, layers=4, hidden=16, ffn=24, heads=4, kv_heads=case.kv_heads, vocab=VOCAB,
                                qkv_bias=case.qkv_bias, tied=case.tied, dtype=torch.float64,
                                rope_scaling=LLAMA3_ROPE if case.llama3_rope else None)
 
     def brute_force(self, settings=None) -> dict:
         return bf.step(self.weights, self.config, self.docs, self.rollouts.tokens_BKNG.cpu(), settings or self.settings,
-                       encoder=self.encoder_weights, reference=self.reference_weights, answer_mask=self.answers)
+                       encoder=self.encoder_weights, start=self.reference_weights, answer_mask=self.answers)
 
     def features(self, encoder):
         case, G = self.case, self.case.G

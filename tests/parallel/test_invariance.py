@@ -10,8 +10,8 @@ import os
 from itertools import product
 from types import SimpleNamespace
 
-import brute_force as bf
 import models
+import plain_llama
 import pytest
 import torch
 import torch.distributed as dist
@@ -116,7 +116,7 @@ def build_run(args, other: str | None) -> Run:
     Args:
         other: where the weights of the other architecture are, or are to be left by the first world that needs them.
     """
-    config, weights = bf.random_llama(0, layers=4, hidden=16, ffn=24, heads=8, kv_heads=4, vocab=VOCAB)
+    config, weights = plain_llama.random_llama(0, layers=4, hidden=16, ffn=24, heads=8, kv_heads=4, vocab=VOCAB)
     method = ebft_config(args, args.num_layers)
 
     def load_llama(target) -> None:

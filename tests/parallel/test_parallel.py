@@ -13,14 +13,15 @@ from types import SimpleNamespace
 
 import brute_force as bf
 import models
+import plain_llama
 import pytest
 import torch
 import torch.distributed as dist
 from exchange import exchange_bytes
+from golden import GOLDEN, STEPS, by_sample, load_golden
 from models import largest_difference, relative_error
 from ranks import enter_world, run_ranks
 from rollout_schedule import replay
-from test_brute_force import GOLDEN, by_sample, load_golden
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -34,7 +35,6 @@ from megatron_ebft.parallel import groups
 from megatron_ebft.rollout import sampler, schedule
 from megatron_ebft.rollout.sampler import Rollouts
 
-STEPS = ("step", "step_whitened", "step_translation")
 VOCAB, ROWS, T, BLOCKS, HIDDEN = 251, 2, 20, 5, 32
 SETTINGS = bf.Settings(bf.Geometry(4, 3, 3, 6), temperature=0.8, norm="joint", pooling="last_token", ce_coef=0.3)
 GRAM_CASES = {  # parallel sizes (TP, PP, samples, sequence parallel), feature norm and pooling
@@ -50,7 +50,7 @@ def settings(norm: str, pooling: str, n: int = 6) -> bf.Settings:
 
 
 def llama():
-    return bf.random_llama(3, layers=4, hidden=HIDDEN, ffn=44, heads=4, kv_heads=2, vocab=VOCAB)
+    return plain_llama.random_llama(3, layers=4, hidden=HIDDEN, ffn=44, heads=4, kv_heads=2, vocab=VOCAB)
 
 
 def gold_tokens() -> torch.Tensor:
@@ -116,7 +116,7 @@ def overrides(tp: int, pp: int, sp: bool = False) -> dict:
 def golden_step(name: str, sp: bool) -> dict[str, float]:
     """Largest differences from the golden step; of gradients the largest relative one."""
     golden, chosen, docs, tokens = load_golden(name)
-    config, weights = bf.load_llama(GOLDEN / "llama")
+    config, weights = plain_llama.load_llama(GOLDEN / "llama")
     multiple = 2 * 17
     policy = models.build_policy(config, weights, multiple, **overrides(2, 2, sp))
     encoder = models.build_encoder(config, weights, vocab_multiple=multiple, **overrides(2, 2, sp))

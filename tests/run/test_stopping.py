@@ -13,8 +13,8 @@ import pytest
 import torch
 from ranks import free_port
 from safetensors import safe_open
-from test_training import arguments, data, scalars  # noqa: F401
-from test_training import start as start_run
+from small_run import dataset, scalars
+from small_run import start as start_run
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_ebft.checkpointing.checkpoint import Saver
@@ -43,7 +43,7 @@ def no_requests(monkeypatch):
 
 def test_kills(tmp_path):
     """SIGKILL four times, USR1 and TERM once: see kills.py, which does the same twenty times by hand."""
-    rows = kills.dataset(tmp_path)
+    rows = dataset(tmp_path)
     kinds = [signal.SIGKILL, signal.SIGKILL, signal.SIGUSR1, signal.SIGKILL, signal.SIGTERM, signal.SIGKILL]
     kills.interrupted_run(tmp_path / "broken", rows, 30, kinds, seed=0)
     kills.interrupted_run(tmp_path / "whole", rows, 30, [], seed=0)
@@ -77,7 +77,7 @@ STOPS = {  # where the signal arrives; the step that is the last, and the evalua
 
 
 @pytest.mark.parametrize("place", STOPS)
-def test_a_request_stops_and_the_run_goes_on(arguments, tmp_path, one_rank, monkeypatch, place, capsys):  # noqa: F811
+def test_a_request_stops_and_the_run_goes_on(arguments, tmp_path, one_rank, monkeypatch, place, capsys):
     *where, step, evaluated = STOPS[place]
 
     def flags(name):
@@ -118,7 +118,7 @@ def test_a_stop_file_and_a_deadline(one_rank, tmp_path, monkeypatch):
         stopper.check()
 
 
-def test_a_slice_shorter_than_the_save_interval_makes_progress(arguments, tmp_path, one_rank, monkeypatch):  # noqa: F811
+def test_a_slice_shorter_than_the_save_interval_makes_progress(arguments, tmp_path, one_rank, monkeypatch):
     flags = [*FLAGS, "--save-interval", "1000", "--eval-interval", "0", "--save", str(tmp_path), "--load",
              str(tmp_path)]
     for done in (2, 4):
@@ -133,7 +133,7 @@ def test_a_slice_shorter_than_the_save_interval_makes_progress(arguments, tmp_pa
 # ---------------------------------------------------------------- what fails
 
 
-def test_a_failed_save_costs_a_warning_but_at_the_end(arguments, tmp_path, one_rank, monkeypatch, capsys):  # noqa: F811
+def test_a_failed_save_costs_a_warning_but_at_the_end(arguments, tmp_path, one_rank, monkeypatch, capsys):
     save, calls = Saver.save, []
 
     def fails(self, *args):
@@ -157,7 +157,7 @@ def test_a_failed_save_costs_a_warning_but_at_the_end(arguments, tmp_path, one_r
     assert latest_iteration(str(tmp_path / "b")) == 4
 
 
-def test_a_disk_without_room_for_tensorboard_costs_a_warning(arguments, tmp_path, one_rank, monkeypatch,  # noqa: F811
+def test_a_disk_without_room_for_tensorboard_costs_a_warning(arguments, tmp_path, one_rank, monkeypatch,
                                                              capsys):
     run, log = start(arguments(*FLAGS, "--tensorboard-dir", str(tmp_path)))
     add_scalar = SummaryWriter.add_scalar
@@ -175,7 +175,7 @@ def test_a_disk_without_room_for_tensorboard_costs_a_warning(arguments, tmp_path
     assert [step for step, _ in scalars(tmp_path)["train/loss"]] == [1, 4, 5, 6]
 
 
-def test_the_deadline_knows_saves_of_earlier_processes(arguments, tmp_path, one_rank, monkeypatch):  # noqa: F811
+def test_the_deadline_knows_saves_of_earlier_processes(arguments, tmp_path, one_rank, monkeypatch):
     """Of a save in the background, until it is whole; a finished run cannot be asked for fewer steps."""
     flags = [*FLAGS, "--async-save", "--save", str(tmp_path), "--load", str(tmp_path)]
     finished = Saver.finished
@@ -193,8 +193,7 @@ def test_the_deadline_knows_saves_of_earlier_processes(arguments, tmp_path, one_
         start(arguments(*flags, "--train-iters", "7", "--override-opt-param-scheduler"))
 
 
-def test_a_step_that_is_not_finite_is_dumped_and_the_checkpoint_stays(arguments, tmp_path, one_rank,  # noqa: F811
-                                                                      monkeypatch):
+def test_a_step_that_is_not_finite_is_dumped_and_the_checkpoint_stays(arguments, tmp_path, one_rank, monkeypatch):
     run, log = start(arguments(*FLAGS, "--train-iters", "3", "--save-interval", "2", "--save", str(tmp_path)))
     original = method_step.update
 

@@ -1,4 +1,4 @@
-"""Policies and encoders made from Hugging Face weights (brute_force.load_llama, random_llama), and gradients under
+"""Policies and encoders made from Hugging Face weights (plain_llama.load_llama, random_llama), and gradients under
 those names: what lets a test hold the package against brute_force.py.
 
 Megatron-Core keeps Q, K and V of a layer in one matrix, ordered by key head: the query heads that share the key head,
