@@ -1,8 +1,8 @@
 """Feature matching: Gram matrices, whitening, rewards, baselines and CFM (METHOD: "Objective", "Whitening and
 rewards", "Advantages", "Metrics"). Pure functions of tensors.
 
-Everything is computed from the Gram matrix of [x_1 .. x_n; y], the n rollout features and the reference feature of a
-block. It is additive over the feature dimension, so layers and shards of layers contribute by a sum.
+Everything is computed from the Gram matrix of [x_1 .. x_n; y], the features of a block's n rollouts and
+of its gold completion. It is additive over the feature dimension, so layers and shards of layers contribute by a sum.
 
 Names: M [..., n+1, n+1] Gram matrix, X Xᵀ its leading n×n block, g = X y, U S² Uᵀ the eigendecomposition of X Xᵀ.
 """
@@ -13,9 +13,9 @@ from torch import Tensor
 WHITENING = ("none", "paper", "released")
 ADVANTAGES = ("rloo", "reinforce", "group_norm")
 SINGULAR_VALUE_CUTOFF = 1e-5
-"""Singular values of the inverted matrix (Σ̂, XXᵀ) below this share of the largest are dropped by whitening."""
+"""Whitening drops singular values of the inverted matrix (Σ̂, XXᵀ) below this share of the largest."""
 NORM_FLOOR = 1e-12
-"""A hidden state shorter than this is divided by this instead of by its norm."""
+"""A hidden state whose norm is smaller is divided by this instead."""
 GROUP_NORM_EPS = 1e-6
 COSINE_EPS = 1e-8
 
@@ -54,7 +54,7 @@ def whiten(M: Tensor, whitening: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     XX, g, yy = M[..., :-1, :-1], M[..., :-1, -1], M[..., -1, -1].unsqueeze(-1)
     n = g.shape[-1]
     if whitening == "none":
-        inner, cross, reference = XX, g, yy.expand_as(g)
+        inner, cross, gold = XX, g, yy.expand_as(g)
     else:
         eigenvalues, U = torch.linalg.eigh(XX)
         kept = eigenvalues > SINGULAR_VALUE_CUTOFF * eigenvalues[..., -1:]
@@ -63,14 +63,14 @@ def whiten(M: Tensor, whitening: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if whitening == "paper":
             inner = n * inner
             projected = ((U * inverse.square().unsqueeze(-2)) @ U.mT @ g.unsqueeze(-1)).squeeze(-1)
-            cross, reference = n * projected, (n * projected.square().sum(-1, keepdim=True)).expand_as(g)
+            cross, gold = n * projected, (n * projected.square().sum(-1, keepdim=True)).expand_as(g)
         elif whitening == "released":
             W = (U * inverse.unsqueeze(-2)) @ U.mT
             row_sums = W.sum(-1)
-            cross, reference = (W @ g.unsqueeze(-1)).squeeze(-1) * row_sums, row_sums.square() * yy
+            cross, gold = (W @ g.unsqueeze(-1)).squeeze(-1) * row_sums, row_sums.square() * yy
         else:
             raise ValueError(f"--ebft-whitening {whitening}: must be one of {', '.join(WHITENING)}")
-    return inner, cross, reference, inner.diagonal(dim1=-2, dim2=-1)
+    return inner, cross, gold, inner.diagonal(dim1=-2, dim2=-1)
 
 
 def rewards(M: Tensor, whitening: str) -> tuple[Tensor, Tensor]:
@@ -79,9 +79,9 @@ def rewards(M: Tensor, whitening: str) -> tuple[Tensor, Tensor]:
     NaN for blocks whose features are not finite (LAPACK would raise, on one rank alone).
     """
     finite = M.isfinite().flatten(-2).all(-1)[..., None]
-    inner, cross, reference, own = whiten(M.where(finite[..., None], 1.0), whitening)
+    inner, cross, gold, own = whiten(M.where(finite[..., None], 1.0), whitening)
     n = cross.shape[-1]
-    norms = reference.clamp(min=0).sqrt().clamp(min=COSINE_EPS) * own.clamp(min=0).sqrt().clamp(min=COSINE_EPS)
+    norms = gold.clamp(min=0).sqrt().clamp(min=COSINE_EPS) * own.clamp(min=0).sqrt().clamp(min=COSINE_EPS)
     alignment = 2 * cross / norms
     diversity = 2 / max(n - 1, 1) * (inner.sum(-1) - own)
     return alignment.where(finite, torch.nan), diversity.where(finite, torch.nan)
@@ -91,8 +91,8 @@ def advantages(alignment: Tensor, diversity: Tensor, kind: str, alignment_coef: 
     """Advantage of each rollout within its group, [..., n].
 
     `rloo`: reward minus the leave-one-out baselines of both parts; `reinforce`: the reward; `group_norm`: the reward
-    centred and divided by the group's (population) standard deviation. Rollouts of which all have the same rewards get
-    exactly 0 where each is compared with the others (not from `rloo` with n = 2, whose diversity has no baseline).
+    centred and divided by the group's (population) standard deviation. Where all rollouts of a group have the same
+    rewards, their advantages are exactly 0, except with `rloo` and n = 2, whose diversity has no baseline.
 
     Raises:
         ValueError: unknown kind, or a group of one where the others of the group are the baseline.
@@ -118,8 +118,8 @@ def advantages(alignment: Tensor, diversity: Tensor, kind: str, alignment_coef: 
 
 
 def _from_first(values: Tensor) -> Tensor:
-    """Differences from the group's first: the same to a baseline, and nothing is left of equal ones, not even rounding.
-    """
+    """Differences from the group's first. A baseline removes the shift, and equal values leave exactly 0, without
+    rounding."""
     return values - values[..., :1]
 
 

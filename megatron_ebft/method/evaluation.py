@@ -1,7 +1,7 @@
 """Evaluation on held-out rows: cross entropy, CFM as a function of completion length, alignment, KL to the start.
 
-Always the same rows and the same random numbers, at temperature 1 and without whitening, so that two evaluations
-differ by the policy alone.
+Every evaluation uses the same rows and random numbers, temperature 1 and no whitening, so that two evaluations differ
+by the policy alone.
 """
 
 import math
@@ -40,8 +40,8 @@ class EvaluationRollouts:
 def evaluation_config(config: EBFTConfig, longest: int) -> tuple[EBFTConfig, list[int]]:
     """The configuration evaluation rolls out with, and the completion lengths it measures: 1, 2, 4, …, and G.
 
-    Rollouts are as long as the longest of them and blocks that far apart, so that an evaluation row is about as long
-    as a training row. Lengths that leave no room for a block are left out.
+    Rollouts have the longest of these lengths and blocks are that far apart, so that an evaluation row is about as long
+    as a training row. Lengths that leave no room for a block are skipped.
     """
     training = config.layout
     longest = max(min(longest, training.seq_length - training.context_length), training.rollout_length)
@@ -53,8 +53,7 @@ def evaluation_config(config: EBFTConfig, longest: int) -> tuple[EBFTConfig, lis
 
 def evaluate(policy: list, encoder, start, batches: Iterable[GoldBatch], config: EBFTConfig | None,
              longest: int, micro_batch_size: int) -> tuple[dict[str, float], EvaluationRollouts | None]:
-    """All evaluation metrics over `batches`, the same on every rank; those of which nothing could be measured (no
-    completion of that length is valid) are left out.
+    """All evaluation metrics over `batches`, the same on every rank. A metric without any valid completion is absent.
 
     Args:
         encoder: None in plain next-token training without one: cross entropy only.

@@ -1,11 +1,12 @@
-"""Block features in the frozen encoder (METHOD: "Features"), and from them one Gram matrix per block.
+"""Block features in the frozen encoder (METHOD: "Features"), reduced to one Gram matrix per block.
 
-1. Hidden states are the residual stream after the feature layers, caught by forward hooks, wherever the layers live.
-2. No rank forms whole features. Inner products of a block's pooled tokens add up over layers and slices of the hidden
-   dimension, and a token can be normalised afterwards, from the diagonal (energy.pool). So what tensor ranks and
-   pipeline stages sum up is one small matrix a block. Where several tokens are averaged, norms are summed up first.
-3. With sample parallelism a block's samples are on S ranks. They meet by an all-to-all that gives each rank all samples
-   of a slice of the hidden dimension; it runs while the encoder works on the next micro-batch.
+1. A feature is made of hidden states: the residual stream after the feature layers. Forward hooks catch it on whichever
+   rank a layer lives.
+2. No rank forms a whole feature. Inner products of a block's pooled tokens are sums over layers and over slices of the
+   hidden dimension, and the diagonal normalises a token afterwards (energy.pool). So tensor ranks and pipeline stages
+   sum one small matrix per block. Where several tokens are averaged, their norms are summed first.
+3. With sample parallelism a block's samples are on S ranks. An all-to-all gives each rank all samples of one slice of
+   the hidden dimension. It runs while the encoder works on the next micro-batch.
 """
 
 from dataclasses import dataclass
@@ -49,9 +50,11 @@ class FeatureMap:
         return range(length - 1 if self.pooling == "last_token" else 0, length)
 
     def is_pooled_first(self, length: int, stages: int) -> bool:
-        """Whether tokens are normalised and pooled before inner products are taken: where there is something to pool
-        and a stage knows the norms. (One token can be normalised afterwards; a norm over layers of several stages is
-        known only in the end.)"""
+        """Whether tokens are normalised and pooled before the inner products.
+
+        Only where there are several tokens to pool and one stage knows their norms. A single token is normalised
+        afterwards, and so are tokens whose norm spans layers on several stages.
+        """
         return len(self.steps(length)) > 1 and (self.norm == "layer" or stages == 1)
 
 
@@ -74,15 +77,15 @@ class Catch:
 
 @torch.no_grad()
 def block_grams(encoder, feature_map: FeatureMap, micro_batches: MicroBatches, lengths: list[int]) -> Tensor:
-    """Inner products of every block's n rollout features and its reference feature, the same on every rank that shares
-    the encoder or the documents: float64 [B, K, len(lengths), n+1, n+1].
+    """Inner products of the features of every block's n rollouts and its gold completion: float64
+    [B, K, len(lengths), n+1, n+1], equal on all ranks that share the encoder or the rows.
 
     Args:
-        micro_batches: rows packed with all G steps of each rollout (with sample parallelism, of this rank's n/S).
-        lengths: completions are cut to these many tokens, each at most G; training uses [G].
+        micro_batches: rows packed with all G tokens of each rollout (with sample parallelism, of this rank's n/S).
+        lengths: completions are cut to each of these lengths, at most G; training uses [G].
     """
     grams: list[list[Tensor]] = []  # by micro-batch and length
-    pending: list[PendingGrams] = []  # the last micro-batch's, whose features are on their way
+    pending: list[PendingGrams] = []  # of the last micro-batch, whose features are still being exchanged
 
     def forward_step(iterator, model):
         micro_batch = next(iterator)
@@ -106,7 +109,8 @@ def block_grams(encoder, feature_map: FeatureMap, micro_batches: MicroBatches, l
 
 
 class PendingGrams:
-    """Inner products of one micro-batch's blocks on this stage, begun in `__init__`, completed by `finish`."""
+    """Inner products of one micro-batch's blocks on this stage. `__init__` starts the exchange, `finish` completes it.
+    """
 
     def __init__(self, feature_map: FeatureMap, micro_batch: MicroBatch, hidden_SBH: list[Tensor], lengths: list[int]):
         self.norm, self.row, self.batch = feature_map.norm, micro_batch.row, len(micro_batch.tokens)
@@ -120,8 +124,8 @@ class PendingGrams:
             self.parts.append((1 if is_pooled else len(steps), is_pooled, wait))
 
     def finish(self) -> list[Tensor]:
-        """By length, inner products that add up over the stages: of features, [b, size, n+1, n+1], or (`joint` norm of
-        layers on several stages) of hidden states yet to be normalised, [b, size, (n+1)·P, (n+1)·P]."""
+        """For each length, inner products to be summed over the stages: of features, [b, size, n+1, n+1], or, with a
+        `joint` norm over several stages, of hidden states not yet normalised, [b, size, (n+1)·P, (n+1)·P]."""
         return [self._finish(*part) for part in self.parts]
 
     def _finish(self, vectors: int, is_normalised: bool, wait) -> Tensor:
@@ -140,7 +144,7 @@ class PendingGrams:
 
 
 def _pool(slices: Tensor, norm: str) -> Tensor:
-    """Features from all pooled tokens: normalised by the norm over the whole hidden dimension, averaged over P.
+    """Features of all pooled tokens: divided by the norm over the whole hidden dimension, averaged over P.
 
     slices: [layers, b·size, n+1, P, H/tp] → [layers, b·size, n+1, 1, H/tp], float32.
     """
@@ -155,10 +159,10 @@ def _pool(slices: Tensor, norm: str) -> Tensor:
 
 
 def _pooled_slices(row: RowLayout, steps: range, hidden_SBH: list[Tensor]) -> Tensor:
-    """Hidden states of the pooled tokens, this tensor rank's slice of them: [layers, b·size, n+1, P, H/tp].
+    """This tensor rank's slice of the pooled tokens' hidden states: [layers, b·size, n+1, P, H/tp].
 
-    Without sequence parallelism every tensor rank has all tokens and takes its slice; with it, each has some tokens and
-    they trade (an all-to-all that moves the pooled tokens once).
+    Without sequence parallelism every tensor rank has all tokens and takes its slice. With it each rank has some of the
+    tokens, and one all-to-all moves the pooled ones.
     """
     group, index = tp_group(), row.pooled_index(steps)  # [b or 1, size, n+1, P]
     batch, places_PB = hidden_SBH[0].shape[1], index.flatten(1).t()
@@ -172,8 +176,7 @@ def _pooled_slices(row: RowLayout, steps: range, hidden_SBH: list[Tensor]) -> Te
 
 
 def _trade_tokens(hidden_SBH: list[Tensor], places_PB: Tensor, group) -> Tensor:
-    """From tokens shared out in order over the group to those at each row's places, a slice of H each: [L, P, b, H/tp].
-    """
+    """From tokens split in order over the group to the tokens at each row's places: a slice of H, [L, P, b, H/tp]."""
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     here, batch, width = hidden_SBH[0].shape
     places, rows = places_PB.flatten(), torch.arange(batch).repeat(len(places_PB))
@@ -184,15 +187,16 @@ def _trade_tokens(hidden_SBH: list[Tensor], places_PB: Tensor, group) -> Tensor:
     outgoing = torch.stack([h[mine, row].unflatten(-1, (size, -1)).movedim(-2, 0) for h in hidden_SBH], dim=2)
     incoming = outgoing.new_empty(len(places), len(hidden_SBH), width // size)  # outgoing [tp, P·b, L, H/tp]
     dist.all_to_all_single(incoming, outgoing.flatten(0, 1), counts, [len(mine)] * size, group=group)
-    by_place = upload(owner.argsort(stable=True).argsort(), incoming.device)  # arrived by owner, wanted in order
+    by_place = upload(owner.argsort(stable=True).argsort(), incoming.device)  # they arrive by owner and are wanted in order
     return incoming[by_place].unflatten(0, (-1, batch)).permute(2, 0, 1, 3)
 
 
 def _exchange_samples(pooled: Tensor):
-    """All samples of a sample group, a slice of H each: a function that waits for [layers, b·size, n+1, P, H/(tp·S)].
+    """Start the exchange between sample ranks. Returns a function that waits for all samples of this rank's slice of H:
+    [layers, b·size, n+1, P, H/(tp·S)].
 
-    Gram matrices add up over slices of H, so no rank needs whole features of samples it did not draw: against an
-    all-gather this moves a share 1/S of the bytes. The reference feature is known to every rank.
+    Gram matrices are sums over slices of H, so no rank needs whole features of samples it did not draw. This moves 1/S
+    of the bytes of an all-gather. Every rank knows the gold feature.
     """
     count, group = sample_size(), sample_group()
     if count == 1:
@@ -200,11 +204,11 @@ def _exchange_samples(pooled: Tensor):
     own = torch.stack(pooled[:, :, :-1].flatten(0, 1).chunk(count, dim=-1))  # [S, layers·b·size, n/S, P, H/(tp·S)]
     everyone = torch.empty_like(own)
     work = dist.all_to_all_single(everyone, own, group=group, async_op=True)
-    reference = pooled[:, :, -1:].chunk(count, dim=-1)[sample_rank()].contiguous()  # a view would keep the whole
+    gold = pooled[:, :, -1:].chunk(count, dim=-1)[sample_rank()].contiguous()  # a view would keep the whole
 
-    def wait(own=own) -> Tensor:  # which must live until then
+    def wait(own=own) -> Tensor:  # `own` must live until the exchange is done
         work.wait()
-        samples = everyone.transpose(0, 1).flatten(1, 2).unflatten(0, reference.shape[:2])
-        return torch.cat([samples, reference], dim=2)
+        samples = everyone.transpose(0, 1).flatten(1, 2).unflatten(0, gold.shape[:2])
+        return torch.cat([samples, gold], dim=2)
 
     return wait

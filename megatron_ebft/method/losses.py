@@ -18,8 +18,8 @@ def on_policy_ratio(log_probs: Tensor) -> Tensor:
 def importance_weight(log_probs: Tensor, sampler_log_probs: Tensor, cap: float) -> Tensor:
     """min(p_train / p_sampler, cap) of each token, detached; 1 for cap 0 (METHOD: "Losses").
 
-    What the sampler's numerics change in the distribution of a token, this takes back in the mean over tokens. It does
-    not in what follows a token, nor in the other rollouts of its block, which the sampler drew as well.
+    On average over tokens this corrects how the sampler's numerics change the distribution of one token. It does not
+    correct the tokens before it, nor the other rollouts of its block, which the sampler drew as well.
     """
     if cap == 0:
         return torch.ones_like(log_probs)

@@ -1,5 +1,4 @@
-"""What a step is measured by: means over the global batch, and seconds per phase."""
-
+"""Means over the global batch, from which all metrics of a step come."""
 
 import torch
 import torch.distributed as dist
@@ -16,8 +15,11 @@ class Means:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, name: str, total: Tensor, count: Tensor | float) -> None:
-        """Add a sum and the number of things in it; every data-parallel rank must add the same names in the same
-        order. What counts is what the last pipeline stage adds (only it sees the loss)."""
+        """Add a sum and the number of its terms.
+
+        Every data-parallel rank must add the same names in the same order. Only what the last pipeline stage adds
+        counts, since it alone sees the loss.
+        """
         pair = torch.stack([x.double() if isinstance(x, Tensor) else torch.full(
             (), x, dtype=torch.float64, device=device()) for x in (total, count)])  # a copy would wait for the GPU
         self._sums[name] = self._sums.get(name, 0) + pair
@@ -28,12 +30,12 @@ class Means:
         self.add(name, values.detach().double().where(valid, 0.0).sum(), valid.sum())
 
     def reduce(self) -> dict[str, float]:
-        """The means over all ranks, without those in which nothing counted; the same on every rank."""
-        found = [None]
+        """The means over all ranks, the same on every rank. A mean without any terms is absent."""
+        means = [None]
         if self._sums and is_last_stage():
             totals, counts = dp_sum(torch.stack(list(self._sums.values()))).unbind(1)
             values = zip(self._sums, totals.tolist(), counts.tolist(), strict=True)
-            found = [{name: total / count for name, total, count in values if count}]
+            means = [{name: total / count for name, total, count in values if count}]
         if dist.get_world_size(pp_group()) > 1:
-            dist.broadcast_object_list(found, group=pp_group(), group_src=dist.get_world_size(pp_group()) - 1)
-        return found[0] or {}
+            dist.broadcast_object_list(means, group=pp_group(), group_src=dist.get_world_size(pp_group()) - 1)
+        return means[0] or {}

@@ -1,8 +1,8 @@
-"""Block-parallel sampling: every block, sample and row of a group decodes together, in G steps.
+"""Block-parallel sampling: all blocks and samples of a group of rows decode together, in G steps.
 
-The gold rows go through the policy once; their keys and values, and the logits before each anchor, serve all n samples.
-Then G − 1 cached steps follow, each with one token per rollout. With pipeline stages, several groups of rows are under
-way at once (pipeline_link.py).
+The gold rows pass through the policy once. Their keys and values, and the logits before each anchor, serve all n
+samples. Then follow G − 1 cached steps with one token per rollout. With pipeline stages, several groups of rows are in
+flight at once (schedule.py).
 """
 
 from dataclasses import dataclass
@@ -115,7 +115,7 @@ class _Group:
         self.row = split_blocks(layout, 0, layout.rollout_length - 1)[0]
         starts_BT = None if gold.document_BT is None else document_starts(gold.document_BT)
         batch = len(gold.tokens_BT)
-        # All that is made on the host is made here: decoding launches work and never waits for the device.
+        # Everything that the host computes is computed here: decoding launches work and never waits for the device.
         self.blocks, self.predictors = upload(self.row.blocks), upload(self.row.anchor_predictors())
         positions = upload(self.row.positions(starts_BT, batch))
         self.gold_positions = positions[:, : layout.seq_length]
@@ -136,7 +136,7 @@ class _Group:
         return self.link.receive((length, len(self.gold.tokens_BT), config.hidden_size), config.params_dtype)
 
     def work(self, step: int, virtual: int, given: Tensor) -> Tensor:
-        """A step's way through one stage: step 0 passes over the gold rows. Tokens drawn, or hidden states."""
+        """One step on one stage; step 0 passes over the gold rows. Returns the tokens drawn, or hidden states."""
         chunk, tokens = self.policy[virtual], None
         if is_first_stage() and virtual == 0:
             tokens = given
@@ -155,7 +155,7 @@ class _Group:
         return out
 
     def hand_on(self, step: int, virtual: int, out: Tensor) -> None:
-        """Send the result where it is needed next: nowhere after the last tokens."""
+        """Send the result to the stage that needs it next. Nobody needs the last tokens."""
         is_last = is_last_stage() and (step, virtual) == (self.layout.rollout_length - 1, len(self.policy) - 1)
         if self.link is not None and not is_last:
             self.link.send(out)
@@ -177,7 +177,7 @@ class _Group:
         return self.link.receive((len(self.gold.tokens_BT), self.row.size, self.layout.num_samples), torch.int64)
 
     def _draws(self, rows: Tensor | slice, step: int) -> Draws:
-        """What is drawn: from one distribution a block (step 0) or a rollout."""
+        """The draws of a step: from one distribution per block in step 0, afterwards from one per rollout."""
         config, numbers_BKN = self.config, self.numbers_BKNG[..., step]
         numbers_BPM = numbers_BKN if step == 0 else numbers_BKN.flatten(1)[..., None]
         return Draws(rows, numbers_BPM, config.temperature, config.top_p, config.top_k)
@@ -197,7 +197,8 @@ class _Group:
         return tokens, log_probs, entropy.expand(shape)
 
     def drawn(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All steps, [b, K, N, G] each; on other stages than the last, room for them."""
+        """Tokens, log-probabilities and entropies of all steps, [b, K, N, G] each; on stages other than the last, empty
+        tensors to receive into."""
         if self.steps:
             return tuple(torch.stack(x, dim=-1) for x in zip(*self.steps))
         shape = (len(self.gold.tokens_BT), self.row.size, self.layout.num_samples, self.layout.rollout_length)

@@ -4,13 +4,13 @@
    (seed, iteration, document, block, sample, step): no generator state, no dependence on who computes it.
 2. The readout `Draws` samples inside the model, a chunk of rows at a time, so that logits never leave it and stay in
    the model's dtype.
-3. Without filters, a draw needs one pass over the logits: it reduces every segment of SEGMENT ids to three sums
-   (`segment_sums`, on a GPU one compiled kernel), from which come the normaliser, the entropy and the mass of each
-   segment. The draw chooses a rank's shard, then a segment, and only that segment's tokens are looked at again.
+3. Without filters, a draw needs one pass over the logits. It reduces every segment of SEGMENT ids to three sums
+   (`segment_sums`, on a GPU one compiled kernel), which give the normaliser, the entropy and the mass of each segment.
+   The draw chooses a rank's shard, then a segment, and reads only that segment's tokens again.
 4. Top-k and top-p keep the tokens above a threshold per row. The threshold is found by radix selection on the bits of
    the probabilities, a byte a round: four small histograms are summed over the vocabulary's ranks, with no sort and no
-   gathered logits. Equal probabilities are kept or dropped together. Masses are integers, so that no sum depends on an
-   order, be it of ranks or of a GPU's atomic additions.
+   gathered logits. Equal probabilities are kept or dropped together. Masses are integers, so that no sum depends on
+   the order of ranks or of a GPU's atomic additions.
 
 Suffixes: B rows of the batch, P rows read of each, R = B·P, V vocabulary shard, S segments, M draws per row.
 """
@@ -27,17 +27,17 @@ from megatron_ebft.model import kernels
 from megatron_ebft.model.log_probabilities import log_sum_exp, scaled
 
 SEGMENT = 1024
-"""Ids whose probabilities are summed up in the first pass: what one GPU thread block holds in registers."""
+"""Ids that the first pass sums together: as many as one GPU thread block holds in registers."""
 HEAD_ROWS = 256
-"""Fewest rows for which the output head runs at once: with fewer, reading its weight costs more than multiplying."""
+"""Fewest rows that the output head takes at once. With fewer, reading its weight costs more than multiplying."""
 LOWEST = -1e30
-"""Stands for the maximum of a segment without any mass, of which −inf would make NaN."""
+"""Maximum of a segment without any mass, where −inf would give NaN."""
 
 
 @dataclass
 class Draws:
-    """Readout: tokens drawn after the given rows, their log-probabilities and the entropies, as `sample` returns them:
-    [B, P, M] and [B, P]; no gradient."""
+    """Readout that draws tokens after the given rows. Returns tokens and log-probabilities [B, P, M] and entropies
+    [B, P], as `sample` does, without gradient."""
 
     rows: Tensor | slice
     numbers_BPM: Tensor
@@ -92,7 +92,7 @@ def filter_probabilities(p: Tensor, top_p: float, top_k: int, group: dist.Proces
 
 
 def _keep_most_likely(p: Tensor, weights: Tensor, wanted: Tensor | int, group: dist.ProcessGroup) -> Tensor:
-    """p at and above the highest threshold from which there is as much weight as wanted; all of it, where there is not.
+    """p at and above the highest threshold with at least the wanted weight above it; all of p where there is less.
 
     weights: int64 [..., V]; sums must stay below 2 ** 63.
     """
@@ -195,7 +195,7 @@ def _draw(logits_RV, numbers_RM, temperature, first_id: int, group) -> tuple[Ten
 def _invert(mass: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """The bin in which the running sum of the masses passes each target, and what of the target is left in it.
 
-    A target that rounding puts past the end is in the last bin that has any mass.
+    A target that rounding puts past the end falls into the last bin that has any mass.
 
     Args:
         mass: float64 [..., C], not negative.
@@ -235,7 +235,7 @@ def _draw_filtered(logits_RV, numbers_RM, temperature, top_p, top_k, first_id: i
 
 
 def _shard_of(mass: Tensor, numbers: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
-    """Mass of the vocabulary shards before this rank's, of all, and the rank in whose shard each number falls.
+    """The mass of the shards before this rank's, the mass of all shards, and the rank whose shard holds each number.
 
     A number that rounding puts past the end falls into the last shard that has any mass.
     """

@@ -91,10 +91,10 @@ def changed_flags(saved: dict, now: dict) -> list[str]:
 
 def gather_companions(args, flag: str, folder: str | None) -> dict[str, bytes]:
     """Small files that every checkpoint of the run will carry: those of the one it comes from, and the tokenizer's."""
-    found = read_companions(os.path.join(resolve(folder, flag), COMPANIONS)) if folder else {}
+    companions = read_companions(os.path.join(resolve(folder, flag), COMPANIONS)) if folder else {}
     if args.tokenizer_type == "SentencePieceTokenizer":
         with open(args.tokenizer_model, "rb") as file:
-            found[SENTENCEPIECE] = file.read()
+            companions[SENTENCEPIECE] = file.read()
     elif args.tokenizer_type == "HuggingFaceTokenizer":
-        found |= read_companions(args.tokenizer_model, TOKENIZER_FILES)
-    return found
+        companions |= read_companions(args.tokenizer_model, TOKENIZER_FILES)
+    return companions
