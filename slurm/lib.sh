@@ -210,7 +210,7 @@ requeue() {
     fi
     sleep "$pause"
   done
-  give_up "$STOPPED" "could not requeue the job; does this cluster allow it? (scontrol show config | grep JobRequeue)" \
+  give_up "$STOPPED" "could not requeue the job; does this cluster allow it (scontrol show config | grep JobRequeue)?" \
     "Nothing is lost: submit the same command again"
 }
 
