@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# Energy-Based Fine-Tuning from nothing, on two CPU cores, in under 12 minutes:
+# Energy-Based Fine-Tuning from scratch on two CPU cores, in under 12 minutes:
 #
 #   bash examples/quickstart.sh [--seeds "1 2 3"] [--fp8] [--smoke] [--output DIR]
 #
-# Makes the virtual environment, takes the Python standard library's source code as text, trains a tokenizer and a
-# small model on it, fine-tunes that model with EBFT on files it has not seen, stripped of comments and docstrings, and
-# compares before and after on held-out files of that kind.
+# Makes a virtual environment and trains a tokenizer and a small model on the source code of Python's standard library.
+# Then fine-tunes the model with EBFT on files it has not seen, without comments and docstrings, and compares before and
+# after on held-out files of that kind. examples/README.md tells what to expect.
 #
-#   --seeds   EBFT is run once for each (default: "1"); all start from the same pretrained model
-#   --fp8     runs EBFT for each seed twice more, with rollouts in blockwise FP8 (emulated) and with those uncorrected,
-#             and writes fp8.txt and fp8.png, which compare the three; 5 minutes a run
-#   --smoke   a few steps of everything, in a minute or so: shows that it works, not that it helps
-#   --output  default: outputs/quickstart at the repository's root (with --smoke: outputs/quickstart-smoke). Holds the
-#             data, checkpoints, TensorBoard files (tensorboard --logdir DIR), report.txt and curves.png
+#   --seeds   run EBFT once for each seed, from the same pretrained model (default: "1")
+#   --fp8     run EBFT twice more for each seed, with rollouts in emulated blockwise FP8, with and without importance
+#             weights. fp8.txt and fp8.png compare the three runs. 5 minutes per run
+#   --smoke   a few steps of everything, in about a minute: shows that it runs, not that it learns
+#   --output  folder for the data, checkpoints, TensorBoard files (tensorboard --logdir DIR), report.txt and curves.png
+#             (default: outputs/quickstart at the repository's root; with --smoke: outputs/quickstart-smoke)
 #
-# Run again, it continues where it stopped: stages that are complete are skipped, a training that was cut off resumes.
-# To start afresh, or after changing settings below, remove the output folder.
-# PYTHON, MCORE and TORCH choose versions, as tools/venv.sh describes.
+# Run it again to continue where it stopped: it skips complete stages and resumes training.
+# To start over, or after you change a setting below, remove the output folder.
+# PYTHON, MCORE and TORCH choose versions; tools/venv.sh describes them.
 set -Eeuo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/../tools/venv.sh"
@@ -67,12 +67,12 @@ begin() {
   stage="$1"
   printf '\n=== %s (%d s so far)\n' "$stage" "$SECONDS"
 }
-trap 'echo "error: failed while doing: $stage (the reason is above)" >&2' ERR
+trap 'echo "error: stage $stage failed; the reason is above" >&2' ERR
 
-# steps_done FOLDER: steps of the latest checkpoint in it.
+# steps_done FOLDER: print the steps of its latest checkpoint.
 steps_done() { cat "$1/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0; }
 
-# train FOLDER STEPS FLAGS...: trains to STEPS over two data-parallel ranks, or goes on from the checkpoint in FOLDER.
+# train FOLDER STEPS FLAGS...: train to STEPS on two data-parallel ranks; continue if FOLDER has a checkpoint.
 train() {
   local folder="$1" steps="$2"
   shift 2
@@ -91,9 +91,9 @@ venv="$(default_venv)"
 ensure_venv "$venv" dev
 python="$venv/bin/python" data="$output/data"
 export PATH="$venv/bin:$PATH"
-export OMP_NUM_THREADS=1       # a core for each rank
-export CUDA_VISIBLE_DEVICES="" # CPU only: the model is small, and two ranks would need two GPUs
-export PYTHONWARNINGS=ignore   # Megatron-Core's, about accelerators that are optional
+export OMP_NUM_THREADS=1       # one core per rank
+export CUDA_VISIBLE_DEVICES="" # CPU only: the model is small, and two ranks need two GPUs
+export PYTHONWARNINGS=ignore   # Megatron-Core warns about optional accelerators
 
 begin "2/6 Text and tokenizer"
 if [[ -f "$data/tokenizer.model" ]]; then
@@ -113,18 +113,18 @@ for split in pretrain ebft valid; do
 done
 
 begin "4/6 Pretraining by next-token prediction"
-# Small batches and a high learning rate learn the most in few minutes. Initial weights of 0.05 suit this width (CE
-# after 300 steps of 8 rows: 4.29 with it, 4.69 with the usual 0.02).
+# Small batches and a high learning rate learn the most in a few minutes. Initial weights of 0.05 suit this width (CE
+# after 300 steps of 8 rows: 4.29; with the usual 0.02: 4.69).
 train "$output/pretrain" "$pretrain_steps" --training-mode sft --train-data-path "$data/pretrain_text_document" \
   --num-layers "$layers" --hidden-size "$hidden" --num-attention-heads "$heads" --init-method-std 0.05 \
   --global-batch-size 4 --micro-batch-size 2 --lr 4e-3 --lr-decay-style cosine \
   --eval-iters "$eval_iters" --eval-interval 400 --log-interval 20 --save-interval 200
 
 begin "5/6 EBFT"
-# Temperature 1, not the paper's 0.6: CFM is measured at temperature 1, and for a small, under-trained model 0.6 is
-# quite another distribution than the one that is to be improved. The rest is chosen for 60 steps on a CPU: rollouts
-# of 4 tokens, a learning rate for a small model that decays, and a CE coefficient of 0.3 (the paper's is at most 0.1).
-# What did less: 0.1 at a constant 3e-4 (CFM fell on 2 of 3 seeds); 8 tokens and 0.03 on text as it is written (0 of 2).
+# Temperature 1, not the paper's 0.6: CFM is measured at temperature 1, and a small, under-trained model at 0.6 has a
+# very different distribution. The other settings suit 60 steps on a CPU: rollouts of 4 tokens, a decaying learning rate
+# for a small model, and a CE coefficient of 0.3 (the paper uses at most 0.1).
+# Tried, and worse: 0.1 at a constant 3e-4 (CFM fell on 2 of 3 seeds); 8 tokens and 0.03 on the original text (0 of 2).
 ebft() {
   local folder="$1" seed="$2"
   shift 2
@@ -156,4 +156,4 @@ fi
 for file in "$output/report.txt" "$output/curves.png"; do
   [[ -s "$file" ]]
 done
-echo "Done in $SECONDS s: $output/report.txt, $output/curves.png; curves in full: tensorboard --logdir $output"
+echo "Done in $SECONDS s: $output/report.txt, $output/curves.png. All curves: tensorboard --logdir $output"

@@ -1,9 +1,9 @@
-"""What the quickstart's EBFT runs did: a table before/after, curves, and rollouts beside the text they continue.
+"""Report on the quickstart's EBFT runs: a table of before and after, curves, and rollouts beside gold text.
 
     python examples/quickstart_report.py OUTPUT/ebft-seed1 OUTPUT/ebft-seed2 ... --output OUTPUT
 
-Every number is read from the runs' TensorBoard files; "before" is the evaluation at step 0, "after" the last one. Both
-are on the same held-out rows, with the same random numbers. Writes report.txt and curves.png.
+Writes report.txt and curves.png. All numbers come from the runs' TensorBoard files. "Before" is the evaluation at
+step 0, "after" the last one; both use the same held-out rows and the same random numbers.
 """
 
 import argparse
@@ -32,26 +32,26 @@ class Run:
     name: str
     scalars: dict[str, list[tuple[int, float]]]
     texts: dict[int, str]
-    """Step → rollouts as Markdown."""
+    """Rollouts as Markdown, by step."""
 
     @classmethod
     def read(cls, folder: Path) -> "Run":
         """The run that saved to `folder`.
 
         Raises:
-            ValueError: it has no evaluations, or a number that is not finite.
+            ValueError: the run has no evaluations, or a value that is not finite.
         """
         events = EventAccumulator(str(folder / "tensorboard"), size_guidance={SCALARS: 0, TENSORS: 0}).Reload()
         tags = events.Tags()
         scalars = {tag: sorted({e.step: e.value for e in events.Scalars(tag)}.items()) for tag in tags[SCALARS]}
         for tag in ("eval/cfm", "eval/ce_loss", "eval/alignment", "eval/kl_to_start", "train/reward"):
             if len(scalars.get(tag, [])) < 2:
-                raise ValueError(f"{folder}: {tag} is missing from its TensorBoard files; was the run complete?")
+                raise ValueError(f"{folder}: {tag} is missing from its TensorBoard files; is the run complete?")
         for tag, points in scalars.items():
             if not all(math.isfinite(value) for _, value in points):
                 raise ValueError(f"{folder}: {tag} is not finite everywhere")
         if ROLLOUTS not in tags[TENSORS]:
-            raise ValueError(f"{folder}: its TensorBoard files hold no rollouts; was the run complete?")
+            raise ValueError(f"{folder}: its TensorBoard files hold no rollouts; is the run complete?")
         texts = {e.step: e.tensor_proto.string_val[0].decode() for e in events.Tensors(ROLLOUTS)}
         return cls(folder.name.removeprefix("ebft-").replace("seed", "seed "), scalars, texts)
 
@@ -62,16 +62,16 @@ class Run:
         return self.scalars[tag][-1][1]
 
     def lengths(self) -> list[int]:
-        """Completion lengths whose CFM was evaluated."""
+        """Completion lengths at which CFM was evaluated."""
         return sorted(int(tag.rsplit("/", 1)[1]) for tag in self.scalars if tag.startswith("eval/cfm_length/"))
 
     def at_lengths(self, which, name: str = "cfm") -> list[float]:
-        """CFM (or alignment) at each of `lengths`; which: Run.before or Run.after."""
+        """CFM (or alignment) at each of `lengths`. which: Run.before or Run.after."""
         return [which(self, f"eval/{name}_length/{length:02d}") for length in self.lengths()]
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """Columns aligned, the first to the left."""
+    """Text table with aligned columns, the first one to the left."""
     widths = [max(map(len, column)) for column in zip(header, *rows)]
     lines = ["  ".join(cell.ljust(width) if i == 0 else cell.rjust(width)
                        for i, (cell, width) in enumerate(zip(row, widths))) for row in (header, *rows)]
@@ -88,7 +88,7 @@ def mean(values) -> float:
 
 
 def summary(runs: list[Run]) -> str:
-    """Both tables and the sentence that sums them up."""
+    """Both tables, and one sentence that sums them up."""
     tags = {"validation CE": "eval/ce_loss", "CFM": "eval/cfm", "alignment": "eval/alignment"}
     rows = [[run.name, *(change(run.before(tag), run.after(tag)) for tag in tags.values()),
              f"{run.after('eval/kl_to_start'):.4f}"] for run in runs]
@@ -100,14 +100,14 @@ def summary(runs: list[Run]) -> str:
     ce_fell = sum(run.after("eval/ce_loss") < run.before("eval/ce_loss") for run in runs)
     seeds = f"{len(runs)} seed{'s' * (len(runs) > 1)}"
     return "\n".join([
-        "Held-out text, before → after EBFT (CE and KL in nats a token; CFM: lower is better)", "",
+        "Held-out text, before → after EBFT (CE and KL in nats per token; lower CFM is better)", "",
         table(["", *tags, "KL to start"], rows), "",
         "CFM by completion length", "", table(["", *(run.name for run in runs)], by_length), "",
         f"CFM fell on {fell} of {seeds}; validation CE fell on {ce_fell} of {seeds}."])
 
 
 def samples(run: Run) -> str:
-    """A few rollouts of the same held-out contexts, before and after."""
+    """A few rollouts from the same held-out contexts, before and after."""
     first, last = min(run.texts), max(run.texts)
     before, after = _blocks(run.texts[first]), _blocks(run.texts[last])
     parts = []
@@ -129,13 +129,13 @@ def _blocks(markdown: str) -> list[dict[str, list[str]]]:
 
 
 def smooth(points: list[tuple[int, float]], window: int) -> tuple[list[int], list[float]]:
-    """Steps, and at each the mean of the last `window` values."""
+    """The steps, and at each step the mean of the last `window` values."""
     steps, values = zip(*points)
     return list(steps), [mean(values[max(0, i - window + 1):i + 1]) for i in range(len(values))]
 
 
 def plot(runs: list[Run], path: Path) -> None:
-    """Curves over steps, and CFM by completion length."""
+    """Draw curves over steps, and CFM by completion length."""
     figure, axes = plt.subplots(2, 3, figsize=(13.5, 7.2), constrained_layout=True)
     panels = [(axes[0, 0], "eval/cfm", "CFM, held-out", "CFM (lower is better)"),
               (axes[0, 1], "eval/ce_loss", "Cross entropy, held-out", "nats per token"),
@@ -169,7 +169,7 @@ def plot(runs: list[Run], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Table, curves and samples of EBFT runs.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="FOLDER", help="what --save was")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="FOLDER", help="the --save folder of a run")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="for report.txt and curves.png")
     options = parser.parse_args()
     runs = [Run.read(folder) for folder in options.runs]

@@ -3,9 +3,9 @@
 #
 #   sbatch slurm/ebft_70b.sh [training flags]      for example: RUN=checkpoints/try sbatch slurm/ebft_70b.sh --lr 2e-6
 #
-# The job saves, requeues itself and goes on until --train-iters are done: slurm/README.md. Flags after the script are
-# appended to those below, and the later of two wins. The settings, and those of the cluster in lib.sh, can be given in
-# the environment of sbatch, and #SBATCH lines as its options. On nodes without GPUs: --gpus-per-node=0.
+# The job saves, requeues itself and continues until --train-iters steps are done (slurm/README.md). Training flags
+# after the script are appended to those below; the last one wins. Set the variables below, and the cluster settings of
+# lib.sh, in sbatch's environment. Give #SBATCH lines as options of sbatch. On nodes without GPUs: --gpus-per-node=0.
 #SBATCH --job-name=ebft_70b
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=8
@@ -15,24 +15,24 @@
 #SBATCH --output=%x-%j.out
 #SBATCH --open-mode=append
 #SBATCH --requeue
-# USR1 to this script, so long before the time limit (SLURM may be 30 s early): longer than a step and a save together,
-# and the limit must leave time to start before it.
+# Seconds before the time limit at which SLURM sends USR1 to this script (it may come 30 s early). Must be longer than a
+# step and a save together; --time must also leave room for the start.
 #SBATCH --signal=B:USR1@1800
 set -euo pipefail
 
-# sbatch runs a copy of this file elsewhere, so the repository is where it was submitted from, or EBFT_REPO.
+# sbatch runs a copy of this file from another folder. So the repository is the folder of submission, or EBFT_REPO.
 REPO="${EBFT_REPO:-${SLURM_SUBMIT_DIR:-$PWD}}"
 if [[ ! -f "$REPO/slurm/lib.sh" ]]; then
   echo "error: $REPO is not the repository of megatron_ebft: submit from its root, or set EBFT_REPO to it" >&2
   exit 64
 fi
 
-# Settings. Relative paths are the repository's.
-BASE="${BASE:-checkpoints/llama-3.1-70b}" # where the policy starts, made by slurm/convert.sh
-ENCODER="${ENCODER:-$BASE}"               # the frozen model of the features; the base model, where BASE was fine-tuned
-DATA="${DATA:-data/text_text_document}"   # a dataset's prefix, made by tools/preprocess_data.py
-RUN="${RUN:-checkpoints/ebft-70b}"        # checkpoints, TensorBoard and logs; what is there already is continued
-END_MARGIN="${END_MARGIN:-900}"           # seconds, as in lib.sh: a checkpoint has 1 TB
+# Settings. Paths are relative to the repository.
+BASE="${BASE:-checkpoints/llama-3.1-70b}" # the starting policy, made by slurm/convert.sh
+ENCODER="${ENCODER:-$BASE}"               # the frozen encoder; the base model if BASE is fine-tuned
+DATA="${DATA:-data/text_text_document}"   # prefix of a dataset made by tools/preprocess_data.py
+RUN="${RUN:-checkpoints/ebft-70b}"        # checkpoints, TensorBoard and logs; an existing run is continued
+END_MARGIN="${END_MARGIN:-900}"           # seconds (see lib.sh); long, because a checkpoint has 1 TB
 
 source "$REPO/slurm/lib.sh"
 train_until_done \

@@ -1,56 +1,58 @@
 # shellcheck shell=bash
-# Shell functions shared by the job scripts of this folder, which source it inside a job, with REPO set.
+# Shell functions shared by the job scripts of this folder. The scripts set REPO and source this file inside a job.
 #
-# A training job makes checks (tools/preflight.py), starts the ranks, and goes by the training command's exit code:
-#   0        finished: the job ends COMPLETED, also where a signal came meanwhile
-#   75       stopped after saving, on request or before the time limit: the job requeues itself and goes on
-#   64, 65   wrong flags or files; a number that is not finite: the job ends FAILED, trying again would not help
-#   others   a crash: tried again, and FAILED after MAX_CRASHES in a row without a newer checkpoint between them
-# A lost node ends the job script as well; SLURM then requeues the job by itself (#SBATCH --requeue).
+# A training job runs its checks (tools/preflight.py), starts the ranks and acts on the training command's exit code:
+#   0        finished: the job ends COMPLETED, even if a signal came in the meantime
+#   75       stopped after a save, on request or before the time limit: the job requeues itself and continues
+#   64       wrong flags or files: the job ends FAILED, because a retry would not help
+#   65       a loss or gradient that is not finite: the job ends FAILED, for the same reason
+#   others   a crash: the job retries; it ends FAILED after MAX_CRASHES in a row without a newer checkpoint
+# A lost node also ends the job script. SLURM then requeues the job by itself (#SBATCH --requeue).
 #
-# Settings of the cluster, the same for all scripts; change them here or in the environment of sbatch.
+# Cluster settings, shared by all scripts. Change them here or set them in sbatch's environment.
 
-# The interpreter (tools/venv.sh makes this environment), or the container's.
+# The Python interpreter. Default: the environment that tools/venv.sh makes, or the container's python.
 : "${PYTHON:=${CONTAINER_IMAGE:+python}}"
 : "${PYTHON:=$REPO/.venv/bin/python}"
-# Names for `module load`, separated by spaces.
+# Modules to load with `module load`, separated by spaces.
 : "${MODULES:=}"
-# For clusters with Pyxis and Enroot: an image, and what it shall see (the repository, data, checkpoints).
+# For clusters with Pyxis and Enroot: an image, and the folders it mounts (the repository, data, checkpoints).
 : "${CONTAINER_IMAGE:=}"
 : "${CONTAINER_MOUNTS:=$REPO,$PWD}"
-# Seconds before the time limit by which the run has saved and ended, counted from the start of the ranks: longer than
-# they take to start. #SBATCH --signal asks first; this is for signals that get lost.
+# The run saves and ends this many seconds before the time limit; must be longer than the ranks take to start.
+# #SBATCH --signal asks earlier: this margin is for signals that get lost.
 : "${END_MARGIN:=300}"
-# Times in a row that a job requeues itself without a newer checkpoint, before giving up: --time is too short then.
+# The job gives up after it requeued itself this many times without a newer checkpoint: --time is then too short.
 : "${MAX_REQUEUES:=10}"
-# Crashes in a row before giving up, and the seconds before the first retry; before the second it is five times as
-# long, so that SLURM notices a dead node (after 300 s) and requeues the job.
+# The job gives up after this many crashes in a row. RETRY_PAUSE is the pause in seconds before the first retry. Later
+# pauses are five times as long: SLURM then notices a dead node (after 300 s) and requeues the job.
 : "${MAX_CRASHES:=3}"
 : "${RETRY_PAUSE:=60}"
-# Seconds the other ranks get once the first has ended; what hangs then is killed.
+# Once one rank has ended, the others get this many seconds before srun kills them.
 : "${END_WAIT:=300}"
 
-# NCCL and torch. Errors with their cause; INFO also shows the network: look for NET/IB, as NET/Socket is slow.
+# NCCL and torch. WARN prints errors with their cause. INFO also prints the network in use: NET/IB is what you want,
+# NET/Socket is slow.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
-# Several networks in a node: the interface of the first contact (also GLOO_SOCKET_IFNAME), and the InfiniBand adapters
-# that join the GPUs, without those for storage. Needed where ranks do not find each other, hang, or are slow.
+# For nodes with several networks: the interface for the first contact, and the InfiniBand adapters that connect the
+# GPUs (leave out those for storage). Set these if ranks do not find each other, hang or are slow.
 #export NCCL_SOCKET_IFNAME=eth0 GLOO_SOCKET_IFNAME=eth0 NCCL_IB_HCA=mlx5_0,mlx5_1,mlx5_2,mlx5_3
-# One queue of kernels a GPU: tensor-parallel communication starts in the order it was issued, and overlaps.
+# One queue of kernels per GPU: tensor-parallel communication then starts in the order it was issued and overlaps.
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
-# Less fragmentation: rollouts and the training pass ask for blocks of different sizes.
+# Less fragmentation: rollouts and the training pass allocate blocks of different sizes.
 export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 readonly FINISHED=0 WRONG=64 NOT_FINITE=65 STOPPED=75
 
-# An array's tasks have a job number each, but that of one of them also names the whole array.
+# Each task of an array has its own job number, but the number of one task also names the whole array.
 job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"
 job="${job:-${SLURM_JOB_ID:-}}"
 
 say() { printf '%s %s\n' "$(date +%FT%T)" "$*"; }
 
-# give_up CODE REASON...: ends the job as FAILED.
+# give_up CODE REASON...: end the job as FAILED.
 give_up() {
   local code="$1"
   shift
@@ -58,7 +60,7 @@ give_up() {
   exit "$code"
 }
 
-# last_value FLAG ARGUMENTS...: the value that FLAG has on a command line, where the last one wins.
+# last_value FLAG ARGUMENTS...: print the value of FLAG on a command line, where the last one wins.
 last_value() {
   local flag="$1" value=""
   shift
@@ -72,52 +74,52 @@ last_value() {
   echo "$value"
 }
 
-# in_environment: loads modules, and sets `launch`, the srun options that all steps share.
+# in_environment: load modules and set `launch`, the srun options that all job steps share.
 in_environment() {
   if [[ -z "${SLURM_JOB_ID:-}" ]]; then
     give_up "$WRONG" "this is a job script: submit it with sbatch"
   fi
   cd "$REPO" || exit
   if [[ -n "$MODULES" ]]; then
-    set +u # modules' own scripts
+    set +u # the scripts of modules use unset variables
     # shellcheck disable=SC2086
     module load $MODULES || give_up "$WRONG" "MODULES: module load $MODULES failed"
     set -u
   fi
-  # srun does not take the number of CPUs from the job, and would bind every rank to a single one.
+  # srun does not inherit the number of CPUs from the job: without this it binds every rank to a single CPU.
   launch=(--cpus-per-task="${SLURM_CPUS_PER_TASK:-1}")
   if [[ -n "$CONTAINER_IMAGE" ]]; then
     launch+=(--container-image="$CONTAINER_IMAGE" --container-mounts="$CONTAINER_MOUNTS" --container-workdir="$REPO")
   elif [[ ! -x "$(command -v "$PYTHON")" ]]; then
-    give_up "$WRONG" "PYTHON: $PYTHON does not run; make it (source tools/venv.sh; ensure_venv .venv hf), or set PYTHON"
+    give_up "$WRONG" "PYTHON: $PYTHON does not run; make it (source tools/venv.sh; ensure_venv .venv hf) or set PYTHON"
   fi
 }
 
-# ask_to_stop SIGNAL: the handler. A file reaches ranks that cannot be signalled yet.
+# ask_to_stop SIGNAL: the signal handler. The stop file reaches ranks that have no signal handler yet.
 ask_to_stop() {
   is_stopping=1 was_interrupted=1
-  say "got SIG$1: asking the ranks to save and to stop"
+  say "got SIG$1: asking the ranks to save and stop"
   if [[ -n "${LOGS:-}" ]]; then
     touch "$LOGS/stop" || true
-    scancel --signal=USR1 "$job" || true # reaches the steps, and not this script
+    scancel --signal=USR1 "$job" || true # signals the job steps, not this script
   fi
 }
 
-# in_step COMMAND...: runs it in the background and returns its exit code, whatever signals come meanwhile.
+# in_step COMMAND...: run it in the background and return its exit code, whatever signals come in the meantime.
 in_step() {
   local pid code
   "$@" &
   pid=$!
-  while :; do # a signal interrupts `wait`; waiting again gives the code, even if the command ended meanwhile
+  while :; do # a signal interrupts `wait`; a second `wait` returns the code even if the command has ended
     was_interrupted="" code=0
     wait "$pid" || code=$?
     [[ -n "$was_interrupted" ]] || return "$code"
   done
 }
 
-# What each node and each rank runs, where the variables are expanded. A signal would kill a python that has no handler
-# yet, so it is ignored until then. What a rank ended with is kept: srun reports only the worst of all, and kills the
-# other ranks where it is not 0.
+# What each node and each rank runs; the variables expand there, not here. A signal would kill a Python process that
+# has no handler yet, so it is ignored until then. Each rank writes its exit code to a file, because srun reports only
+# the worst of all codes. Code 75 becomes 0, because srun kills the other ranks when one ends with anything else.
 # shellcheck disable=SC2016
 readonly ON_NODE='trap "" USR1 TERM
 ((SLURM_PROCID == 0)) || set -- "$@" --node-only
@@ -132,7 +134,7 @@ echo "$code" >"$LOGS/exit-$RANK"
 ((code != 75)) || exit 0
 exit "$code"'
 
-# minutes_left: until the run shall have ended, with two decimals; nothing where the job has no time limit.
+# minutes_left: print the minutes until the run must have ended, with two decimals; nothing if the job has no limit.
 minutes_left() {
   local end seconds
   end="$(SLURM_TIME_FORMAT=standard squeue -h -j "$job" -o %e 2>/dev/null || true)"
@@ -143,10 +145,10 @@ minutes_left() {
   fi
 }
 
-# newest_step: the step of the latest checkpoint.
+# newest_step: print the step of the latest checkpoint.
 newest_step() { cat "$save/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0; }
 
-# outcome: what the ranks that ended by themselves say, the worst first; else 1, a crash.
+# outcome: print the worst exit code among the ranks that ended by themselves, or 1 (a crash) if there is none.
 outcome() {
   local codes code
   codes="$(cat "$LOGS"/exit-* 2>/dev/null | sort -u || true)"
@@ -159,7 +161,7 @@ outcome() {
   echo 1
 }
 
-# first_ending: which rank ended first, and with what, for a crash.
+# first_ending: say which rank ended first and with which code.
 first_ending() {
   local file first=""
   for file in "$LOGS"/exit-*; do
@@ -174,7 +176,7 @@ first_ending() {
   fi
 }
 
-# in_a_row WHAT: how often WHAT has happened in this job since the newest checkpoint, this time included.
+# in_a_row WHAT: count WHAT, and print how often it has happened in this job since the newest checkpoint.
 in_a_row() {
   local file="$save/logs/$job.$1" count=0 step=""
   if [[ -f "$file" ]]; then
@@ -185,16 +187,16 @@ in_a_row() {
   echo "$((count + 1))"
 }
 
-# requeue: SLURM starts the same job again. Not where it is being cancelled, or is requeued already.
+# requeue: ask SLURM to start the same job again, unless it is being cancelled or is requeued already.
 requeue() {
   local pause state requeues
-  trap '' USR1 TERM # being requeued ends this script
+  trap '' USR1 TERM # SLURM ends this script when it requeues the job
   requeues="$(in_a_row requeues)"
   if ((requeues > MAX_REQUEUES)); then
-    give_up 1 "the job requeued itself $MAX_REQUEUES times without a newer checkpoint: --time must leave time for the" \
-      "start, a step and a save before --signal comes"
+    give_up 1 "the job requeued itself $MAX_REQUEUES times without a newer checkpoint: raise --time, so that the" \
+      "start, a step and a save fit before --signal comes"
   fi
-  for pause in 5 10 20 40 60 60 60 60 60 60 60 0; do # as long as a restart of SLURM's controller may take
+  for pause in 5 10 20 40 60 60 60 60 60 60 60 0; do # a restart of SLURM's controller may take this long
     state="$(scontrol show -o job "$job" 2>/dev/null | grep -o ' JobState=[A-Z_]*' | head -n 1 | cut -d = -f 2 || true)"
     case "$state" in
       CANCELLED* | COMPLETING | PENDING | PREEMPTED | REQUEUE*)
@@ -203,43 +205,43 @@ requeue() {
         ;;
     esac
     if [[ -n "$state" ]] && scontrol requeue "$job"; then
-      say "requeued; goes on from step $(newest_step)"
+      say "requeued; continues from step $(newest_step)"
       exit 0
     fi
     sleep "$pause"
   done
-  give_up "$STOPPED" "could not requeue the job (is it allowed here? scontrol show config | grep JobRequeue)." \
+  give_up "$STOPPED" "could not requeue the job; does this cluster allow it (scontrol show config | grep JobRequeue)?" \
     "Nothing is lost: submit the same command again"
 }
 
-# pause SECONDS: or until the job shall stop.
+# pause SECONDS: wait, or return early when a signal comes.
 pause() {
   sleep "$1" &
   wait $! || true
 }
 
-# train_until_done FLAGS...: the training command on all ranks, checked, stopped, continued; ends the script.
+# train_until_done FLAGS...: check, start, stop and continue the training command on all ranks; ends the script.
 train_until_done() {
   local attempt=0 code crashes left hosts
   save="$(last_value --save "$@")" is_stopping=""
   trap 'ask_to_stop USR1' USR1
   trap 'ask_to_stop TERM' TERM
   in_environment
-  mkdir -p "$save/logs" || give_up "$WRONG" "--save $save: cannot be made"
+  mkdir -p "$save/logs" || give_up "$WRONG" "--save $save: cannot create this folder"
   mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   export MASTER_ADDR="${hosts[0]}" MASTER_PORT LOGS
 
   while :; do
-    # Each attempt has logs, a stop file and a port of its own: nothing of the one before can be taken for it.
+    # Each attempt has its own logs, stop file and port, so that nothing of an earlier attempt is mistaken for it.
     attempt=$((attempt + 1))
     LOGS="$(cd "$save/logs" && pwd -P)/$job.${SLURM_RESTART_COUNT:-0}.$attempt"
     MASTER_PORT=$((20000 + (SLURM_JOB_ID * 37 + ${SLURM_RESTART_COUNT:-0} * 7 + attempt) % 10000))
-    rm -rf "$LOGS" && mkdir "$LOGS" || give_up 1 "$LOGS cannot be made: free space"
+    { rm -rf "$LOGS" && mkdir "$LOGS"; } || give_up 1 "cannot create $LOGS: free some disk space"
     say "job $job, start $((${SLURM_RESTART_COUNT:-0} + 1)), attempt $attempt: $SLURM_NTASKS ranks on" \
       "$SLURM_JOB_NODELIST, after step $(newest_step); logs in $LOGS"
     left="$(minutes_left)"
     if [[ "$left" == 0.00 ]]; then
-      ((attempt > 1)) || give_up "$WRONG" "--time: must be above END_MARGIN, $END_MARGIN s, and the time to start"
+      ((attempt > 1)) || give_up "$WRONG" "--time: must be longer than END_MARGIN, $END_MARGIN s, plus the start"
       requeue
     fi
     code=0
@@ -250,10 +252,10 @@ train_until_done() {
       give_up "$WRONG" "the problems above; nothing was started"
     fi
     [[ -z "$is_stopping" ]] || requeue
-    left="$(minutes_left)" # the checks took their time
+    left="$(minutes_left)" # the checks took a while
     [[ "$left" != 0.00 ]] || requeue
     if ((code == 0)); then
-      say "starting the ranks${left:+; they end within $left minutes}"
+      say "starting the ranks${left:+; they will end within $left minutes}"
       in_step srun "${launch[@]}" --kill-on-bad-exit=1 --wait="$END_WAIT" bash -c "$ON_RANK" rank \
         "$PYTHON" -m megatron_ebft.train "$@" --ebft-stop-file "$LOGS/stop" ${left:+--exit-duration-in-mins "$left"} ||
         code=$?
@@ -268,13 +270,13 @@ train_until_done() {
         exit 0
         ;;
       "$STOPPED") requeue ;;
-      "$WRONG") give_up "$code" "wrong flags or files, see the error above (and $LOGS); mend it and submit again" ;;
-      "$NOT_FINITE") give_up "$code" "a step failed by a number that is not finite, see the error above" ;;
+      "$WRONG") give_up "$code" "wrong flags or files: see the error above and $LOGS, fix it and submit again" ;;
+      "$NOT_FINITE") give_up "$code" "a loss or gradient is not finite: see the error above" ;;
     esac
     crashes="$(in_a_row crashes)"
     say "crash $crashes after the checkpoint of step $(newest_step); $(first_ending)"
     if ((crashes >= MAX_CRASHES)); then
-      give_up 1 "$crashes crashes in a row without a newer checkpoint between them; see the errors above and $LOGS"
+      give_up 1 "$crashes crashes in a row without a newer checkpoint: see the errors above and $LOGS"
     fi
     [[ -z "$is_stopping" ]] || requeue
     pause $((crashes == 1 ? RETRY_PAUSE : 5 * RETRY_PAUSE))

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# A sweep of EBFT over the grid of the paper: γ × α × whitening, 27 points, as a job array of one node each.
+# A sweep of EBFT over the paper's grid γ × α × whitening: a job array of 27 points, one node each.
 #
 #   sbatch slurm/sweep.sh [training flags]                 all points
-#   sbatch --array=0-8%3 slurm/sweep.sh [training flags]   those without whitening, three at a time
-#   python tools/compare_runs.py checkpoints/sweep         afterwards, or meanwhile
+#   sbatch --array=0-8%3 slurm/sweep.sh [training flags]   only the points without whitening, three at a time
+#   python tools/compare_runs.py checkpoints/sweep         compare the runs, also while they train
 #
-# Each point is a run like slurm/ebft_1b.sh's, with checkpoints, logs, restarts and an ending of its own. Point i of the
-# lists below, the first changing fastest: γ i mod 3, α i / 3 mod 3, whitening i / 9.
+# Each point is a run like that of slurm/ebft_1b.sh, with its own checkpoints, logs and restarts. Point i takes from
+# the lists below γ number i mod 3, α number i / 3 mod 3 and whitening number i / 9.
 #SBATCH --job-name=ebft_sweep
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -17,23 +17,23 @@
 #SBATCH --output=%x-%A_%a.out
 #SBATCH --open-mode=append
 #SBATCH --requeue
-# USR1 to this script, so long before the time limit (SLURM may be 30 s early): longer than a step and a save together,
-# and the limit must leave time to start before it.
+# Seconds before the time limit at which SLURM sends USR1 to this script (it may come 30 s early). Must be longer than a
+# step and a save together; --time must also leave room for the start.
 #SBATCH --signal=B:USR1@600
 set -euo pipefail
 
-# sbatch runs a copy of this file elsewhere, so the repository is where it was submitted from, or EBFT_REPO.
+# sbatch runs a copy of this file from another folder. So the repository is the folder of submission, or EBFT_REPO.
 REPO="${EBFT_REPO:-${SLURM_SUBMIT_DIR:-$PWD}}"
 if [[ ! -f "$REPO/slurm/lib.sh" ]]; then
   echo "error: $REPO is not the repository of megatron_ebft: submit from its root, or set EBFT_REPO to it" >&2
   exit 64
 fi
 
-# Settings. Relative paths are the repository's.
-BASE="${BASE:-checkpoints/llama-3.2-1b}"   # where the policy starts, made by slurm/convert.sh
-ENCODER="${ENCODER:-$BASE}"                # the frozen model of the features; the base model, where BASE was fine-tuned
-DATA="${DATA:-data/text_text_document}"    # a dataset's prefix, made by tools/preprocess_data.py
-SWEEP="${SWEEP:-checkpoints/sweep}"        # a folder for each point; what is there already is continued
+# Settings. Paths are relative to the repository.
+BASE="${BASE:-checkpoints/llama-3.2-1b}"   # the starting policy, made by slurm/convert.sh
+ENCODER="${ENCODER:-$BASE}"                # the frozen encoder; the base model if BASE is fine-tuned
+DATA="${DATA:-data/text_text_document}"    # prefix of a dataset made by tools/preprocess_data.py
+SWEEP="${SWEEP:-checkpoints/sweep}"        # a folder for each point; existing runs are continued
 read -ra gammas <<<"${GAMMAS:-0 0.03 0.1}" # --ebft-ce-coef
 read -ra alphas <<<"${ALPHAS:-0 0.5 1}"    # --ebft-diversity-coef
 read -ra whitenings <<<"${WHITENINGS:-none paper released}"
@@ -41,7 +41,7 @@ read -ra whitenings <<<"${WHITENINGS:-none paper released}"
 point="${SLURM_ARRAY_TASK_ID:-0}"
 points=$((${#gammas[@]} * ${#alphas[@]} * ${#whitenings[@]}))
 if ((point >= points)); then
-  echo "error: --array: there is no point $point, the last is $((points - 1))" >&2
+  echo "error: --array: there is no point $point; the last one is $((points - 1))" >&2
   exit 64
 fi
 gamma="${gammas[point % ${#gammas[@]}]}"

@@ -106,7 +106,7 @@ def cluster(tmp_path_factory):
 PLAYED = {  # name: (what the starts of the ranks do, the end, lines of the output)
     "finished": ("0", "COMPLETED 0", ["finished"]),
     "wrong": ("64", "FAILED 64", ["FAILED: wrong flags or files"]),
-    "not_finite": ("65", "FAILED 65", ["FAILED: a step failed by a number that is not finite"]),
+    "not_finite": ("65", "FAILED 65", ["FAILED: a loss or gradient is not finite"]),
     "crashing": ("1 1 1 0", "FAILED 1", ["crash 1 .* ended first, with 1", "FAILED: 3 crashes in a row"]),
     "recovering": ("1 1 save-1 1 0", "COMPLETED 0", ["crash 2 after the checkpoint of step 0", "crash 1 .* step 3",
                                                      "crash 2 .* step 3", "attempt 5"]),

@@ -1,0 +1,49 @@
+"""The drawn mask against the rule of METHOD's strided blocks, stated token by token, and the committed picture."""
+
+from pathlib import Path
+from xml.etree import ElementTree
+
+import draw_mask
+import pytest
+
+from megatron_ebft.layout.strided import StridedLayout
+
+PICTURE = Path(__file__).parents[2] / "megatron_ebft" / "layout" / "packed_row.svg"
+
+
+def drawn(svg: str) -> dict[str, set[tuple[int, int]]]:
+    """(query, key) of every square, by the colour's meaning."""
+    groups = ElementTree.fromstring(svg).findall("{*}g")
+    return {group.get("id"): {((int(square.get("y")) - draw_mask.TOP) // draw_mask.CELL,
+                               (int(square.get("x")) - draw_mask.LEFT) // draw_mask.CELL) for square in group}
+            for group in groups}
+
+
+def rule(seq_length: int, context: int, stride: int, length: int, samples: int) -> dict[str, set[tuple[int, int]]]:
+    """Gold tokens are causal; token (k, j, t) sees gold[0 : c + k·s] and (k, j, 0..t)."""
+    cells = {"gold": {(query, key) for query in range(seq_length) for key in range(query + 1)},
+             "context": set(), "own": set()}
+    query = seq_length
+    for anchor in range(context, seq_length - length + 1, stride):
+        for _ in range(samples):
+            for step in range(length):
+                cells["context"] |= {(query, key) for key in range(anchor)}
+                cells["own"] |= {(query, query - back) for back in range(step + 1)}
+                query += 1
+    return cells
+
+
+@pytest.mark.parametrize("geometry", [(12, 3, 3, 3, 2), (16, 4, 2, 5, 3), (9, 1, 3, 1, 1)])
+def test_cells_follow_the_rule(geometry):
+    assert drawn(draw_mask.draw(StridedLayout(*geometry))) == rule(*geometry)
+
+
+def test_committed_picture_is_todays(tmp_path):
+    draw_mask.main(["--output", str(tmp_path / "mask.svg")])
+    assert (tmp_path / "mask.svg").read_text(encoding="utf-8") == PICTURE.read_text(encoding="utf-8"), (
+        f"draw it again: python tools/draw_mask.py --output {PICTURE.relative_to(PICTURE.parents[2])}")
+
+
+def test_other_formats_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"--output .*mask\.png: the picture is an SVG"):
+        draw_mask.main(["--output", str(tmp_path / "mask.png")])
