@@ -165,12 +165,12 @@ def check_constructors() -> None:
     """Of all kinds of layers, as Megatron-Core calls them."""
     from test_checkpoint import ARGS
 
-    from megatron_ebft.model.decoder import build_frozen
+    from megatron_ebft.model.build import build_start
 
     for changes in (dict(), dict(normalization="LayerNorm", add_bias_linear=True), dict(qk_layernorm=True),
                     dict(add_qkv_bias=True)):
         args = type(ARGS)(**{**vars(ARGS), **changes})
-        build_frozen(args, transformer_impl="transformer_engine", bf16=True, params_dtype=torch.bfloat16)
+        build_start(args, transformer_impl="transformer_engine", bf16=True, params_dtype=torch.bfloat16)
 
 
 def check_fp8() -> None:
@@ -182,7 +182,7 @@ def check_fp8() -> None:
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
     from megatron_ebft.model import fp8
-    from megatron_ebft.model.decoder import local_layers, unwrap
+    from megatron_ebft.model.weights import local_layers, unwrap
 
     def note(*args, **kwargs):
         recipe = FP8GlobalStateManager.get_fp8_recipe()
@@ -211,7 +211,7 @@ def check_golden_steps() -> None:
     from test_golden import STEPS, Case
 
     from megatron_ebft.model import fp8
-    from megatron_ebft.model.decoder import local_layers
+    from megatron_ebft.model.weights import local_layers
 
     for name in STEPS:
         case = Case(name, 1, 3, transformer_impl="transformer_engine")

@@ -119,7 +119,8 @@ def build(args):
     from megatron_ebft.checkpointing.checkpoint import TrainState
     from megatron_ebft.common.device import device
     from megatron_ebft.data.micro_batches import GoldBatch
-    from megatron_ebft.model.decoder import build_encoder, build_policy, copy_weights
+    from megatron_ebft.model.build import build_encoder, build_policy
+    from megatron_ebft.model.weights import copy_weights
     from megatron_ebft.parallel.groups import document_rank, document_size
     from megatron_ebft.run.arguments import (
         ddp_config,

@@ -81,7 +81,7 @@ def build(args, meter):
     from megatron_ebft.checkpointing.checkpoint import TrainState
     from megatron_ebft.common.device import device
     from megatron_ebft.data.micro_batches import GoldBatch
-    from megatron_ebft.model import decoder
+    from megatron_ebft.model.build import build_encoder, build_policy, build_start
     from megatron_ebft.parallel.groups import document_size
     from megatron_ebft.run import arguments
     from megatron_ebft.run.build import build_scheduler
@@ -90,17 +90,17 @@ def build(args, meter):
     architecture, overrides = arguments.model_args(args, args.vocab_size), arguments.transformer_overrides(args)
     config, encoder, reference = None, None, None
     with meter.kind("weights"):
-        policy = decoder.build_policy(architecture, arguments.ddp_config(args), **arguments.policy_overrides(args))
+        policy = build_policy(architecture, arguments.ddp_config(args), **arguments.policy_overrides(args))
     for chunk in policy:
         for buffer in chunk.buffers:
             meter.label(buffer.grad_data, "gradients")
     if args.training_mode == "ebft":
         config = arguments.ebft_config(args, architecture.num_layers)
         with meter.kind("encoder"):
-            encoder = decoder.build_encoder(architecture, max(config.feature_map.layers), **overrides)
+            encoder = build_encoder(architecture, max(config.feature_map.layers), **overrides)
         if args.ebft_kl_coef or args.ebft_track_kl:
             with meter.kind("reference"):
-                reference = decoder.build_frozen(architecture, **overrides)
+                reference = build_start(architecture, **overrides)
     with meter.kind("optimizer"):
         adam = optimizer.get_megatron_optimizer(arguments.optimizer_config(args), policy)
         adam.prepare_grads()

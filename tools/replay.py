@@ -36,7 +36,7 @@ def parse(argv: list[str]):
     from megatron_ebft.checkpointing.files import read_metadata
     from megatron_ebft.hf.families import describe, read_model
     from megatron_ebft.hf.files import HFWeights
-    from megatron_ebft.model.decoder import ModelArgs
+    from megatron_ebft.model.architecture import ModelArgs
     from megatron_ebft.run.arguments import Parser, add_machine, check_args
     from megatron_ebft.run.fp8_flags import add_fp8
     from megatron_ebft.run.step_file import read_step
@@ -103,7 +103,9 @@ def load_hf_weights(policy: list, hf, weights) -> None:
 def build(args, hf, weights):
     """Policy, encoder, and with a KL term the reference, with their weights."""
     from megatron_ebft.checkpointing.checkpoint import load_weights
-    from megatron_ebft.model.decoder import build_encoder, build_frozen, build_policy, copy_weights, free_fields
+    from megatron_ebft.model.architecture import free_fields
+    from megatron_ebft.model.build import build_encoder, build_policy, build_start
+    from megatron_ebft.model.weights import copy_weights
     from megatron_ebft.run.arguments import (
         ddp_config,
         ebft_config,
@@ -119,7 +121,7 @@ def build(args, hf, weights):
     policy = build_policy(architecture, ddp, **policy_overrides(args))
     config = dataclasses.replace(ebft_config(args, architecture.num_layers), skip_duplicates=False)
     encoder = build_encoder(architecture, max(config.feature_map.layers), **overrides)
-    reference = build_frozen(architecture, **overrides) if args.ebft_kl_coef else None
+    reference = build_start(architecture, **overrides) if args.ebft_kl_coef else None
     if weights is not None:
         load_hf_weights(policy, hf, weights)
     else:

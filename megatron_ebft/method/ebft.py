@@ -157,7 +157,7 @@ def training_rows(gold: GoldBatch, rollouts: Rollouts, config: EBFTConfig,
 def _forward(model, mb: MicroBatch, gold: GoldBatch, rollouts: Rollouts, config: EBFTConfig):
     readout = training_readout(mb.row, gold.tokens_BT[mb.rows], rollouts.tokens_BKNG[mb.rows],
                                config.sampling.temperature)
-    return model(mb.tokens, mb.positions, as_mask(StridedPattern(mb.row, mb.document_BT)), labels=readout)
+    return model(mb.tokens, mb.positions, as_mask(StridedPattern(mb.row, mb.document_BT)), readout=readout)
 
 
 @torch.no_grad()

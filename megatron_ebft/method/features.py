@@ -21,7 +21,7 @@ from megatron_ebft.layout.strided import StridedLayout
 from megatron_ebft.method import energy
 from megatron_ebft.method.passes import run_schedule
 from megatron_ebft.model.attention import StridedPattern, as_mask
-from megatron_ebft.model.decoder import local_layers
+from megatron_ebft.model.weights import local_layers
 from megatron_ebft.parallel.groups import is_last_stage, pp_group, sample_group, sample_rank, sample_size, tp_group
 
 FEATURE_NORMS = ("joint", "layer")

@@ -18,7 +18,7 @@ from megatron_ebft.method import energy, losses
 from megatron_ebft.method.ebft import EBFTConfig
 from megatron_ebft.method.features import FEATURE_NORMS, POOLINGS, FeatureMap
 from megatron_ebft.model import flex_attention, kernels
-from megatron_ebft.model.decoder import ModelArgs, feature_layers, split_layers
+from megatron_ebft.model.architecture import ModelArgs, feature_layers, split_layers
 from megatron_ebft.rollout.sampler import SamplingConfig
 from megatron_ebft.run.fp8_flags import add_fp8, check_fp8_sizes, fp8_config, fp8_recipes, row_multiple, training_fp8
 

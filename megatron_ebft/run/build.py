@@ -34,14 +34,9 @@ from megatron_ebft.data.tokenizer import build_tokenizer
 from megatron_ebft.hf.files import COMPANIONS, SENTENCEPIECE, TOKENIZER_FILES, read_companions
 from megatron_ebft.method.ebft import EBFTConfig
 from megatron_ebft.method.features import ExchangeBytes, exchange_bytes
-from megatron_ebft.model.decoder import (
-    balanced_split,
-    build_encoder,
-    build_frozen,
-    build_policy,
-    copy_weights,
-    free_fields,
-)
+from megatron_ebft.model.architecture import balanced_split, free_fields
+from megatron_ebft.model.build import build_encoder, build_policy, build_start
+from megatron_ebft.model.weights import copy_weights
 from megatron_ebft.parallel.groups import document_size, dp_size
 from megatron_ebft.rollout.schedule import idle_fraction, row_groups
 from megatron_ebft.run.arguments import (
@@ -101,7 +96,7 @@ def build_run(args: argparse.Namespace) -> Run:
             copy_weights(policy, encoder)
     reference = None
     if args.training_mode == "ebft" and (args.ebft_kl_coef or args.ebft_track_kl):
-        reference = build_frozen(architecture, **overrides)
+        reference = build_start(architecture, **overrides)
         copy_weights(policy, reference)
     optimizer = get_megatron_optimizer(optimizer_config(args), policy)
     scheduler = build_scheduler(args, optimizer)

@@ -8,7 +8,7 @@ import argparse
 import torch
 
 from megatron_ebft.model import kernels
-from megatron_ebft.model.decoder import ModelArgs
+from megatron_ebft.model.architecture import ModelArgs
 from megatron_ebft.model.fp8 import BLOCK, FP8, RECIPES, ROWS
 
 

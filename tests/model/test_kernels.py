@@ -214,7 +214,8 @@ def compare(folder: str) -> None:
     from megatron_ebft.checkpointing.checkpoint import load_checkpoint
     from megatron_ebft.checkpointing.fingerprint import sharded_tensors, sharded_weights, weights_fingerprint
     from megatron_ebft.common.device import init_device
-    from megatron_ebft.model.decoder import build_frozen, copy_weights, unwrap
+    from megatron_ebft.model.build import build_start
+    from megatron_ebft.model.weights import copy_weights, unwrap
     from megatron_ebft.parallel import groups
 
     init_device()
@@ -234,7 +235,7 @@ def compare(folder: str) -> None:
                        for kind, run in zip(kinds, (local, te))}
         local.train(2).save(f"{folder}/{name}", 2)
         load_checkpoint(f"{folder}/{name}", *te.parts, architecture=META["architecture"])
-        frozen = build_frozen(args, transformer_impl="transformer_engine")
+        frozen = build_start(args, transformer_impl="transformer_engine")
         copy_weights(te.model, frozen)
         found[name]["fingerprints"] = [weights_fingerprint(x) for x in (local.model, te.model, frozen)]
         for module in te.model[0].modules():  # which the stand-in cannot do
@@ -294,7 +295,7 @@ def training_in_fp8() -> dict:
     from megatron_ebft.method import ebft
     from megatron_ebft.method.means import Means
     from megatron_ebft.method.sft import cross_entropy_pass
-    from megatron_ebft.model.decoder import local_layers
+    from megatron_ebft.model.weights import local_layers
     from megatron_ebft.rollout.sampler import sample_rollouts
 
     passes = fake_te.Linear.passes

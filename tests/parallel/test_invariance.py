@@ -22,7 +22,9 @@ from ranks import enter_world, run_ranks
 from megatron_ebft.checkpointing.checkpoint import TrainState
 from megatron_ebft.common.device import device, init_device
 from megatron_ebft.common.timer import PhaseTimer
-from megatron_ebft.model import decoder, log_probabilities
+from megatron_ebft.model import log_probabilities
+from megatron_ebft.model.build import build_encoder, build_policy, build_start
+from megatron_ebft.model.weights import copy_weights
 from megatron_ebft.parallel import groups
 from megatron_ebft.rollout import token_sampling
 from megatron_ebft.rollout.sampler import sample_rollouts
@@ -121,9 +123,9 @@ def build_run(args, other: str | None) -> training.Run:
     architecture, overrides = model_args(args, VOCAB), transformer_overrides(args)
     config, weights = bf.random_llama(0, layers=4, hidden=16, ffn=24, heads=8, kv_heads=4, vocab=VOCAB)
     method = ebft_config(args, args.num_layers)
-    policy = decoder.build_policy(architecture, ddp_config(args), **policy_overrides(args))
-    encoder = decoder.build_encoder(architecture, max(method.feature_map.layers), **overrides)
-    reference = decoder.build_frozen(architecture, **overrides)
+    policy = build_policy(architecture, ddp_config(args), **policy_overrides(args))
+    encoder = build_encoder(architecture, max(method.feature_map.layers), **overrides)
+    reference = build_start(architecture, **overrides)
     if other is None:
         for target in (policy, encoder, reference):
             models.load(target, config, weights)
@@ -131,8 +133,8 @@ def build_run(args, other: str | None) -> training.Run:
         if not os.path.exists(other):
             torch.save(models.whole_tensors(policy, of_gradients=False), other)
         models.load_whole(policy, torch.load(other), VOCAB)
-        decoder.copy_weights(policy, encoder)
-        decoder.copy_weights(policy, reference)
+        copy_weights(policy, encoder)
+        copy_weights(policy, reference)
     return training.Run("ebft", policy, encoder, reference, get_megatron_optimizer(optimizer_config(args), policy),
                         Schedule(), method, None, None, None, args, {}, TrainState())
 

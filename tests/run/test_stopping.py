@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_ebft.checkpointing.checkpoint import Saver
 from megatron_ebft.checkpointing.files import latest_iteration
-from megatron_ebft.model.decoder import unwrap
+from megatron_ebft.model.weights import unwrap
 from megatron_ebft.parallel import groups
 from megatron_ebft.run import stopping, training
 from megatron_ebft.run.stopping import StepFailed, StopAsked, Stopper

@@ -20,7 +20,9 @@ from megatron_ebft.common.timer import PhaseTimer
 from megatron_ebft.method.evaluation import evaluate
 from megatron_ebft.method.means import Means
 from megatron_ebft.method.sft import cross_entropy_pass
-from megatron_ebft.model.decoder import ModelArgs, build_frozen, unwrap
+from megatron_ebft.model.architecture import ModelArgs
+from megatron_ebft.model.build import build_start
+from megatron_ebft.model.weights import unwrap
 from megatron_ebft.parallel import groups
 from megatron_ebft.rollout import sampler
 from megatron_ebft.run.arguments import parse_args
@@ -81,7 +83,7 @@ def scalars(folder) -> dict[str, list[tuple[int, float]]]:
 
 def weights(folder) -> dict[str, torch.Tensor]:
     """Weights of the latest checkpoint."""
-    model = build_frozen(ModelArgs(**read_metadata(str(folder))["architecture"]))
+    model = build_start(ModelArgs(**read_metadata(str(folder))["architecture"]))
     load_weights(str(folder), model)
     return dict(unwrap(model).named_parameters())
 

@@ -27,7 +27,7 @@ from megatron_ebft.common.timer import PhaseTimer
 from megatron_ebft.layout.step_major import from_step_major, step_major_positions, to_step_major
 from megatron_ebft.layout.strided import StridedLayout, document_starts
 from megatron_ebft.method import energy
-from megatron_ebft.model.decoder import unwrap
+from megatron_ebft.model.weights import unwrap
 from megatron_ebft.run.arguments import parse_args
 from megatron_ebft.run.build import build_run
 from megatron_ebft.run.step_file import INPUTS, read_step
