@@ -153,7 +153,7 @@ def check(folder: Path) -> None:
 
     init_device()
     groups.init_parallel(1, 1, seed=1)
-    kernels.found = lambda: kernels.Found(no_transformer_engine="")
+    kernels.available = lambda: kernels.Available(no_transformer_engine="")
     kernels.no_transformer_engine = lambda dtype: ""  # these kernels do not round float32 to TF32
     for available in (te.is_fp8_available, te.is_fp8_block_scaling_available):
         inspect.signature(available).bind(return_reason=True)
@@ -168,13 +168,13 @@ def check_constructors() -> None:
     import plain_llama
     from golden import GOLDEN
 
-    from megatron_ebft.model.decoder import build_frozen
+    from megatron_ebft.model.build import build_start
 
     architecture = models.architecture(plain_llama.load_llama(GOLDEN / "llama")[0])
     for changes in (dict(), dict(normalization="LayerNorm", add_bias_linear=True), dict(qk_layernorm=True),
                     dict(add_qkv_bias=True)):
         args = dataclasses.replace(architecture, **changes)
-        build_frozen(args, transformer_impl="transformer_engine", bf16=True, params_dtype=torch.bfloat16)
+        build_start(args, transformer_impl="transformer_engine", bf16=True, params_dtype=torch.bfloat16)
 
 
 def check_fp8() -> None:
@@ -186,7 +186,7 @@ def check_fp8() -> None:
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
     from megatron_ebft.model import fp8
-    from megatron_ebft.model.decoder import local_layers, unwrap
+    from megatron_ebft.model.weights import local_layers, unwrap
 
     def note(*args, **kwargs):
         recipe = FP8GlobalStateManager.get_fp8_recipe()
@@ -215,7 +215,7 @@ def check_golden_steps() -> None:
     from golden import STEPS, Case
 
     from megatron_ebft.model import fp8
-    from megatron_ebft.model.decoder import local_layers
+    from megatron_ebft.model.weights import local_layers
 
     for name in STEPS:
         case = Case(name, 1, 3, transformer_impl="transformer_engine")

@@ -7,7 +7,7 @@ from megatron_ebft.layout.packed_row import split_blocks
 from megatron_ebft.layout.strided import StridedLayout
 from megatron_ebft.method.config import EBFTConfig
 from megatron_ebft.method.features import FeatureMap
-from megatron_ebft.model.decoder import balanced_split
+from megatron_ebft.model.architecture import balanced_split
 from megatron_ebft.parallel.groups import document_size
 
 

@@ -23,7 +23,7 @@ from megatron_ebft.hf.families import HFModel
 from megatron_ebft.method.features import Catch, FeatureMap
 from megatron_ebft.method.passes import run_schedule
 from megatron_ebft.model.attention import StridedPattern, as_mask
-from megatron_ebft.model.decoder import local_layers, unwrap
+from megatron_ebft.model.weights import local_layers, unwrap
 from megatron_ebft.parallel.groups import is_last_stage, pp_group, tp_group
 
 

@@ -129,7 +129,7 @@ def rank_zero(world_size: int, sizes: dict):
 
 def checkpoint_bytes(args, vocab_size: int) -> tuple[int, int]:
     """Parameters of the model, and bytes of a checkpoint with its optimizer."""
-    from megatron_ebft.model.decoder import build_skeleton
+    from megatron_ebft.model.build import build_skeleton
     from megatron_ebft.run.arguments import model_args
 
     with rank_zero(1, dict(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, seed=1)):

@@ -36,7 +36,7 @@ def parse(argv: list[str]):
     from megatron_ebft.checkpointing.files import read_metadata
     from megatron_ebft.hf.families import describe, read_model
     from megatron_ebft.hf.files import HFWeights
-    from megatron_ebft.model.decoder import ModelArgs
+    from megatron_ebft.model.architecture import ModelArgs
     from megatron_ebft.run.arguments import Parser, add_machine, check_args
     from megatron_ebft.run.fp8_flags import add_fp8
     from megatron_ebft.run.step_file import read_step

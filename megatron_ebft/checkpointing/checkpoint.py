@@ -58,7 +58,7 @@ from megatron_ebft.checkpointing.files import (
 from megatron_ebft.checkpointing.fingerprint import SHARDING, real_vocab_size, sharded_tensors, sharded_weights
 from megatron_ebft.common.device import have_gpu
 from megatron_ebft.hf.files import COMPANIONS, write_companions
-from megatron_ebft.model.decoder import unwrap
+from megatron_ebft.model.weights import unwrap
 from megatron_ebft.parallel import groups
 from megatron_ebft.parallel.errors import together
 from megatron_ebft.run.stopping import shielded
@@ -303,7 +303,7 @@ def load_weights(directory: str, model, *, architecture: dict | None = None,
     A mixed-precision optimizer built on the model has its own copy: call its `reload_model_params` afterwards.
 
     Args:
-        model: a LanguageModel, wrapped or not, or a list of them (virtual pipeline stages).
+        model: a Decoder, wrapped or not, or a list of them (virtual pipeline stages).
 
     Returns:
         The checkpoint's metadata.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_ebft.common.device import device
 from megatron_ebft.common.hashing import GOLDEN, mix64
-from megatron_ebft.model.decoder import unwrap
+from megatron_ebft.model.weights import unwrap
 
 SHARDING = {"non_homogeneous_layers": True, "distrib_optim_sharding_type": "fully_reshardable",
             "distrib_optim_fully_reshardable_mem_efficient": True}
@@ -29,7 +29,7 @@ def sharded_weights(model) -> dict:
     Without objects (_extra_state), which hold no weights and are not the same in all kinds of layers.
 
     Args:
-        model: a LanguageModel, wrapped or not, or a list of them (virtual pipeline stages).
+        model: a Decoder, wrapped or not, or a list of them (virtual pipeline stages).
     """
     chunks = model if isinstance(model, list) else [model]
     return {f"model{i}": {key: value for key, value in unwrap(chunk).sharded_state_dict(metadata=dict(SHARDING)).items()

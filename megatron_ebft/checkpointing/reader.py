@@ -8,7 +8,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_ebft.checkpointing.files import check_whole, read_record, reading, resolve
 from megatron_ebft.hf.families import VOCABULARY, HFModel
-from megatron_ebft.model.decoder import ModelArgs
+from megatron_ebft.model.architecture import ModelArgs
 
 
 class CheckpointReader:

@@ -53,7 +53,7 @@ from megatron_ebft.hf.files import (
     tensor_bytes,
     write_companions,
 )
-from megatron_ebft.model.decoder import free_fields
+from megatron_ebft.model.architecture import free_fields
 
 NOTHING_STAYS = "Nothing was left there"
 

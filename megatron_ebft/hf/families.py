@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from megatron_ebft.model.decoder import ModelArgs
+from megatron_ebft.model.architecture import ModelArgs
 
 CONFIG = "config.json"
 

@@ -1,6 +1,6 @@
-"""The token order of step files, which is the released code's: step-major.
+"""The token order of step files: step-major, as in the released code.
 
-A row for every sample of a document: gold tokens first, then the token of block k at step t at T + t·NB + k.
+There is one row for each sample. Gold tokens come first; the token of block k at step t is at T + t·NB + k.
 """
 
 import torch
@@ -11,10 +11,10 @@ from megatron_ebft.layout.strided import StridedLayout
 
 
 def to_step_major(layout: StridedLayout, values_BKNG: Tensor, gold_BT: Tensor | None = None) -> Tensor:
-    """Values of rollout tokens in step-major order [B·n, G·NB], a document's samples in consecutive rows.
+    """Values of rollout tokens in step-major order [B·n, G·NB], the n samples of a row in consecutive rows.
 
     Args:
-        gold_BT: values of gold tokens, which come first in each of their document's rows.
+        gold_BT: values of gold tokens. If given, they come first in each of the n rows: [B·n, T + G·NB].
     """
     rows = values_BKNG.permute(0, 2, 3, 1).flatten(2).flatten(0, 1)
     if gold_BT is None:
@@ -23,13 +23,13 @@ def to_step_major(layout: StridedLayout, values_BKNG: Tensor, gold_BT: Tensor | 
 
 
 def from_step_major(layout: StridedLayout, rows: Tensor) -> Tensor:
-    """The inverse of `to_step_major` without gold tokens: [B·n, G·NB] → [B, NB, n, G]."""
+    """The inverse of `to_step_major` for rollout tokens alone: [B·n, G·NB] → [B, NB, n, G]."""
     by_step = rows.unflatten(1, (-1, layout.num_blocks)).unflatten(0, (-1, layout.num_samples))
     return by_step.permute(0, 3, 1, 2)
 
 
 def step_major_positions(layout: StridedLayout, starts_BT: Tensor | None, batch: int) -> Tensor:
-    """Position ids of step-major rows, int64 [B·n, T + G·NB]; they restart at documents under a document mask.
+    """Position ids of step-major rows, int64 [B·n, T + G·NB]; with a document mask they restart at each document.
 
     Args:
         starts_BT: `document_starts`, or None without a document mask.

@@ -1,16 +1,16 @@
-"""The one owner of token order: where every gold and rollout token stands, and what it sees.
+"""The owner of token order: where every gold and rollout token stands, and what it sees.
 
-Strided blocks (METHOD: "Strided blocks"). A document row holds T gold tokens. Block k has its anchor at
-a_k = c + k·s; its gold completion is gold[a_k : a_k+G]; its n rollouts continue gold[0:a_k].
+Strided blocks (METHOD: "Strided blocks"). A row holds T gold tokens. Block k has its anchor at a_k = c + k·s; its gold
+completion is gold[a_k : a_k+G]; its n rollouts continue gold[0:a_k].
 
-1. Rollout token (k, j, t) has position a_k + t, sees gold[0:a_k] and (k, j, 0..t), and nothing else. Gold is causal.
-2. Its predictor, the token whose logits give its log-probability, is gold position a_k − 1 for t = 0 and
-   rollout token (k, j, t−1) otherwise. The last rollout token therefore predicts nothing and nobody sees it:
-   a training row needs only G − 1 steps of each rollout, an encoder row all G.
-3. With a document mask, a gold token sees its own document only, positions restart there, and a block counts
+1. Rollout token (k, j, t) has position a_k + t. It sees gold[0:a_k] and (k, j, 0..t), and nothing else. Gold is causal.
+2. The predictor of a token is the token whose logits give its log-probability: gold position a_k − 1 for t = 0, rollout
+   token (k, j, t−1) otherwise. So the last token of a rollout predicts nothing, and no other token sees it: a training
+   row needs G − 1 steps of each rollout, an encoder row all G.
+3. With a document mask, a gold token sees its own document only, positions restart at each document, and a block counts
    only if the token before its anchor and its whole completion are in one document.
 
-How rows are packed: packed_row.py. What attention kernels are told: visible_keys.py.
+packed_row.py packs rows; visible_keys.py describes to attention kernels what each token sees.
 
 Suffixes of tensor names: B rows, T gold tokens, K blocks, N samples, G steps.
 """
@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ROOMS = 16
-"""Sizes that the room for rollouts in a row is rounded up to: kernels and the allocator see few lengths."""
+ROW_SIZES = 16
+"""How many numbers of rollouts a row may have room for, so that kernels and the allocator see few lengths."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class StridedLayout:
     stride: int
     """s, gold tokens between anchors."""
     rollout_length: int
-    """G, tokens of a rollout."""
+    """G, tokens of a rollout and of a completion."""
     num_samples: int
-    """n, rollouts of a block (with sample parallelism: those of this rank)."""
+    """n, rollouts of a block; with sample parallelism, of a block on this rank."""
     pad_to: int = 1
-    """Rows and decoding steps have a multiple of this many tokens."""
-    rooms: int = ROOMS
-    """Sizes that the room for rollouts in a row is rounded up to."""
+    """The lengths of rows and decoding steps are multiples of it."""
+    row_sizes: int = ROW_SIZES
+    """A row has room for a multiple of a `row_sizes`-th of its rollouts."""
 
     def __post_init__(self):
         for flag, value in (("context-length", self.context_length), ("stride", self.stride),
@@ -68,15 +68,15 @@ class StridedLayout:
         return self.context_length + self.stride * torch.arange(self.num_blocks, device=device)
 
     def completion_index(self, device=None) -> Tensor:
-        """Gold positions a_k .. a_k+G−1 of every block's reference completion, int64 [K, G]."""
+        """Gold positions a_k .. a_k+G−1 of every block's gold completion, int64 [K, G]."""
         return self.anchors(device)[:, None] + torch.arange(self.rollout_length, device=device)
 
     def valid_blocks(self, document_BT: Tensor | None, answer_BT: Tensor | None) -> Tensor | bool:
         """Blocks that count: bool [B, K], or True when neither mask is given.
 
         Args:
-            document_BT: document number of each gold token, not decreasing along a row; None: no document mask.
-            answer_BT: True on answer tokens; None: every token may be generated.
+            document_BT: document number of each gold token, never decreasing along a row; None: no document mask.
+            answer_BT: True on answer tokens; None: no answer mask.
         """
         valid = True
         if document_BT is not None:
@@ -96,18 +96,18 @@ def document_starts(document_BT: Tensor) -> Tensor:
 
 
 def pad(tokens_BS: Tensor, length: int) -> Tensor:
-    """Rows of tokens or positions, filled up with zeros."""
+    """Tokens or positions, padded with zeros to this length."""
     return torch.nn.functional.pad(tokens_BS, (0, length - tokens_BS.shape[1]))
 
 
 def gold_positions(gold_BT: Tensor, starts_BT: Tensor | None) -> Tensor:
-    """Position ids [B, T] of gold tokens; with a document mask they restart at each document."""
+    """Position ids of gold tokens, int64 [B, T]; they restart at each document of `document_starts`, if given."""
     positions = torch.arange(gold_BT.shape[1], device=gold_BT.device).expand_as(gold_BT)
     return positions if starts_BT is None else positions - starts_BT
 
 
 def first_alike(rollout_BKNG: Tensor) -> Tensor:
-    """Which is the first of a block's rollouts that is the same token for token, int64 [B, K, N]."""
+    """For each rollout, the first sample of its block with the same tokens (maybe itself), int64 [B, K, N]."""
     alike = True
     for token_BKN in rollout_BKNG.unbind(-1):
         alike = (token_BKN[..., :, None] == token_BKN[..., None, :]) & alike
@@ -115,9 +115,10 @@ def first_alike(rollout_BKNG: Tensor) -> Tensor:
 
 
 def computed_rollouts(needed_BKN: Tensor, first_BKN: Tensor) -> Tensor:
-    """Rollouts that are computed, bool [B, K, N]: of identical ones, of which any is needed, the first.
+    """Rollouts to compute, bool [B, K, N]: where one of several identical rollouts is needed, the first of them.
 
     Args:
-        needed_BKN: bool. first_BKN: `first_alike`.
+        needed_BKN: bool.
+        first_BKN: `first_alike`.
     """
     return torch.zeros_like(first_BKN).scatter_add_(-1, first_BKN, needed_BKN.long()) > 0

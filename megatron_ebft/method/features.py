@@ -21,7 +21,7 @@ from megatron_ebft.layout.packed_row import RowLayout
 from megatron_ebft.method import energy
 from megatron_ebft.method.passes import run_schedule
 from megatron_ebft.model.attention import StridedPattern, as_mask
-from megatron_ebft.model.decoder import local_layers
+from megatron_ebft.model.weights import local_layers
 from megatron_ebft.parallel.groups import is_last_stage, pp_group, sample_group, sample_rank, sample_size, tp_group
 
 FEATURE_NORMS = ("joint", "layer")
@@ -187,7 +187,7 @@ def _trade_tokens(hidden_SBH: list[Tensor], places_PB: Tensor, group) -> Tensor:
     outgoing = torch.stack([h[mine, row].unflatten(-1, (size, -1)).movedim(-2, 0) for h in hidden_SBH], dim=2)
     incoming = outgoing.new_empty(len(places), len(hidden_SBH), width // size)  # outgoing [tp, P·b, L, H/tp]
     dist.all_to_all_single(incoming, outgoing.flatten(0, 1), counts, [len(mine)] * size, group=group)
-    by_place = upload(owner.argsort(stable=True).argsort(), incoming.device)  # they arrive by owner and are wanted in order
+    by_place = upload(owner.argsort(stable=True).argsort(), incoming.device)  # tokens arrive by owner
     return incoming[by_place].unflatten(0, (-1, batch)).permute(2, 0, 1, 3)
 
 

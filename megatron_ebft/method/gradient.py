@@ -140,7 +140,7 @@ class _Loss:
 def _forward(model, mb: MicroBatch, gold: GoldBatch, rollouts: Rollouts, config: EBFTConfig):
     readout = training_readout(mb.row, gold.tokens_BT[mb.rows], rollouts.tokens_BKNG[mb.rows],
                                config.sampling.temperature)
-    return model(mb.tokens, mb.positions, as_mask(StridedPattern(mb.row, mb.document_BT)), labels=readout)
+    return model(mb.tokens, mb.positions, as_mask(StridedPattern(mb.row, mb.document_BT)), readout=readout)
 
 
 def _by_token(mb: MicroBatch, sections) -> tuple[Tensor, Tensor]:

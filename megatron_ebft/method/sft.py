@@ -54,6 +54,6 @@ def cross_entropy_pass(model, gold: GoldBatch, micro_batch_size: int, means: Mea
             return ce / count, torch.zeros((), dtype=torch.int), {}
 
         mask = as_mask(CausalPattern(mb.document_BT))
-        return model(mb.tokens, mb.positions, mask, labels=LogProbs([gold_section(mb.tokens)])), loss_func
+        return model(mb.tokens, mb.positions, mask, readout=LogProbs([gold_section(mb.tokens)])), loss_func
 
     run_schedule(forward_step, GoldMicroBatches(gold, micro_batch_size), model, forward_only)

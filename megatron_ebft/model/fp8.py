@@ -22,7 +22,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from torch import Tensor
 
 from megatron_ebft.model import kernels
-from megatron_ebft.model.decoder import local_layers, unwrap
+from megatron_ebft.model.weights import local_layers, unwrap
 from megatron_ebft.parallel.groups import tp_group
 
 RECIPES = ("off", "blockwise", "tensorwise")

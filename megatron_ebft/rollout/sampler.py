@@ -17,8 +17,8 @@ from megatron_ebft.layout import visible_keys
 from megatron_ebft.layout.packed_row import split_blocks
 from megatron_ebft.layout.strided import StridedLayout, document_starts, pad
 from megatron_ebft.model.attention import DecodePattern, PrefillPattern, RolloutCache, as_mask
-from megatron_ebft.model.decoder import unwrap
 from megatron_ebft.model.fp8 import FP8, quantised
+from megatron_ebft.model.weights import unwrap
 from megatron_ebft.parallel.groups import (
     from_last_stage,
     is_first_stage,
@@ -144,7 +144,7 @@ class _Group:
             unwrap(chunk).set_input_tensor(given)
         positions, pattern, rows = self._inputs(step)
         is_last = is_last_stage() and virtual == len(self.policy) - 1
-        out = chunk(tokens, positions, as_mask(pattern), labels=self._draws(rows, step) if is_last else None)
+        out = chunk(tokens, positions, as_mask(pattern), readout=self._draws(rows, step) if is_last else None)
         unwrap(chunk).set_input_tensor(None)
         if virtual == len(self.policy) - 1:
             if is_last:

@@ -13,12 +13,12 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 
 from megatron_ebft.data.tokenizer import TOKENIZER_TYPES
-from megatron_ebft.layout.strided import ROOMS, StridedLayout
+from megatron_ebft.layout.strided import ROW_SIZES, StridedLayout
 from megatron_ebft.method import energy, losses
 from megatron_ebft.method.config import EBFTConfig
 from megatron_ebft.method.features import FEATURE_NORMS, POOLINGS, FeatureMap
 from megatron_ebft.model import flex_attention, kernels
-from megatron_ebft.model.decoder import ModelArgs, feature_layers, split_layers
+from megatron_ebft.model.architecture import ModelArgs, feature_layers, split_layers
 from megatron_ebft.rollout.sampler import SamplingConfig
 from megatron_ebft.run.fp8_flags import add_fp8, check_fp8_sizes, fp8_config, fp8_recipes, row_multiple, training_fp8
 
@@ -466,9 +466,10 @@ def ebft_config(args: argparse.Namespace, num_layers: int) -> EBFTConfig:
                             head_dim=head_dim).attention_kernel
     if kernel == "flex" and args.seq_length % tiles == 0:
         multiple = tiles  # so that FlexAttention need not fill up queries, keys and values in every layer
-    rooms = flex_attention.ROOMS if kernel == "flex" else ROOMS
+    row_sizes = flex_attention.ROW_SIZES if kernel == "flex" else ROW_SIZES
     layout = StridedLayout(args.seq_length, args.ebft_context_length, args.ebft_stride, args.ebft_rollout_length,
-                           args.ebft_num_samples // args.ebft_sample_parallel_size, pad_to=multiple, rooms=rooms)
+                           args.ebft_num_samples // args.ebft_sample_parallel_size, pad_to=multiple,
+                           row_sizes=row_sizes)
     return EBFTConfig(
         layout=layout,
         sampling=SamplingConfig(args.ebft_temperature, args.ebft_top_p, args.ebft_top_k, args.seed,

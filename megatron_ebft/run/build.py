@@ -9,7 +9,7 @@ from megatron_ebft.checkpointing.files import read_metadata, read_record
 from megatron_ebft.checkpointing.fingerprint import weights_fingerprint
 from megatron_ebft.data.rows import build_datasets
 from megatron_ebft.data.tokenizer import build_tokenizer
-from megatron_ebft.model.decoder import ModelArgs
+from megatron_ebft.model.architecture import ModelArgs
 from megatron_ebft.parallel.groups import document_size
 from megatron_ebft.run.arguments import ebft_config, model_args, virtual_stages
 from megatron_ebft.run.loop import Run

@@ -12,14 +12,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_ebft.checkpointing.checkpoint import load_weights
 from megatron_ebft.method.config import EBFTConfig
-from megatron_ebft.model.decoder import (
-    ModelArgs,
-    build_encoder,
-    build_frozen,
-    build_policy,
-    copy_weights,
-    free_fields,
-)
+from megatron_ebft.model.architecture import ModelArgs, free_fields
+from megatron_ebft.model.build import build_encoder, build_policy, build_start
+from megatron_ebft.model.weights import copy_weights
 from megatron_ebft.run.arguments import ddp_config, optimizer_config, policy_overrides, transformer_overrides
 
 
@@ -85,7 +80,7 @@ def build_models(args: argparse.Namespace, architecture: ModelArgs, config: EBFT
             fill(models.encoder, encoder_from)
     if has_start:
         with part("start"):
-            models.start = build_frozen(architecture, **transformer_overrides(args))
+            models.start = build_start(architecture, **transformer_overrides(args))
             fill(models.start, start_from)
     return models
 

@@ -16,7 +16,7 @@ from megatron_ebft.checkpointing.files import (
     resolve,
 )
 from megatron_ebft.hf.files import COMPANIONS, SENTENCEPIECE, TOKENIZER_FILES, read_companions
-from megatron_ebft.model.decoder import free_fields
+from megatron_ebft.model.architecture import free_fields
 
 
 def find_resume(args) -> bool:

@@ -24,8 +24,10 @@ from megatron_ebft.checkpointing.checkpoint import Saver, TrainState, load_check
 from megatron_ebft.checkpointing.files import MANIFEST, POINTER, complete_iterations, latest_iteration, read_metadata
 from megatron_ebft.checkpointing.fingerprint import weights_fingerprint
 from megatron_ebft.common.device import device
+from megatron_ebft.model.architecture import ModelArgs
 from megatron_ebft.model.attention import CausalPattern, as_mask
-from megatron_ebft.model.decoder import ModelArgs, build_encoder, build_frozen, build_policy, unwrap
+from megatron_ebft.model.build import build_encoder, build_policy, build_start
+from megatron_ebft.model.weights import unwrap
 from megatron_ebft.parallel import errors, groups
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -69,7 +71,7 @@ class Run:
             self.optimizer.zero_grad()
             positions = torch.arange(16, device=device()).expand(2, 16)
             logits_TBV = unwrap(ddp)(token_BT, positions, as_mask(CausalPattern()),
-                                     labels=lambda hidden, model: model.head(hidden))
+                                     readout=lambda hidden, model: model.head(hidden))
             loss = torch.nn.functional.cross_entropy(logits_TBV.float().flatten(0, 1), token_BT.t().flatten())
             (loss / groups.dp_size()).backward()
             ddp.finish_grad_sync()
@@ -161,7 +163,7 @@ def two_ranks(one: str, two: str) -> dict:
         parallel_state.destroy_model_parallel()
         parallel_state.initialize_model_parallel(tensor_parallel, pipeline_parallel)
         groups.set_seed(1)
-        module = build_frozen(ARGS, tensor_model_parallel_size=tensor_parallel, pipeline_dtype=torch.float32,
+        module = build_start(ARGS, tensor_model_parallel_size=tensor_parallel, pipeline_dtype=torch.float32,
                               pipeline_model_parallel_size=pipeline_parallel)
         load_weights(one, module)
         result["prints"].append(weights_fingerprint(module))
@@ -229,11 +231,11 @@ def test_tensors_that_do_not_fit_are_named(saved):
         load_weights(directory, build_encoder(ARGS, 5), flag="--ebft-encoder-load")
     wide = ModelArgs(**{**vars(ARGS), "vocab_size": 65, "padded_vocab_size": 128})
     with pytest.raises(ValueError, match=r"word_embeddings.weight: shape \(64, 32\), needs \(128, 32\)"):
-        load_weights(directory, build_frozen(wide))
+        load_weights(directory, build_start(wide))
 
 
 def test_fingerprint_sees_every_element_and_its_place():
-    module = build_frozen(ARGS)
+    module = build_start(ARGS)
     original = weights_fingerprint(module)
     assert original == weights_fingerprint(module) and len(original) == 16
     prints = {original}
@@ -392,7 +394,7 @@ def test_a_full_disk_leaves_the_older_checkpoint(copy, saved, is_async, monkeypa
 
 def refused(directory, match: str, **options) -> None:
     with pytest.raises(ValueError, match=match):
-        load_weights(str(directory), build_frozen(ARGS), flag="--load", **options)
+        load_weights(str(directory), build_start(ARGS), flag="--load", **options)
 
 
 def test_nothing_to_load(tmp_path):

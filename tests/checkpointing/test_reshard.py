@@ -25,7 +25,7 @@ from megatron_ebft.checkpointing.checkpoint import Saver, TrainState, load_check
 from megatron_ebft.checkpointing.fingerprint import sharded_tensors, weights_fingerprint
 from megatron_ebft.common.device import device
 from megatron_ebft.model.attention import CausalPattern, as_mask
-from megatron_ebft.model.decoder import build_encoder, build_frozen
+from megatron_ebft.model.build import build_encoder, build_start
 from megatron_ebft.parallel import groups
 
 ROWS, T, VOCAB, STEPS = 4, 12, 50, 3
@@ -78,7 +78,7 @@ class StepRun(Run):
                 is_padding = torch.arange(logits.shape[-1], device=logits.device) >= model.num_real_ids
                 return vocab_parallel_cross_entropy(logits.masked_fill(is_padding, -torch.inf), row.t()[1:])
 
-            return chunk(row, positions, as_mask(CausalPattern()), labels=readout), loss_func
+            return chunk(row, positions, as_mask(CausalPattern()), readout=readout), loss_func
 
         for chunk in self.model:
             chunk.zero_grad_buffer()
@@ -141,7 +141,7 @@ def differences(found: dict, expected: dict) -> dict[str, float]:
 
 def fingerprints(run: StepRun, folder: str) -> list[str]:
     """Of the policy, and of a frozen model and an encoder that load its checkpoint."""
-    others = build_frozen(run.args, **run.config), build_encoder(run.args, 3, **run.config)
+    others = build_start(run.args, **run.config), build_encoder(run.args, 3, **run.config)
     for model in others:
         load_weights(folder, model)
     return [weights_fingerprint(model) for model in (run.model, *others)]

@@ -39,8 +39,9 @@ from megatron_ebft.data.micro_batches import GoldBatch, GoldMicroBatches
 from megatron_ebft.hf import files
 from megatron_ebft.hf.families import FAMILIES, Entry, describe, parse_config, read_model, write_config
 from megatron_ebft.method.passes import run_schedule
+from megatron_ebft.model.architecture import ModelArgs
 from megatron_ebft.model.attention import CausalPattern, as_mask
-from megatron_ebft.model.decoder import ModelArgs, unwrap
+from megatron_ebft.model.weights import unwrap
 from megatron_ebft.parallel import groups
 from megatron_ebft.run.arguments import parse_args
 from megatron_ebft.run.build import build_run
@@ -191,7 +192,7 @@ def logits(policy: list, tokens: torch.Tensor) -> torch.Tensor | None:
             return out_SBV.sum(), {}
 
         mask, readout = as_mask(CausalPattern(None)), lambda hidden, model: model.head(hidden)
-        return model(mb.tokens, mb.positions, mask, labels=readout), collect
+        return model(mb.tokens, mb.positions, mask, readout=readout), collect
 
     rows = GoldBatch(tokens.to(device()), torch.arange(len(tokens)))
     with torch.no_grad():

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_ebft.method import batches
 from megatron_ebft.model import kernels, rotary
 from megatron_ebft.model.attention import CausalPattern, as_mask
-from megatron_ebft.model.decoder import build_frozen, unwrap
+from megatron_ebft.model.build import build_start
+from megatron_ebft.model.weights import unwrap
 from megatron_ebft.rollout.sampler import sample_rollouts
 
 S, B, H, J, D = 9, 3, 4, 2, 8
@@ -99,11 +100,11 @@ def test_a_pass_computes_its_angles_once(recompute):
 @pytest.mark.usefixtures("one_rank")
 def test_learned_positions_are_not_rotated():
     config, _ = plain_llama.load_llama(GOLDEN / "llama")
-    model = build_frozen(replace(models.architecture(config), position_embedding_type="learned_absolute"))
+    model = build_start(replace(models.architecture(config), position_embedding_type="learned_absolute"))
     assert unwrap(model).rotary is None
     tokens = torch.arange(8)[None]
     with Counted() as operations:
-        model(tokens, tokens, as_mask(CausalPattern()), labels=lambda hidden, model: model.head(hidden))
+        model(tokens, tokens, as_mask(CausalPattern()), readout=lambda hidden, model: model.head(hidden))
     assert operations.calls["cos"] == operations.calls["sin"] == 0
 
 
@@ -112,7 +113,7 @@ def compiled(monkeypatch, **options):
     torch._dynamo.reset()
     kernel = torch.compile(rotary._rotated_together.__wrapped__, dynamic=True, fullgraph=True, **options)
     monkeypatch.setattr(rotary, "_rotated_together", kernel)
-    monkeypatch.setattr(kernels, "found", lambda: kernels.Found(no_compiler=""))
+    monkeypatch.setattr(kernels, "available", lambda: kernels.Available(no_compiler=""))
 
 
 def both_passes(sizes, width):

@@ -15,7 +15,7 @@ from megatron_ebft.layout import visible_keys
 from megatron_ebft.layout.packed_row import Chunk, RowLayout
 from megatron_ebft.layout.strided import StridedLayout
 from megatron_ebft.model import log_probabilities
-from megatron_ebft.model.decoder import unwrap
+from megatron_ebft.model.weights import unwrap
 from megatron_ebft.rollout import sampler, token_sampling
 from megatron_ebft.rollout.sampler import SamplingConfig, sample_rollouts
 from megatron_ebft.rollout.token_sampling import filter_probabilities, sample, uniform

@@ -21,7 +21,7 @@ from megatron_ebft.checkpointing.checkpoint import Saver
 from megatron_ebft.checkpointing.files import latest_iteration
 from megatron_ebft.common.errors import StepFailed
 from megatron_ebft.method import step as method_step
-from megatron_ebft.model.decoder import unwrap
+from megatron_ebft.model.weights import unwrap
 from megatron_ebft.parallel import groups
 from megatron_ebft.run import loop, stopping
 from megatron_ebft.run.stopping import StopAsked, Stopper

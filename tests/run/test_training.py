@@ -16,7 +16,7 @@ from megatron_ebft.method.evaluation import evaluate
 from megatron_ebft.method.means import Means
 from megatron_ebft.method.sft import cross_entropy_pass
 from megatron_ebft.method.update import update
-from megatron_ebft.model.decoder import unwrap
+from megatron_ebft.model.weights import unwrap
 from megatron_ebft.parallel import groups
 from megatron_ebft.rollout import sampler
 from megatron_ebft.run.arguments import parse_args

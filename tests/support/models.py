@@ -21,10 +21,11 @@ from megatron_ebft.method.config import EBFTConfig
 from megatron_ebft.method.features import Catch, FeatureMap
 from megatron_ebft.method.means import Means
 from megatron_ebft.method.rewards import compute_advantages, compute_rewards, feature_grams
-from megatron_ebft.model import decoder
+from megatron_ebft.model import build
+from megatron_ebft.model.architecture import ModelArgs, feature_layers
 from megatron_ebft.model.attention import StridedPattern, as_mask
-from megatron_ebft.model.decoder import ModelArgs, feature_layers, unwrap
 from megatron_ebft.model.fp8 import FP8
+from megatron_ebft.model.weights import unwrap
 from megatron_ebft.rollout.sampler import Rollouts, SamplingConfig
 
 TOP = {
@@ -168,7 +169,7 @@ def build_policy(config: dict, weights: dict, vocab_multiple: int = 1, **overrid
     """A policy with these weights, gradient buffers zero; in torch's default dtype unless overrides say otherwise."""
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=True,
                                         grad_reduce_in_fp32=overrides.get("bf16", False))
-    policy = decoder.build_policy(architecture(config, vocab_multiple), ddp,
+    policy = build.build_policy(architecture(config, vocab_multiple), ddp,
                                 **{"params_dtype": torch.get_default_dtype(), **overrides})
     load(policy, config, weights)
     for chunk in policy:
@@ -179,7 +180,7 @@ def build_policy(config: dict, weights: dict, vocab_multiple: int = 1, **overrid
 def build_encoder(config: dict, weights: dict, fractions=(0.25, 0.5, 0.75), vocab_multiple: int = 1, **overrides):
     """An encoder with these weights, of the layers that these depths need."""
     deepest = max(feature_layers(fractions, config["num_hidden_layers"]))
-    encoder = decoder.build_encoder(architecture(config, vocab_multiple), deepest,
+    encoder = build.build_encoder(architecture(config, vocab_multiple), deepest,
                                   **{"params_dtype": torch.get_default_dtype(), **overrides})
     load(encoder, config, weights)
     return encoder
@@ -187,7 +188,7 @@ def build_encoder(config: dict, weights: dict, fractions=(0.25, 0.5, 0.75), voca
 
 def build_start(config: dict, weights: dict):
     """A frozen whole model with these weights."""
-    start = decoder.build_frozen(architecture(config), params_dtype=torch.get_default_dtype())
+    start = build.build_start(architecture(config), params_dtype=torch.get_default_dtype())
     load(start, config, weights)
     return start
 

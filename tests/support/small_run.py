@@ -13,7 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_ebft.checkpointing.checkpoint import Saver, load_weights
 from megatron_ebft.checkpointing.files import read_metadata
-from megatron_ebft.model.decoder import ModelArgs, build_frozen, unwrap
+from megatron_ebft.model.architecture import ModelArgs
+from megatron_ebft.model.build import build_start
+from megatron_ebft.model.weights import unwrap
 from megatron_ebft.run.build import build_run
 from megatron_ebft.run.logger import Logger
 
@@ -83,6 +85,6 @@ def scalars(folder) -> dict[str, list[tuple[int, float]]]:
 
 def weights(folder) -> dict[str, torch.Tensor]:
     """Weights of the latest checkpoint."""
-    model = build_frozen(ModelArgs(**read_metadata(str(folder))["architecture"]))
+    model = build_start(ModelArgs(**read_metadata(str(folder))["architecture"]))
     load_weights(str(folder), model)
     return dict(unwrap(model).named_parameters())

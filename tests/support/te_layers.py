@@ -18,8 +18,9 @@ from megatron_ebft.method import gradient
 from megatron_ebft.method.means import Means
 from megatron_ebft.method.sft import cross_entropy_pass
 from megatron_ebft.model import kernels
-from megatron_ebft.model.decoder import build_frozen, copy_weights, local_layers, unwrap
+from megatron_ebft.model.build import build_start
 from megatron_ebft.model.fp8 import FP8
+from megatron_ebft.model.weights import copy_weights, local_layers, unwrap
 from megatron_ebft.parallel import groups
 from megatron_ebft.rollout.sampler import sample_rollouts
 
@@ -33,7 +34,7 @@ def compare(folder: str) -> None:
     """Write what both kinds of layers compute, and what checkpoints of one are to the other, to folder/results.json."""
     init_device()
     groups.init_parallel(1, 1, seed=1)
-    kernels.found = lambda: kernels.Found(no_transformer_engine="")
+    kernels.available = lambda: kernels.Available(no_transformer_engine="")
     kernels.no_transformer_engine = lambda dtype: ""  # the stand-in computes in float32
     results = {name: compare_architecture(f"{folder}/{name}", changes) for name, changes in CHANGES.items()}
     case = Case("step", 2, 3, transformer_impl="transformer_engine")
@@ -55,7 +56,7 @@ def compare_architecture(folder: str, changes: dict) -> dict:
               for kind, run in zip(KINDS, (local, te))}
     local.train(2).save(folder, 2)
     load_checkpoint(folder, *te.parts, architecture=META["architecture"])
-    frozen = build_frozen(args, transformer_impl="transformer_engine")
+    frozen = build_start(args, transformer_impl="transformer_engine")
     copy_weights(te.model, frozen)
     fingerprints = [weights_fingerprint(x) for x in (local.model, te.model, frozen)]
     for module in te.model[0].modules():  # which the stand-in cannot do

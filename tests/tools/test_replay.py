@@ -23,7 +23,7 @@ from megatron_ebft.common.device import init_device
 from megatron_ebft.common.timer import PhaseTimer
 from megatron_ebft.layout.step_major import from_step_major
 from megatron_ebft.method import energy
-from megatron_ebft.model.decoder import unwrap
+from megatron_ebft.model.weights import unwrap
 from megatron_ebft.run.arguments import parse_args
 from megatron_ebft.run.build import build_run
 from megatron_ebft.run.loop import StepFailed, gold_batch, train_step

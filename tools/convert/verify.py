@@ -150,7 +150,7 @@ def _megatron(reader, tokens: Tensor, positions: Tensor, countdown: Countdown) -
     from megatron_ebft.checkpointing.fingerprint import SHARDING
     from megatron_ebft.hf.families import EMBEDDING, VOCABULARY
     from megatron_ebft.model.attention import CausalPattern, as_mask
-    from megatron_ebft.model.decoder import build_skeleton
+    from megatron_ebft.model.build import build_skeleton
     from megatron_ebft.parallel.groups import init_parallel, shut_down
 
     is_alone = not parallel_state.is_initialized()
@@ -166,7 +166,7 @@ def _megatron(reader, tokens: Tensor, positions: Tensor, countdown: Countdown) -
 
     stream(model, read, kept=() if args.untie_embeddings_and_output_weights else (EMBEDDING.removesuffix(".weight"),))
     layers = _watch(model.decoder.layers, countdown)
-    logits = model(tokens, positions, as_mask(CausalPattern(None)), labels=lambda hidden, model: model.head(hidden))
+    logits = model(tokens, positions, as_mask(CausalPattern(None)), readout=lambda hidden, model: model.head(hidden))
     if is_alone:
         shut_down()
     return logits.transpose(0, 1), [layer.transpose(0, 1) for layer in layers]

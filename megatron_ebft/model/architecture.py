@@ -1,0 +1,104 @@
+"""The architecture of a model, and how its layers are split over pipeline stages."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass
+class ModelArgs:
+    """Architecture of policy and encoder; field names are Megatron's flags.
+
+    Checkpoints record it, and `--use-checkpoint-args` restores it.
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+    """Number of token ids."""
+    padded_vocab_size: int
+    """Rows of the embedding: vocab_size padded to a multiple of --make-vocab-size-divisible-by × the tensor-parallel
+    size. Two checkpoints of one model may differ in it."""
+    max_position_embeddings: int
+    position_embedding_type: str = "rope"
+    """`rope` or `learned_absolute`."""
+    rotary_base: float = 10000.0
+    rotary_percent: float = 1.0
+    use_rope_scaling: bool = False
+    rope_scaling_factor: float = 8.0
+    rope_low_freq_factor: float = 1.0
+    rope_high_freq_factor: float = 4.0
+    rope_original_max_position_embeddings: int = 8192
+    normalization: str = "RMSNorm"
+    norm_epsilon: float = 1e-5
+    swiglu: bool = True
+    add_bias_linear: bool = False
+    add_qkv_bias: bool = False
+    qk_layernorm: bool = False
+    untie_embeddings_and_output_weights: bool = True
+    init_method_std: float = 0.02
+
+
+def free_fields(architecture: dict) -> set[str]:
+    """Fields in which a model may differ from the checkpoint that it takes its weights from.
+
+    Args:
+        architecture: fields of the model's ModelArgs.
+    """
+    free = {"init_method_std", "padded_vocab_size"}
+    return free | {"max_position_embeddings"} if architecture["position_embedding_type"] == "rope" else free
+
+
+def split_layers(num_layers: int, stages: int, first: int | None = None, last: int | None = None,
+                 virtual: int = 1) -> list[int]:
+    """Number of decoder layers of each stage, in the order of a forward pass (`virtual` times round the pipeline).
+
+    Args:
+        first, last: layers of the first and of the last stage; None: as many as the others.
+
+    Raises:
+        ValueError: naming the flag, when the layers cannot be split like this.
+    """
+    ends = [x for x in (first, last) if x is not None]
+    middle, rest = stages * virtual - len(ends), num_layers - sum(ends)
+    if virtual > 1 and ends:
+        raise ValueError("--num-virtual-stages-per-pipeline-rank: not with --decoder-first-pipeline-num-layers or "
+                         "--decoder-last-pipeline-num-layers")
+    if rest < 0:
+        raise ValueError(f"--num-layers {num_layers}: fewer than --decoder-first-pipeline-num-layers and "
+                         f"--decoder-last-pipeline-num-layers give to the ends, {sum(ends)}")
+    if rest % middle if middle else rest:
+        raise ValueError(f"--num-layers {num_layers}: cannot be split evenly over --pipeline-model-parallel-size "
+                         f"{stages}" + (f" × --num-virtual-stages-per-pipeline-rank {virtual}" if virtual > 1 else "") +
+                         "; change one of them, or give the ends a share of their own with "
+                         "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers")
+    split = [rest // middle if middle else 0] * (stages * virtual)
+    if first is not None:
+        split[0] = first
+    if last is not None:
+        split[-1] = last
+    return split
+
+
+def balanced_split(num_layers: int, stages: int) -> list[int]:
+    """Number of layers of each stage when they need not divide: the first stages get one more.
+
+    Frozen models are split like this; the encoder has fewer layers than the policy.
+    """
+    return [num_layers // stages + (stage < num_layers % stages) for stage in range(stages)]
+
+
+def feature_layers(fractions: list[float], num_layers: int) -> list[int]:
+    """Layers ⌊f·L⌋ counted from 1 (METHOD: "Features").
+
+    Raises:
+        ValueError: a fraction outside (0, 1], one that names no layer, or two that name the same one.
+    """
+    layers = [math.floor(fraction * num_layers) for fraction in fractions]
+    if not layers or min(layers) < 1 or max(layers) > num_layers or len(set(layers)) != len(layers):
+        raise ValueError(f"--ebft-feature-layers {' '.join(map(str, fractions))}: with --num-layers {num_layers} these "
+                         f"are layers {layers}; each must be different and between 1 and {num_layers}")
+    return layers
