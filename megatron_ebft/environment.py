@@ -15,7 +15,7 @@ from megatron_ebft.model import kernels
 
 def report() -> str:
     """Versions, GPU, Transformer Engine, apex, FP8 recipes and kernels, line by line."""
-    found = kernels.found()
+    found = kernels.available()
     mixed = torch.bfloat16
     lines = [("megatron_ebft", __version__), ("python", platform.python_version()),
              ("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'not in this build'}"),
@@ -50,13 +50,13 @@ def _megatron_core() -> str:
     return importlib.metadata.version("megatron-core")
 
 
-def _apex(found: kernels.Found) -> str:
+def _apex(found: kernels.Available) -> str:
     if not found.apex:
         return "not installed; not required"
     return "yes, with" + ("" if found.weight_gradients else "out") + " its kernel for weight gradients"
 
 
-def _weight_gradients(found: kernels.Found, choice: kernels.Choice) -> str:
+def _weight_gradients(found: kernels.Available, choice: kernels.Choice) -> str:
     layers = "in the matrix product" if not found.no_transformer_engine or choice.fused_weight_gradients else "apart"
     head = "in the matrix product" if choice.fused_weight_gradients else "apart (needs apex)"
     return f"added {layers} in layers (--bf16), {head} in the head"

@@ -152,7 +152,7 @@ def check(folder: Path) -> None:
 
     init_device()
     groups.init_parallel(1, 1, seed=1)
-    kernels.found = lambda: kernels.Found(no_transformer_engine="")
+    kernels.available = lambda: kernels.Available(no_transformer_engine="")
     kernels.no_transformer_engine = lambda dtype: ""  # these kernels do not round float32 to TF32
     for available in (te.is_fp8_available, te.is_fp8_block_scaling_available):
         inspect.signature(available).bind(return_reason=True)

@@ -109,7 +109,7 @@ def simulated_rank(rank: int, world_size: int):
     from megatron_ebft.model import kernels
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    with _replaced((kernels, "found", kernels.Found),  # kernels of a GPU take no fake tensors
+    with _replaced((kernels, "available", kernels.Available),  # kernels of a GPU take no fake tensors
                    (parallel_state, "initialize_model_parallel",
                     partial(parallel_state.initialize_model_parallel, create_gloo_process_groups=False)),
                    (optimizer, "get_megatron_optimizer",

@@ -13,7 +13,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 
 from megatron_ebft.data.tokenizer import TOKENIZER_TYPES
-from megatron_ebft.layout.strided import ROOMS, StridedLayout
+from megatron_ebft.layout.strided import ROW_SIZES, StridedLayout
 from megatron_ebft.method import energy, losses
 from megatron_ebft.method.ebft import EBFTConfig
 from megatron_ebft.method.features import FEATURE_NORMS, POOLINGS, FeatureMap
@@ -466,7 +466,7 @@ def ebft_config(args: argparse.Namespace, num_layers: int) -> EBFTConfig:
                             head_dim=head_dim).attention_kernel
     if kernel == "flex" and args.seq_length % tiles == 0:
         multiple = tiles  # so that FlexAttention need not fill up queries, keys and values in every layer
-    rooms = flex_attention.ROOMS if kernel == "flex" else ROOMS
+    rooms = flex_attention.ROW_SIZES if kernel == "flex" else ROW_SIZES
     layout = StridedLayout(args.seq_length, args.ebft_context_length, args.ebft_stride, args.ebft_rollout_length,
                            args.ebft_num_samples // args.ebft_sample_parallel_size, pad_to=multiple, rooms=rooms)
     return EBFTConfig(

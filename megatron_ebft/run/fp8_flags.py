@@ -52,7 +52,7 @@ def training_fp8(args: argparse.Namespace) -> dict:
     """Fields of TransformerConfig for a training pass in FP8; ValueError, naming the flag, where it cannot be."""
     if args.fp8_format is None:
         return {}
-    missing = _no_layers(args) or kernels.found().no_fp8[args.fp8_recipe]
+    missing = _no_layers(args) or kernels.available().no_fp8[args.fp8_recipe]
     if missing:
         raise ValueError(f"--fp8-format {args.fp8_format}: {missing}. The training pass has no FP8 without Transformer "
                          "Engine (--ebft-fp8-emulate is for rollouts and encoder)")

@@ -70,7 +70,7 @@ def recorded_calls() -> dict[Call, list[str]]:
     groups.init_parallel(1, 1, seed=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flex_attention, "_kernel", lambda: record)
-        patch.setattr(kernels, "found", lambda: kernels.Found(no_compiler=""))
+        patch.setattr(kernels, "available", lambda: kernels.Available(no_compiler=""))
         for name, run in _passes():
             label.append(name)
             run()

@@ -21,7 +21,7 @@ BF16 = dict(params_dtype=torch.bfloat16, bf16=True, transformer_impl="transforme
 
 @pytest.fixture(params=["blockwise", "tensorwise"])
 def precision(request):
-    missing = kernels.no_transformer_engine(torch.bfloat16) or kernels.found().no_fp8[request.param]
+    missing = kernels.no_transformer_engine(torch.bfloat16) or kernels.available().no_fp8[request.param]
     if missing:
         pytest.skip(missing)
     return FP8(request.param)

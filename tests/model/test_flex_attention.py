@@ -1,7 +1,7 @@
 """FlexAttention's masks and what they cost, on a CPU: torch runs the same masks there, without the kernel.
 
-What every query sees is written out pair by pair here, from METHOD's definition; Reach, BlockMask and the attention
-that follows them must say the same.
+What every query sees is written out pair by pair here, from METHOD's definition; VisibleKeys, BlockMask and the
+attention that follows them must say the same.
 """
 
 import itertools
@@ -158,7 +158,7 @@ def test_decoding_attends_as_the_whole_row(name, has_documents):
     for step in range(row.steps):
         index = row.rollout_index(range(step, step + 1)).flatten()
         now = [torch.nn.functional.pad(x[:, :, index], (0, 0, 0, row.decode_length - len(index))) for x in (q, k, v)]
-        reach = cache.reach.at_step(step)
+        reach = cache.visible.at_step(step)
         assert torch.equal(pairs(reach, cache.tile_mask(step, 1)), reach.sees(torch.arange(reach.num_keys)).expand(
             2, -1, -1))
         for kernel in (True, False):
@@ -170,7 +170,7 @@ def test_decoding_attends_as_the_whole_row(name, has_documents):
 
 def test_golden_gradient_through_flex_attention(one_rank, monkeypatch):
     """Its operator's backward pass in plain torch (which flex_attention refuses on a CPU, in case it is compiled)."""
-    monkeypatch.setattr(kernels, "found", lambda: kernels.Found(no_compiler=""))
+    monkeypatch.setattr(kernels, "available", lambda: kernels.Available(no_compiler=""))
     monkeypatch.setattr(flex, "_validate_device", lambda *args: None)
     case = Case("step", 1, 3, attention_kernel="flex", bias_activation_fusion=False, bias_dropout_fusion=False)
     assert case.policy[0].config.attention_kernel == "flex"
@@ -245,7 +245,7 @@ def test_compilations_of_a_run(monkeypatch):
     decoding, another number of rows: at most COMPILATIONS; none for other documents, steps, or selective recomputation.
     """
     made = compilations(monkeypatch)
-    layout = StridedLayout(1024, 8, 16, 8, 4, TILE, rooms=flex_attention.ROOMS)
+    layout = StridedLayout(1024, 8, 16, 8, 4, TILE, row_sizes=flex_attention.ROW_SIZES)
     held_out = replace(layout, rollout_length=32, stride=32)
     lengths, first = set(), torch.arange(4)
     passes = ((layout, 7, True), (layout, 7, False), (layout, 8, False),  # training, scores, encoder
@@ -261,8 +261,8 @@ def test_compilations_of_a_run(monkeypatch):
                 attend(row, document_BT, 1, has_gradient)
         decode(split_blocks(layout, 0, 7)[0], document_BT, 1)
         decode(split_blocks(held_out, 0, 31)[0], document_BT, 1)
-    assert len(lengths) == 5 * (flex_attention.ROOMS + 1)
-    assert 3 * (flex_attention.ROOMS + 1) < len(made) <= len(lengths) + 4
+    assert len(lengths) == 5 * (flex_attention.ROW_SIZES + 1)
+    assert 3 * (flex_attention.ROW_SIZES + 1) < len(made) <= len(lengths) + 4
     decode(split_blocks(layout, 0, 7)[0], documents(2, 1024), 2)
     before = len(made)
     with torch.no_grad():

@@ -16,28 +16,28 @@ import torch
 
 from megatron_ebft import environment
 from megatron_ebft.model import kernels
-from megatron_ebft.model.kernels import Found
+from megatron_ebft.model.kernels import Available
 from megatron_ebft.run import arguments
 from megatron_ebft.run.fp8_flags import row_multiple
 
 TESTS = Path(__file__).parents[1]
 HOPPER = dict(gpu="NVIDIA H200 (compute capability 9.0)", no_compiler="", no_fp8={"tensorwise": "", "blockwise": ""})
-WITH_TE = Found(transformer_engine="2.11.0", no_transformer_engine="", **HOPPER)
-WITHOUT_TE = Found(no_transformer_engine="Transformer Engine is not installed", **HOPPER)
+WITH_TE = Available(transformer_engine="2.11.0", no_transformer_engine="", **HOPPER)
+WITHOUT_TE = Available(no_transformer_engine="Transformer Engine is not installed", **HOPPER)
 BF16, FLOAT32 = torch.bfloat16, torch.float32
 
 
 @pytest.fixture
 def here(monkeypatch):
     def has(found):
-        monkeypatch.setattr(kernels, "found", lambda: found)
+        monkeypatch.setattr(kernels, "available", lambda: found)
         kernels._warn_once.cache_clear()
 
     return has
 
 
 @pytest.mark.parametrize("found, dtype, head_dim, layers, attention", [
-    (Found(), BF16, 128, "local", "sdpa"), (WITH_TE, BF16, 128, "transformer_engine", "flex"),
+    (Available(), BF16, 128, "local", "sdpa"), (WITH_TE, BF16, 128, "transformer_engine", "flex"),
     (WITH_TE, FLOAT32, 128, "local", "flex"), (WITHOUT_TE, BF16, 128, "local", "flex"),
     (WITH_TE, BF16, 8, "transformer_engine", "sdpa")])
 @pytest.mark.filterwarnings("ignore:attention falls back")
@@ -51,8 +51,8 @@ def test_what_is_chosen(here, found, dtype, head_dim, layers, attention):
 
 
 @pytest.mark.parametrize("found, asked, message", [
-    (Found(), dict(transformer_impl="transformer_engine"), "--transformer-impl transformer_engine: no CUDA device"),
-    (Found(), dict(attention="flex"), "--ebft-attention flex: no CUDA device"),
+    (Available(), dict(transformer_impl="transformer_engine"), "--transformer-impl transformer_engine: no CUDA device"),
+    (Available(), dict(attention="flex"), "--ebft-attention flex: no CUDA device"),
     (WITHOUT_TE, dict(transformer_impl="transformer_engine"), "--transformer-impl.*is not installed"),
     (WITH_TE, dict(transformer_impl="transformer_engine", dtype=FLOAT32), "--transformer-impl.*--bf16.*TF32"),
     (WITH_TE, dict(attention="flex", head_dim=8), "--ebft-attention flex.*heads of 8")])
@@ -69,16 +69,16 @@ def test_one_warning_where_flex_attention_cannot_run(here, recwarn, monkeypatch)
         assert kernels.choose(dtype=BF16, head_dim=128).attention_kernel == "sdpa"
     assert [str(w.message) for w in recwarn] == [
         "attention falls back to torch's SDPA in chunks, which is slower: torch 2.7.1 is older than 2.11"]
-    here(Found())
+    here(Available())
     kernels.choose(dtype=BF16, head_dim=128)
     assert len(recwarn) == 1  # without a GPU nobody expects it
 
 
 @pytest.mark.parametrize("found, lines", [
-    (Found(), ["GPU  no CUDA device", "layers, --bf16  local (no CUDA device)"]),
+    (Available(), ["GPU  no CUDA device", "layers, --bf16  local (no CUDA device)"]),
     (WITH_TE, ["Transformer Engine  2.11.0", "FP8 blockwise  yes", "layers, --bf16  transformer_engine",
-               "attention, --bf16  FlexAttention", "layers, float32  local (for --bf16 alone"]),
-    (Found(weight_gradients=True, apex=True, no_transformer_engine="it is broken", **HOPPER),
+               "attention, --bf16  FlexAttention", "layers, float32  local (only with --bf16"]),
+    (Available(weight_gradients=True, apex=True, no_transformer_engine="it is broken", **HOPPER),
      ["Transformer Engine  it is broken", "apex  yes, with its kernel for weight gradients",
       "weight gradients  added in the matrix product in layers (--bf16), in the matrix product in the head"])])
 def test_report(here, found, lines):
@@ -95,7 +95,7 @@ def test_report(here, found, lines):
     ("2.20.2", ["--fp8-format", "e4m3", "--fp8-recipe", "tensorwise"], 128)])
 def test_multiples_of_tokens(here, version, flags, multiple):
     """What 8 tensor ranks that share rows make of them: 16 each in FP8, whole blocks where those are gathered."""
-    here(Found(transformer_engine=version))
+    here(Available(transformer_engine=version))
     shared = ["--tensor-model-parallel-size", "8", "--sequence-parallel", "--seq-length", "1024", "--train-iters", "1"]
     args = arguments.parse_args([*shared, *flags, "--data-path", "x", "--tokenizer-model", "x"])
     assert row_multiple(args) == multiple
@@ -187,7 +187,7 @@ def test_one_compilation_for_any_number_of_rows(monkeypatch):
 
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: compiler(function, backend=counted, **options))
-    monkeypatch.setattr(kernels, "found", lambda: Found(no_compiler=""))
+    monkeypatch.setattr(kernels, "available", lambda: Available(no_compiler=""))
     for rows in (5, 7, 300):
         assert torch.equal(doubled(torch.ones(rows, 4), 3.0), torch.full((rows, 4), 3.0))
     assert len(made) == 1
@@ -220,7 +220,7 @@ def compare(folder: str) -> None:
 
     init_device()
     groups.init_parallel(1, 1, seed=1)
-    kernels.found = lambda: Found(no_transformer_engine="")
+    kernels.available = lambda: Available(no_transformer_engine="")
     kernels.no_transformer_engine = lambda dtype: ""  # the stand-in computes in float32
     found, kinds = {}, ("local", "transformer_engine")
     for name, changes in {"llama": {}, "other": dict(

@@ -114,7 +114,7 @@ def compiled(monkeypatch, **options):
     torch._dynamo.reset()
     kernel = torch.compile(rotary._rotated_together.__wrapped__, dynamic=True, fullgraph=True, **options)
     monkeypatch.setattr(rotary, "_rotated_together", kernel)
-    monkeypatch.setattr(kernels, "found", lambda: kernels.Found(no_compiler=""))
+    monkeypatch.setattr(kernels, "available", lambda: kernels.Available(no_compiler=""))
 
 
 def both_passes(sizes, width):
