@@ -1,17 +1,18 @@
 """Attention for strided blocks: the core attention of every layer, and the patterns it can follow.
 
-1. A forward pass chooses a pattern (causal, strided row, cached decoding) and hands it to the model in the
-   `attention_mask` argument, which Megatron-Core passes to the core attention untouched. `as_mask` wraps the
-   pattern in a tensor, because activation recomputation stores its arguments as tensors. The model adds the pass's
-   rotary angles (decoder.py), so every core attention rotates q and k itself.
-2. What a query sees is a `Reach` (visible_keys.py). On GPUs one call of FlexAttention takes it (flex_attention.py);
-   plain causal rows are left to torch's SDPA, whose fused kernel needs no mask.
-3. Elsewhere, or by --ebft-attention sdpa, rollout queries are taken a few blocks at a time. Such a chunk attends to
-   gold[0 : last anchor of the chunk] and to its own rollout tokens, with one additive mask for both: little is computed
-   that the mask throws away.
-4. In decoding, and always in chunks, the query heads that share a key head are laid out as further rows of it, so keys
-   are never expanded, and tiles of a GPU stay full.
-5. Keys and values of sampling are in one buffer a layer, [gold | own tokens of every rollout], written step by step.
+1. A forward pass chooses a pattern (causal, strided row, cached decoding) and passes it to the model in the
+   `attention_mask` argument, which Megatron-Core hands to the core attention untouched. `as_mask` wraps the pattern in
+   a tensor, because activation recomputation stores its arguments as tensors. The model adds the rotary angles of the
+   pass (decoder.py), and every core attention rotates q and k itself.
+2. `VisibleKeys` (visible_keys.py) says what each query sees. On GPUs FlexAttention computes a packed row in one call
+   (flex_attention.py). Plain causal rows go to torch's SDPA, whose fused kernel needs no mask.
+3. Without FlexAttention, or with --ebft-attention sdpa, rollout queries are taken a few blocks at a time. Such a chunk
+   attends to gold[0 : last anchor of the chunk] and to its own rollout tokens, with one additive mask for both, so that
+   little is computed and then masked.
+4. In decoding, and always in chunks, the query heads that share a key head become more query rows of that head. So keys
+   are never expanded, and the tiles of a GPU stay full.
+5. In sampling, the keys and values of a layer are one buffer, [gold | own tokens of every rollout], written step by
+   step.
 
 Suffixes: B rows, S row length, T gold tokens, R rollout tokens, H query heads, J key heads, D head dimension,
 Q queries of a chunk, C keys of a chunk.
@@ -28,21 +29,25 @@ from torch.nn.functional import scaled_dot_product_attention
 from megatron_ebft.layout import visible_keys
 from megatron_ebft.layout.packed_row import RowLayout
 from megatron_ebft.layout.strided import document_starts
-from megatron_ebft.layout.visible_keys import Reach
+from megatron_ebft.layout.visible_keys import VisibleKeys
 from megatron_ebft.model import flex_attention
 from megatron_ebft.model.flex_attention import TILE, TileMask, tile_mask
 from megatron_ebft.model.rotary import Angles, rotate
 
 CHUNK_ROWS = 128
-"""Rollout tokens of a chunk in training, roughly: fewer waste launches, more waste keys of other blocks."""
+"""Approximate number of rollout tokens in a chunk. Smaller chunks need more kernel launches; larger ones compute more
+pairs that the mask hides."""
 
 
 class StridedAttention(MegatronModule):
     """Core attention that follows the pattern in its `attention_mask` (see `as_mask`).
 
-    query [S, B, H, D], key and value [S, B, J, D] (before rotary embedding) → [S, B, H·D]. Attention dropout is
-    refused: a rollout must see the same network in sampling and in training. `config.attention_kernel` is `flex` or
-    `sdpa` (kernels.py).
+    query [S, B, H, D], key and value [S, B, J, D], before rotary embedding → [S, B, H·D].
+    `config.attention_kernel` is `flex` or `sdpa` (kernels.py).
+
+    Raises:
+        ValueError: attention dropout (a rollout must see the same network in sampling and in training), or context
+            parallelism.
     """
 
     def __init__(self, config, layer_number, attn_mask_type, attention_type, cp_comm_type=None, softmax_scale=None,
@@ -77,7 +82,7 @@ def as_mask(pattern, angles: Angles | None = None) -> Tensor:
     """The `attention_mask` argument that makes every StridedAttention follow `pattern`.
 
     Args:
-        angles: by which q and k are rotated. Callers of a model leave them to it.
+        angles: rotary angles of the pass. The model adds them; its callers do not.
     """
     mask = torch.Tensor._make_subclass(_PatternMask, torch.empty(0, dtype=torch.bool))  # floats are cast under bf16
     mask.pattern, mask.angles = pattern, angles
@@ -85,7 +90,7 @@ def as_mask(pattern, angles: Angles | None = None) -> Tensor:
 
 
 def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where visible, −inf elsewhere."""
+    """A mask for torch's SDPA: 0 where visible, −inf elsewhere."""
     return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
 
 
@@ -94,7 +99,7 @@ def _starts(document_BT: Tensor | None) -> Tensor | None:
 
 
 def _pack_heads(q_BHQD: Tensor, key_heads: int) -> Tensor:
-    """Query heads that share a key head as neighbouring rows of it: [B, J, Q·H/J, D]."""
+    """Queries as rows of their key heads, the H/J heads of one query next to each other: [B, J, Q·H/J, D]."""
     return q_BHQD.unflatten(1, (key_heads, -1)).transpose(2, 3).flatten(2, 3)
 
 
@@ -104,7 +109,7 @@ def _unpack_heads(out_BJQD: Tensor, heads: int) -> Tensor:
 
 
 def _masked(q_BHQD, k_BJCD, v_BJCD, mask_BQC: Tensor, scale) -> Tensor:
-    """torch's SDPA; the mask has the rows that `_pack_heads` makes."""
+    """torch's SDPA of packed heads; the mask has one row for each row of `_pack_heads`."""
     q_BJQD = _pack_heads(q_BHQD, k_BJCD.shape[1])
     out = scaled_dot_product_attention(q_BJQD, k_BJCD, v_BJCD, attn_mask=mask_BQC[:, None], scale=scale)
     return _unpack_heads(out, q_BHQD.shape[1])
@@ -115,83 +120,91 @@ class CausalPattern:
     """Plain causal attention, within documents when `document_BT` is given."""
 
     document_BT: Tensor | None = None
-    _made: TileMask | Tensor | None = None
+    _mask: TileMask | Tensor | None = None
+    """Made by the first layer, used by all."""
 
     def attend(self, layer_number: int, q_BHSD, k_BJSD, v_BJSD, scale, flex: bool) -> Tensor:
         heads_per_group = q_BHSD.shape[1] // k_BJSD.shape[1]
         if self.document_BT is None:
             return scaled_dot_product_attention(q_BHSD, k_BJSD, v_BJSD, is_causal=True, scale=scale,
                                                 enable_gqa=heads_per_group != 1)
-        if self._made is None:
-            reach = visible_keys.causal(*self.document_BT.shape, _starts(self.document_BT))
-            self._made = tile_mask(reach) if flex else _additive(
-                reach.repeat(heads_per_group).sees(torch.arange(reach.num_keys, device=q_BHSD.device)), q_BHSD.dtype)
+        if self._mask is None:
+            visible = visible_keys.causal(*self.document_BT.shape, _starts(self.document_BT))
+            keys = torch.arange(visible.num_keys, device=q_BHSD.device)
+            self._mask = tile_mask(visible) if flex else _additive(visible.repeat(heads_per_group).sees(keys),
+                                                                   q_BHSD.dtype)
         if flex:
-            return flex_attention.attend(q_BHSD, k_BJSD, v_BJSD, self._made, scale)
-        return _masked(q_BHSD, k_BJSD, v_BJSD, self._made, scale)
+            return flex_attention.attend(q_BHSD, k_BJSD, v_BJSD, self._mask, scale)
+        return _masked(q_BHSD, k_BJSD, v_BJSD, self._mask, scale)
 
 
 @dataclass
 class _Chunk:
-    """Blocks that attend together: slices of rollout queries and rollout keys, gold keys [0, gold), and the mask."""
+    """Blocks whose attention is computed together."""
 
     queries: slice
+    """Of the rollout queries."""
     keys: slice
+    """Of the rollout keys."""
     gold: int
+    """Gold keys [0, gold)."""
     mask_BQC: Tensor
+    """Additive; C is gold keys, then rollout keys."""
 
 
-def _chunks(row: RowLayout, reach: Reach, query_steps: int, heads_per_group: int, like: Tensor) -> list[_Chunk]:
-    """Chunks for the rollout queries of `reach`, `query_steps` of each rollout, against all keys of the row."""
-    if row.steps == 0:  # rollouts of one token: a training row is gold alone
+def _chunks(row: RowLayout, visible: VisibleKeys, query_steps: int, heads_per_group: int, like: Tensor) -> list[_Chunk]:
+    """Chunks of the rollout queries in `visible`, `query_steps` of each rollout, against all keys of the row."""
+    if row.steps == 0:  # with rollouts of one token, a training row is gold alone
         return []
     blocks_per_chunk = max(1, CHUNK_ROWS // (row.layout.num_samples * row.steps))
-    chunks, own = [], torch.arange(row.layout.seq_length, reach.num_keys, device=like.device)
+    chunks, own = [], torch.arange(row.layout.seq_length, visible.num_keys, device=like.device)
     for chunk in row.chunks(blocks_per_chunk):
         queries, keys = chunk.tokens(query_steps), chunk.tokens(row.steps)
-        places = torch.cat([torch.arange(chunk.gold, device=like.device), own[keys]])
-        visible = reach.queries(queries).repeat(heads_per_group).sees(places)
-        chunks.append(_Chunk(queries, keys, chunk.gold, _additive(visible, like.dtype)))
+        key_numbers = torch.cat([torch.arange(chunk.gold, device=like.device), own[keys]])
+        is_visible = visible.queries(queries).repeat(heads_per_group).sees(key_numbers)
+        chunks.append(_Chunk(queries, keys, chunk.gold, _additive(is_visible, like.dtype)))
     return chunks
 
 
 def _attend_chunks(chunks, q_BHRD, gold_k, gold_v, own_k, own_v, scale) -> list[Tensor]:
-    """Rollout attention, chunk by chunk: each output [B, H, queries of the chunk, D]."""
+    """Rollout attention, chunk by chunk: outputs [B, H, queries of a chunk, D], then zeros for padding."""
     outputs = []
     for chunk in chunks:
         k_BJCD = torch.cat([gold_k[:, :, : chunk.gold], own_k[:, :, chunk.keys]], 2)
         v_BJCD = torch.cat([gold_v[:, :, : chunk.gold], own_v[:, :, chunk.keys]], 2)
         outputs.append(_masked(q_BHRD[:, :, chunk.queries], k_BJCD, v_BJCD, chunk.mask_BQC, scale))
     done = chunks[-1].queries.stop if chunks else 0
-    if done < q_BHRD.shape[2]:  # padding
+    if done < q_BHRD.shape[2]:
         outputs.append(torch.zeros_like(q_BHRD[:, :, done:]))
     return outputs
 
 
 @dataclass
 class StridedPattern:
-    """A packed row: causal gold tokens, and rollouts that see their block's gold prefix and themselves."""
+    """A packed row: gold tokens are causal, rollouts see the gold prefix of their block and themselves."""
 
     row: RowLayout
     document_BT: Tensor | None = None
     _gold: CausalPattern = field(init=False)
-    _made: TileMask | list[_Chunk] | None = None
+    _mask: TileMask | list[_Chunk] | None = None
+    """Made by the first layer, used by all."""
 
     def __post_init__(self):
         self._gold = CausalPattern(self.document_BT)
 
     def attend(self, layer_number: int, q_BHSD, k_BJSD, v_BJSD, scale, flex: bool) -> Tensor:
         gold = self.row.layout.seq_length
-        if self._made is None:
-            reach = visible_keys.strided(self.row, _starts(self.document_BT), len(q_BHSD))
-            self._made = tile_mask(reach) if flex else _chunks(
-                self.row, reach.queries(slice(gold, None)), self.row.steps, q_BHSD.shape[1] // k_BJSD.shape[1], q_BHSD)
+        if self._mask is None:
+            visible = visible_keys.strided(self.row, _starts(self.document_BT), len(q_BHSD))
+            self._mask = tile_mask(visible) if flex else _chunks(
+                self.row, visible.queries(slice(gold, None)), self.row.steps, q_BHSD.shape[1] // k_BJSD.shape[1],
+                q_BHSD)
         if flex:
-            return flex_attention.attend(q_BHSD, k_BJSD, v_BJSD, self._made, scale)
+            return flex_attention.attend(q_BHSD, k_BJSD, v_BJSD, self._mask, scale)
         (gold_q, rollout_q), (gold_k, own_k), (gold_v, own_v) = (
             (x[:, :, :gold], x[:, :, gold:]) for x in (q_BHSD, k_BJSD, v_BJSD))
         out = [self._gold.attend(layer_number, gold_q, gold_k, gold_v, scale, flex)]
-        out += _attend_chunks(self._made, rollout_q, gold_k, gold_v, own_k, own_v, scale)
+        out += _attend_chunks(self._mask, rollout_q, gold_k, gold_v, own_k, own_v, scale)
         return torch.cat(out, dim=2)
 
 
@@ -199,37 +212,38 @@ class StridedPattern:
 class RolloutCache:
     """Keys and values of one group of rows during sampling, by layer number.
 
-    Gold ones are computed once and shared by all blocks and samples; a rollout's own ones are written step by step.
+    Those of gold tokens are computed once, and all blocks and samples share them. Those of rollout tokens are written
+    step by step.
     """
 
     row: RowLayout
-    """All blocks, with the G − 1 steps whose keys are ever looked at."""
-    reach: Reach
+    """All blocks, and G − 1 steps: no query sees the key of the last one."""
+    visible: VisibleKeys
     """What the first decoded tokens see (`visible_keys.decoding`)."""
     document_BT: Tensor | None = None
     keys: dict[int, Tensor] = field(default_factory=dict)
-    """[B, J, T + K·N·steps, D], for FlexAttention whole tiles of it; a rollout's own zero where not yet written."""
+    """[B, J, T + K·N·steps, D], for FlexAttention padded to whole tiles; zero where not yet written."""
     values: dict[int, Tensor] = field(default_factory=dict)
     _tiles: TileMask | None = None
 
     def tile_mask(self, step: int, heads_per_group: int) -> TileMask:
-        """FlexAttention's mask of one step; which tiles any step needs is worked out once."""
-        def reach(step):
-            return self.reach.at_step(step).repeat(heads_per_group)
+        """FlexAttention's mask of one step. All steps use the same lists of tiles, which the first call makes."""
+        def visible(step):
+            return self.visible.at_step(step).repeat(heads_per_group)
 
         if self._tiles is None:
-            self._tiles = tile_mask(reach(0), widest=reach(self.row.steps - 1))
-        return self._tiles.with_intervals(reach(step))
+            self._tiles = tile_mask(visible(0), widest=visible(self.row.steps - 1))
+        return self._tiles.with_intervals(visible(step))
 
     def split(self, buffer: Tensor) -> tuple[Tensor, Tensor]:
-        """Views of a layer's gold keys (or values) [B, J, T, D] and the rollouts' [B, J, K·N, steps, D]."""
+        """Views of a layer's keys (or values): gold tokens' [B, J, T, D] and rollout tokens' [B, J, K·N, steps, D]."""
         gold, end = self.row.layout.seq_length, self.row.end
         return buffer[:, :, :gold], buffer[:, :, gold:end].unflatten(2, (-1, self.row.steps))
 
 
 @dataclass
 class PrefillPattern:
-    """Causal attention over the gold rows that leaves their keys and values in the cache."""
+    """Causal attention over gold rows, which also writes their keys and values into the cache."""
 
     cache: RolloutCache
 
@@ -246,11 +260,12 @@ class PrefillPattern:
 
 @dataclass
 class DecodePattern:
-    """One decoding step: the queries are step `step` of every rollout, [B, K·N] of them."""
+    """One decoding step: the queries are tokens `step` of all rollouts, [B, K·N], and padding."""
 
     cache: RolloutCache
     step: int
-    _made: TileMask | list[_Chunk] | None = None
+    _mask: TileMask | list[_Chunk] | None = None
+    """Made by the first layer, used by all."""
 
     def attend(self, layer_number: int, q_BHSD, k_BJSD, v_BJSD, scale, flex: bool) -> Tensor:
         cache, heads, groups = self.cache, q_BHSD.shape[1], k_BJSD.shape[1]
@@ -258,11 +273,11 @@ class DecodePattern:
         (gold_k, own_k), (gold_v, own_v) = cache.split(keys), cache.split(values)
         own_k[:, :, :, self.step] = k_BJSD[:, :, : own_k.shape[2]]  # without padding
         own_v[:, :, :, self.step] = v_BJSD[:, :, : own_v.shape[2]]
-        if self._made is None:
-            self._made = cache.tile_mask(self.step, heads // groups) if flex else _chunks(
-                cache.row, cache.reach.at_step(self.step), 1, heads // groups, q_BHSD)
+        if self._mask is None:
+            self._mask = cache.tile_mask(self.step, heads // groups) if flex else _chunks(
+                cache.row, cache.visible.at_step(self.step), 1, heads // groups, q_BHSD)
         if flex:
-            packed = flex_attention.attend(_pack_heads(q_BHSD, groups), keys, values, self._made, scale)
+            packed = flex_attention.attend(_pack_heads(q_BHSD, groups), keys, values, self._mask, scale)
             return _unpack_heads(packed, heads)
-        return torch.cat(_attend_chunks(self._made, q_BHSD, gold_k, gold_v, own_k.flatten(2, 3), own_v.flatten(2, 3),
+        return torch.cat(_attend_chunks(self._mask, q_BHSD, gold_k, gold_v, own_k.flatten(2, 3), own_v.flatten(2, 3),
                                         scale), dim=2)

@@ -1,16 +1,16 @@
 """FP8 in rollouts of the policy, in the frozen encoder and, by Megatron's flags, in the training pass.
 
-1. The linear layers of a decoder layer run in FP8 (e4m3). Attention, norms, embedding, output head and sampling stay as
-   they are, and so do the first and last layers where that is asked for.
-2. blockwise: activations in blocks of 1 × 128, weights in blocks of 128 × 128, scales that are powers of two. A token
-   is quantised the same whatever else is in its batch. tensorwise: one scale for each tensor, faster and coarser, and
-   not the same for another cut into micro-batches or with other rollouts left out.
-3. Weights are quantised once, when `quantised` is entered, and what was made is forgotten when it is left: an optimizer
-   step cannot leave old ones behind (Megatron-Core up to 0.18 does not refresh them by itself).
-4. On Hopper this is Transformer Engine's autocast around each layer. Anywhere else, `emulate` puts the same numbers
-   through the same layers: weights and inputs are rounded to what FP8 could hold, and multiplied as usual.
-5. The training pass is Megatron-Core's (--fp8-format, --fp8-recipe), on Transformer Engine's layers alone. It is on in
-   nothing else: evaluation measures the model at full precision, and rollouts have a recipe of their own.
+1. The linear layers of a decoder layer run in FP8 (e4m3). Attention, norms, embedding, output head and sampling do not.
+   The first and last layers may be excluded.
+2. blockwise: activations in blocks of 1 × 128, weights in blocks of 128 × 128, scales that are powers of two. The
+   quantisation of a token does not depend on the rest of its batch. tensorwise: one scale for each tensor. It is faster
+   and coarser, and depends on how rows are cut into micro-batches and on which rollouts are left out.
+3. Weights are quantised once, when `quantised` is entered, and forgotten when it is left, so that none survive an
+   optimizer step (Megatron-Core up to 0.18 does not refresh them by itself).
+4. On Hopper, Transformer Engine's autocast runs around each layer. Elsewhere, `emulate` computes the same numbers in
+   Megatron-Core's own layers: weights and inputs are rounded to values of FP8, and multiplied as usual.
+5. FP8 in training is Megatron-Core's (--fp8-format, --fp8-recipe), in Transformer Engine's layers only. It is switched
+   on for the training pass alone: evaluation measures the model at full precision, and rollouts have their own recipe.
 """
 
 import contextlib
@@ -28,41 +28,48 @@ from megatron_ebft.parallel.groups import tp_group
 RECIPES = ("off", "blockwise", "tensorwise")
 BLOCK = 128
 ROWS = 16
-"""A rank's tokens are a multiple of this: FP8 matrix products need 8, Megatron-Core pads to 16. Blockwise, they are one
-of BLOCK in training (activations are then quantised along tokens as well) and where kernels.gathers_whole_blocks."""
+"""The number of tokens on a rank is a multiple of it: FP8 matrix products need 8, Megatron-Core pads to 16. With the
+blockwise recipe it is a multiple of BLOCK in training, which quantises activations along tokens as well, and where
+kernels.gathers_whole_blocks."""
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
 @dataclass(frozen=True)
 class FP8:
-    """What runs in FP8, by which recipe (one of RECIPES); `check` says whether it can, here."""
+    """Which layers of a model run in FP8, and how."""
 
     recipe: str = "off"
+    """One of RECIPES."""
     emulate: bool = False
     at_start: int = 0
-    """Layers of the model, on all its stages, that stay out of it, at its beginning."""
+    """Number of layers kept out of FP8 at the start of the whole model."""
     at_end: int = 0
+    """The same at its end."""
     flag: str = "--ebft-rollout-fp8"
+    """The flag that chose the recipe, for error messages."""
 
     def check(self, no_transformer_engine: str) -> None:
-        """ValueError, naming the part that is missing, where this cannot run.
+        """Check that it can run on this machine.
 
         Args:
             no_transformer_engine: why layers are not Transformer Engine's, or "".
+
+        Raises:
+            ValueError: naming the flag and what is missing.
         """
         if self.recipe == "off":
             return
-        missing = no_transformer_engine or kernels.found().no_fp8[self.recipe]
+        missing = no_transformer_engine or kernels.available().no_fp8[self.recipe]
         if missing and not self.emulate:
             raise ValueError(f"{self.flag} {self.recipe}: {missing}. --ebft-fp8-emulate computes the same numbers "
-                             "without it, slowly; off does without FP8")
+                             "without it, slowly; off turns FP8 off")
         if self.emulate and not no_transformer_engine:
-            raise ValueError("--ebft-fp8-emulate: works in Megatron-Core's own layers; give --transformer-impl local")
+            raise ValueError("--ebft-fp8-emulate: needs Megatron-Core's own layers; add --transformer-impl local")
 
 
 @contextlib.contextmanager
 def quantised(chunks: list, fp8: FP8) -> Iterator[None]:
-    """Within, forward passes of these stages of one model run in FP8; no gradient may be taken."""
+    """Context in which forward passes of one model, given as its stages, run in FP8; without gradients."""
     with contextlib.ExitStack() as stack:
         if fp8.recipe != "off":
             assert not torch.is_grad_enabled()
@@ -74,9 +81,9 @@ def quantised(chunks: list, fp8: FP8) -> Iterator[None]:
 
 @contextlib.contextmanager
 def training(policy: list) -> Iterator[None]:
-    """Within, forward and backward passes of the policy run in FP8, where --fp8-format asks for it.
+    """Context in which forward and backward passes of the policy run in FP8, if --fp8-format is set.
 
-    The weights are quantised anew by the first micro-batch of a schedule.
+    The first micro-batch of a schedule quantises the weights anew.
     """
     configs = [unwrap(chunk).config for chunk in policy]
     for config in configs:
@@ -90,12 +97,8 @@ def training(policy: list) -> Iterator[None]:
 
 def _layers(chunks: list, fp8: FP8) -> list[torch.nn.Module]:
     """The decoder layers on this rank that run in FP8."""
-    found = []
-    for chunk in chunks:
-        whole = unwrap(chunk).config.num_layers
-        found += [layer for number, layer in local_layers(chunk).items()
-                  if fp8.at_start < number <= whole - fp8.at_end]
-    return found
+    return [layer for chunk in chunks for number, layer in local_layers(chunk).items()
+            if fp8.at_start < number <= unwrap(chunk).config.num_layers - fp8.at_end]
 
 
 # ---------------------------------------------------------------- Transformer Engine
@@ -123,7 +126,7 @@ def _by_transformer_engine(layer: torch.nn.Module, recipe: str) -> Iterator[None
 
 
 def _forget_weights(layer: torch.nn.Module) -> None:
-    """The next forward pass quantises the weights anew, and those after it take what it made."""
+    """Make the next forward pass quantise the weights anew; later ones reuse them."""
     for module in layer.modules():
         if hasattr(module, "is_first_microbatch"):
             module.is_first_microbatch = True
@@ -152,7 +155,7 @@ def _emulated(layer: torch.nn.Module, recipe: str) -> Iterator[None]:
 
 
 def round_activations(x: Tensor, recipe: str) -> Tensor:
-    """x [..., H] as FP8 holds it: blocks of 128 along H, or one scale for all of it."""
+    """x [..., H] rounded to FP8 values: with a scale for each block of 128 along H, or one scale."""
     if recipe == "tensorwise":
         return _round(x, x.abs().amax(), False)
     blocks = torch.nn.functional.pad(x, (0, -x.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
@@ -161,7 +164,7 @@ def round_activations(x: Tensor, recipe: str) -> Tensor:
 
 
 def round_weights(weight: Tensor, recipe: str) -> Tensor:
-    """A matrix as FP8 holds it: blocks of 128 × 128, or one scale for all of it."""
+    """A matrix rounded to FP8 values: with a scale for each block of 128 × 128, or one scale."""
     if recipe == "tensorwise":
         return _round(weight, weight.abs().amax(), False)
     rows, columns = weight.shape
@@ -172,7 +175,7 @@ def round_weights(weight: Tensor, recipe: str) -> Tensor:
 
 
 def _round(x: Tensor, largest: Tensor, is_power_of_two: bool) -> Tensor:
-    """To e4m3 and back, scaled so that `largest`, broadcast to x, is at the end of its range."""
+    """x rounded to e4m3 and back, scaled so that `largest` (broadcast to x) is the largest value of e4m3."""
     scale = largest.float().clamp(min=1e-30) / LARGEST
     if is_power_of_two:
         scale = scale.log2().ceil().exp2()

@@ -1,21 +1,22 @@
-"""What this machine has, and what models are built from: the one file that decides.
+"""What is available on this machine, and which kernels models are built from. All such choices are made here.
 
-1. Layers are Transformer Engine's (--transformer-impl) with CUDA and --bf16, else Megatron-Core's own on torch. Not in
-   float32: Transformer Engine multiplies float32 matrices in TF32, and then a sampler and a trainer of other shapes
-   differ by more than the first-step check allows.
-2. Attention is FlexAttention (--ebft-attention) on GPUs, else torch's SDPA in chunks (attention.py).
-3. Compiled element-wise kernels (SwiGLU; bias, dropout and residual) on GPUs. GELU is left alone: Megatron-Core's fused
-   one is the tanh approximation, another model. Rotary embedding is ours (rotary.py): Megatron-Core's fused ones take
-   no positions that vary over a batch.
-   Masked softmax and persistent layer norm belong to modules that are not used here.
-4. A Transformer Engine that does not import, and everything written for GPUs where there is none, is hidden from
-   Megatron-Core before that is imported (`settle_accelerators`): it would fail with them, or hand CPU tensors to CUDA
-   kernels.
-5. Weight gradients are added to the float32 buffer inside the matrix product by Transformer Engine's layers, and in
-   Megatron-Core's own (the output head, always) where apex has its kernel for it. Megatron-Core's optimizer takes
-   apex's Adam where Transformer Engine's is missing; nothing else of apex is used.
+1. Layers are Transformer Engine's with CUDA and --bf16, else Megatron-Core's own (--transformer-impl). In float32 they
+   are Megatron-Core's: Transformer Engine multiplies float32 matrices in TF32, so that the log-probabilities of sampler
+   and training pass would differ by more than the first-step check allows.
+2. Attention is FlexAttention on GPUs, else torch's SDPA in chunks (--ebft-attention, attention.py).
+3. On GPUs, element-wise operations (SwiGLU; bias, dropout and residual) are compiled kernels. GELU is not fused:
+   Megatron-Core's fused GELU is the tanh approximation, which is another function. Rotary embedding is ours
+   (rotary.py), because Megatron-Core's fused ones take no positions that vary over a batch. Masked softmax and
+   persistent layer norm belong to modules that are not used.
+4. Optional packages that cannot be used are hidden from Megatron-Core before its import (`settle_accelerators`): a
+   Transformer Engine that does not import, and all GPU packages where there is no GPU. Megatron-Core would fail with
+   them, or pass CPU tensors to CUDA kernels.
+5. Transformer Engine's layers add weight gradients to the float32 buffer inside the matrix product. Megatron-Core's own
+   layers, which always include the output head, do so where apex has its kernel for it. Megatron-Core's optimizer takes
+   apex's Adam where Transformer Engine's is missing. Nothing else of apex is used.
 
-Imports nothing of Megatron-Core, so that `python -m megatron_ebft.environment` can say why that does not import.
+This module imports nothing of Megatron-Core, so that `python -m megatron_ebft.environment` works where that does not
+import.
 """
 
 import functools
@@ -36,41 +37,41 @@ from megatron_ebft.common.device import have_gpu
 TRANSFORMER_IMPLS = ("auto", "transformer_engine", "local")
 ATTENTIONS = ("auto", "flex", "sdpa")
 OLDEST_TE, OLDEST_FLEX = (2, 9), (2, 11)
-"""The first Transformer Engine with te.autocast and te.is_fp8_available; the first torch whose FlexAttention this was
-written against."""
+"""The first Transformer Engine with te.autocast and te.is_fp8_available; the oldest torch whose FlexAttention
+flex_attention.py was written against."""
 RAGGED_TE = (2, 20)
-"""A Transformer Engine that gathers at full precision, over tensor ranks, what is not in whole blocks of FP8; 2.11
-asserts that there is no such thing."""
+"""A Transformer Engine that gathers an incomplete FP8 block over tensor ranks, at full precision; 2.11 asserts that all
+blocks are whole."""
 FLEX_HEAD_DIMS = range(16, 257)
-"""Head dimensions of FlexAttention's kernels: the least is torch's, the most what it has settings for."""
+"""Head dimensions of FlexAttention's kernels: from torch's minimum to the largest one that it has settings for."""
 NO_GPU = "no CUDA device"
 FOR_GPUS = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C", "fused_weight_gradient_mlp_cuda")
-"""Optional packages whose kernels Megatron-Core takes wherever they import."""
+"""Optional packages whose kernels Megatron-Core uses wherever they import."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """What there is. A reason is "" where nothing is missing."""
+class Available:
+    """What this machine has. The fields `no_…` are the reason why something cannot be used, "" where it can."""
 
     gpu: str | None = None
-    """Name and compute capability of this rank's GPU."""
+    """Name and compute capability of this rank's GPU; None without one."""
     transformer_engine: str | None = None
-    """Version, where it imports."""
+    """Version; None where it does not import."""
     no_transformer_engine: str = NO_GPU
-    """Why its layers cannot be used."""
+    """Of its layers."""
     apex: bool = False
-    """NVIDIA's, not the project of that name on PyPI."""
+    """NVIDIA's apex, not the project of that name on PyPI."""
     weight_gradients: bool = False
     """Apex's kernel that adds weight gradients to the buffer."""
     no_compiler: str = NO_GPU
-    """Why torch.compile cannot make GPU kernels."""
+    """Of torch.compile for GPU kernels."""
     no_fp8: dict[str, str] = field(default_factory=lambda: {"tensorwise": NO_GPU, "blockwise": NO_GPU})
-    """By recipe, why it cannot be used."""
+    """Of each FP8 recipe."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a model is built from."""
+    """The kernels that a model is built from."""
 
     transformer_impl: str
     """`transformer_engine` or `local`."""
@@ -78,17 +79,17 @@ class Choice:
     """`flex` or `sdpa`."""
     fused_elementwise: bool
     fused_weight_gradients: bool
-    """In Megatron-Core's own layers."""
+    """In Megatron-Core's own layers; Transformer Engine's always do it."""
 
 
 @functools.cache
-def found() -> Found:
-    """What this process has; looked up once."""
+def available() -> Available:
+    """What this process can use; looked up once."""
     if not have_gpu():
-        return Found()
+        return Available()
     major, minor = torch.cuda.get_device_capability()
     version, missing = _transformer_engine()
-    return Found(
+    return Available(
         gpu=f"{torch.cuda.get_device_name()} (compute capability {major}.{minor})", transformer_engine=version,
         no_transformer_engine=missing, apex=importlib.util.find_spec("amp_C") is not None,
         weight_gradients=importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
@@ -96,7 +97,7 @@ def found() -> Found:
 
 
 def settle_accelerators() -> None:
-    """Hide from Megatron-Core the optional packages that cannot be used here; runs before it is imported."""
+    """Hide optional packages that cannot be used from Megatron-Core; must run before its import."""
     if not have_gpu():
         for name in FOR_GPUS:
             _hide(name)
@@ -106,19 +107,19 @@ def settle_accelerators() -> None:
 
 
 def _hide(package: str) -> None:
-    """Make every later import of a package fail as if it were not installed, unless it was imported already."""
+    """Make later imports of a package fail as if it were not installed, unless it is imported already."""
     if package not in sys.modules:
         sys.modules[package] = None
 
 
 @functools.cache
 def _import_error() -> str:
-    """Why Transformer Engine does not import, or ""."""
+    """Why Transformer Engine does not import; "" if it does."""
     if importlib.util.find_spec("transformer_engine") is None:
         return "Transformer Engine is not installed"
     try:
         importlib.import_module("transformer_engine.pytorch")
-    except Exception as error:  # its parts are loaded from several packages, each with errors of its own
+    except Exception as error:  # it loads parts of several packages, which raise errors of many kinds
         for name in [name for name in sys.modules if name.split(".")[0] in FOR_GPUS[:2]]:
             del sys.modules[name]
         reason = (str(error).splitlines() or [""])[0]
@@ -127,20 +128,24 @@ def _import_error() -> str:
 
 
 def _transformer_engine() -> tuple[str | None, str]:
-    """Version and why its layers cannot be used."""
+    """Its version, and why its layers cannot be used."""
     if _import_error():
         return None, _import_error()
     try:
         version = importlib.metadata.version("transformer_engine")
     except importlib.metadata.PackageNotFoundError:
-        return None, "Transformer Engine has no version, its installation is incomplete"
+        return None, "Transformer Engine has no version: its installation is incomplete"
     if numbers(version) < OLDEST_TE:
         return version, f"Transformer Engine {version} is older than {'.'.join(map(str, OLDEST_TE))}"
     return version, ""
 
 
 def _no_fp8(missing: str) -> dict[str, str]:
-    """Transformer Engine's own word on its FP8 recipes."""
+    """Why Transformer Engine says it cannot run each FP8 recipe.
+
+    Args:
+        missing: why Transformer Engine itself cannot be used, or "".
+    """
     if missing:
         return {"tensorwise": missing, "blockwise": missing}
     import transformer_engine.pytorch as te
@@ -158,19 +163,19 @@ def _no_compiler() -> str:
 
 
 COMPILATIONS = 64
-"""Variants of a function that may be compiled; torch gives up after 8 by default."""
+"""How many variants of a function may be compiled; torch's default is 8."""
 
 
 def compiled(function):
-    """`function` as compiled kernels on a GPU, one for any number of rows; as it is where torch cannot compile.
+    """Decorator: run `function` as a compiled kernel on a GPU, and as it is where torch cannot compile.
 
-    Rows are the first dimension of its tensors. Other sizes and plain numbers are constants to the compiler: indices
-    divided by unknown sizes made a rotary kernel take nine times as long on an H100.
+    One kernel serves any number of rows (the first dimension of its tensors). Other sizes, and numbers, are constants
+    of a kernel: a rotary kernel that divided indices by unknown sizes took nine times as long on an H100.
     """
 
     @functools.wraps(function)
     def call(*args):
-        if found().no_compiler:
+        if available().no_compiler:
             return function(*args)
         for x in args:
             if isinstance(x, torch.Tensor):
@@ -186,24 +191,28 @@ def _compiled(function):
 
 
 def compile_kernels(function, most: int):
-    """torch.compile for every shape anew, for up to `most` shapes."""
+    """torch.compile with one kernel for each shape, for up to `most` shapes."""
     config = torch._dynamo.config
     config.recompile_limit = max(most, config.recompile_limit)
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 def numbers(version: str) -> tuple[int, int]:
-    """Major and minor of a version."""
+    """Major and minor number of a version."""
     return tuple(int(x) for x in re.findall(r"\d+", version)[:2])
 
 
 def choose(transformer_impl: str = "auto", attention: str = "auto", *, dtype: torch.dtype, head_dim: int) -> Choice:
-    """What a model of `dtype` parameters and heads of `head_dim` is built from, here.
+    """The kernels for a model with parameters of `dtype` and heads of `head_dim` dimensions on this machine.
+
+    Args:
+        transformer_impl: --transformer-impl.
+        attention: --ebft-attention.
 
     Raises:
-        ValueError: naming the flag and the missing part, where what is asked for cannot be.
+        ValueError: naming the flag and what is missing, if a choice that was asked for cannot run.
     """
-    here = found()
+    here = available()
     no_te, no_flex = no_transformer_engine(dtype), no_flex_attention(dtype, head_dim)
     for flag, asked, name, missing in (("--transformer-impl", transformer_impl, "transformer_engine", no_te),
                                        ("--ebft-attention", attention, "flex", no_flex)):
@@ -217,21 +226,21 @@ def choose(transformer_impl: str = "auto", attention: str = "auto", *, dtype: to
 
 
 def no_transformer_engine(dtype: torch.dtype) -> str:
-    """Why Transformer Engine's layers are not for models of this dtype here, or ""."""
-    wrong = "" if dtype == torch.bfloat16 else "for --bf16 alone: it multiplies float32 matrices in TF32"
-    return found().no_transformer_engine or wrong
+    """Why models of this dtype cannot have Transformer Engine's layers; "" if they can."""
+    wrong = "" if dtype == torch.bfloat16 else "only with --bf16: it multiplies float32 matrices in TF32"
+    return available().no_transformer_engine or wrong
 
 
 def gathers_whole_blocks() -> bool:
-    """Whether blockwise FP8 over tensor ranks that share a sequence needs whole blocks, 128 tokens, on each of them."""
-    version = found().transformer_engine
+    """Whether blockwise FP8 with sequence parallelism needs whole blocks of 128 tokens on each tensor rank."""
+    version = available().transformer_engine
     return version is not None and numbers(version) < RAGGED_TE
 
 
 def no_flex_attention(dtype: torch.dtype, head_dim: int) -> str:
-    """Why FlexAttention cannot run here, or ""."""
-    if found().no_compiler:
-        return found().no_compiler
+    """Why FlexAttention cannot run; "" if it can."""
+    if available().no_compiler:
+        return available().no_compiler
     if numbers(torch.__version__) < OLDEST_FLEX:
         return f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_FLEX))}"
     if dtype not in (torch.bfloat16, torch.float32):

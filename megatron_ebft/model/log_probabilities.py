@@ -1,17 +1,16 @@
-"""What is read out of the final hidden states: log-probabilities of given tokens (here), or draws (token_sampling.py).
+"""The readout that computes log-probabilities of given tokens. (The one that samples is in token_sampling.py.)
 
-1. A readout is called with the final hidden states [S, B, H] (with sequence parallelism this rank's part of S) and the
-   LanguageModel. Full-vocabulary logits are never gathered over tensor ranks: maxima, sums and target logits are
-   reduced instead.
-2. Several targets, at different temperatures, can be read from one row (a gold token before an anchor predicts its
-   successor at τ = 1 and the first token of n rollouts at the sampling temperature); the backward pass fills one
-   gradient buffer for all of them. It recomputes the softmax from the logits, so nothing else of their size is kept.
-3. On a GPU one kernel reads the logits for the normalisers and one writes the gradient, in the logits' dtype; elsewhere
-   a few rows at a time go through float32.
-4. Columns of padding (a shard may have some, or nothing else) are not read and get a gradient of 0. Writing −inf into
-   them would cost the backward pass a copy of the whole gradient.
+1. Logits of the whole vocabulary are never gathered over tensor ranks: maxima, sums and target logits are reduced.
+2. Several targets, at different temperatures, can be read from one row of logits: the gold token before an anchor
+   predicts its successor at τ = 1, and the first token of n rollouts at the sampling temperature. The backward pass
+   fills one gradient buffer for all of them. It recomputes the softmax from the logits, so no other tensor of their
+   size is kept.
+3. On a GPU, one kernel reads the logits for the normalisers and one writes the gradient, in the dtype of the logits.
+   Elsewhere a few rows at a time are converted to float32.
+4. A vocabulary shard may have columns of padding, or no others. They are not read, and get a gradient of 0. Writing
+   −inf into them instead would make the backward pass copy the whole gradient.
 
-Suffixes: S row length, B rows, V vocabulary shard, P rows read, M targets per row.
+Suffixes: S row length, B rows, V vocabulary shard, P rows of logits that are read, M targets of each.
 """
 
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ class Section:
     """Rows of the logits and the tokens they predict."""
 
     rows: Tensor | slice
-    """Row indices, int64 [P], or a slice."""
+    """Indices along S, int64 [P], or a slice."""
     targets_PBM: Tensor
     """Token ids, int64."""
     temperature: float
@@ -38,7 +37,10 @@ class Section:
 
 @dataclass
 class LogProbs:
-    """Readout: log-probabilities of each section's targets, a list of float32 [P, B, M], differentiable."""
+    """Readout: log-probabilities of the targets of each section, float32 [P, B, M] (float64 stays), differentiable.
+
+    Sections given by slices must not overlap. Those given by indices may share rows with them.
+    """
 
     sections: list[Section]
 
@@ -48,7 +50,7 @@ class LogProbs:
 
 
 def gold_section(gold_BT: Tensor) -> Section:
-    """Gold tokens 1..T−1, each predicted by the one before it, at temperature 1."""
+    """Gold tokens 1..T−1, each predicted by the token before it, at temperature 1."""
     return Section(slice(0, gold_BT.shape[1] - 1), gold_BT[:, 1:].t()[:, :, None], 1.0)
 
 
@@ -65,15 +67,20 @@ def training_readout(row: RowLayout, gold_BT: Tensor, rollout_BKNG: Tensor, temp
 
 
 def local_targets(targets: Tensor, vocab_shard: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Targets as indices into this rank's vocabulary shard (0 where elsewhere), and which are here."""
+    """Targets as indices into this rank's vocabulary shard (0 if in another one), and whether they are in it."""
     local = targets - dist.get_rank(group) * vocab_shard
     here = (local >= 0) & (local < vocab_shard)
     return local.where(here, 0), here
 
 
 def log_sum_exp(logits: Tensor, real: int, temperature: float, group: dist.ProcessGroup) -> Tensor:
-    """log Σ exp(logits / temperature) over the real columns and the vocabulary shards of `group`, float32 (float64
-    stays); the result lacks the last dimension."""
+    """log Σ exp(logits / temperature) over the vocabulary, float32 (float64 stays): [...] from [..., V].
+
+    Args:
+        logits: of this rank's vocabulary shard.
+        real: number of its columns that are token ids.
+        group: the tensor ranks, over which it is summed up.
+    """
     local = _local_log_sum_exp(logits, real, temperature)
     if dist.get_world_size(group) == 1:
         return local
@@ -90,8 +97,6 @@ def _local_log_sum_exp(logits: Tensor, real: int, temperature: float) -> Tensor:
 
 
 class _VocabParallelLogProbs(torch.autograd.Function):
-    """Sections given by slices must not overlap; those given by indices may share rows with them."""
-
     @staticmethod
     def forward(ctx, logits_SBV: Tensor, real: int, group: dist.ProcessGroup, sections: list[Section]):
         ctx.real, ctx.group, ctx.sections = real, group, sections
@@ -110,7 +115,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         logits_SBV, *normalisers = ctx.saved_tensors
         grad_SBV = torch.empty_like(logits_SBV)
         covered = torch.zeros(len(logits_SBV), dtype=torch.bool)
-        write = _write_gradient if kernels.found().no_compiler else _write_gradient_in_one
+        write = _write_gradient if kernels.available().no_compiler else _write_gradient_in_one
         sections = zip(ctx.sections, normalisers, grads, strict=True)
         slices_first = sorted(sections, key=lambda x: not isinstance(x[0].rows, slice))
         for section, lse, grad in slices_first:
@@ -133,14 +138,14 @@ class _VocabParallelLogProbs(torch.autograd.Function):
 
 
 def _zero_rows(grad_SBV: Tensor, covered: Tensor) -> None:
-    """Zero the rows not yet written, once."""
+    """Set the rows that are not yet written to zero."""
     if not covered.all():
         grad_SBV.index_fill_(0, upload((~covered).nonzero().squeeze(1), grad_SBV.device), 0)
         covered.fill_(True)
 
 
 def _chunks(section: Section, logits_SBV: Tensor):
-    """The section's rows and targets, a bounded number of rows at a time."""
+    """Rows and targets of a section, at most `temporary_elements` logits at a time."""
     count = len(section.targets_PBM)
     size = max(1, temporary_elements() // logits_SBV[0].numel())
     for first in range(0, count, size):
@@ -160,13 +165,14 @@ def _nothing(section: Section, logits_SBV: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def scaled(logits: Tensor, temperature: float) -> Tensor:
-    """Logits over the temperature, in float32 (float64 stays); not always a copy."""
+    """Logits divided by the temperature, in float32 (float64 stays); maybe the given tensor itself."""
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return x if temperature == 1 else x / temperature
 
 
 def _log_probs(logits_PBV: Tensor, real: int, targets_PBM: Tensor, temperature: float,
                group) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [P, B, M] and normalisers [P, B]."""
     lse = log_sum_exp(logits_PBV, real, temperature, group)
     local, here = local_targets(targets_PBM, logits_PBV.shape[-1], group)
     target = scaled(logits_PBV.gather(-1, local), temperature).where(here, 0.0)
@@ -177,7 +183,7 @@ def _log_probs(logits_PBV: Tensor, real: int, targets_PBM: Tensor, temperature: 
 
 def _write_gradient(out_PBV, logits_PBV, real: int, local_PBM, is_local_PBM, lse_PB, grad_PBM,
                     temperature: float) -> None:
-    """(onehot(target) − softmax) · grad, summed over the targets of a row; 0 on padding."""
+    """Writes the gradient (onehot(target) − softmax) · grad, summed over the targets of a row; 0 on padding."""
     softmax = (scaled(logits_PBV, temperature) - lse_PB[..., None]).exp_()
     softmax[..., real:] = 0
     softmax *= -grad_PBM.sum(-1, keepdim=True)
@@ -187,7 +193,7 @@ def _write_gradient(out_PBV, logits_PBV, real: int, local_PBM, is_local_PBM, lse
 @kernels.compiled
 def _write_gradient_in_one(out_PBV, logits_PBV, real: int, local_PBM, is_local_PBM, lse_PB, grad_PBM,
                            temperature: float) -> None:
-    """The same as one kernel that writes each number once, without atomic additions."""
+    """The same as one kernel, which writes each number once and needs no atomic additions."""
     column_V = torch.arange(logits_PBV.shape[-1], device=logits_PBV.device)
     softmax = (scaled(logits_PBV, temperature) - lse_PB[..., None]).exp()
     gradient = softmax.where(column_V < real, 0.0) * -grad_PBM.sum(-1, keepdim=True)

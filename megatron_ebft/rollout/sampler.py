@@ -121,7 +121,7 @@ class _Group:
         self.gold_positions = positions[:, : layout.seq_length]
         self.step_positions = positions[:, upload(self.row.rollout_index(range(self.row.steps)))].flatten(1, 2)
         self.numbers_BKNG = self._numbers() if is_last_stage() else None
-        self.reach = visible_keys.decoding(self.row, starts_BT, batch)
+        self.visible = visible_keys.decoding(self.row, starts_BT, batch)
         self.cache: RolloutCache | None = None
         self.steps: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -163,7 +163,7 @@ class _Group:
     def _inputs(self, step: int):
         """Positions [b, length], the attention pattern, and the rows after which tokens are drawn."""
         if self.cache is None:
-            self.cache = RolloutCache(self.row, self.reach, self.gold.document_BT)
+            self.cache = RolloutCache(self.row, self.visible, self.gold.document_BT)
         if step == 0:
             return self.gold_positions, PrefillPattern(self.cache), self.predictors
         positions = self.step_positions[:, :, step - 1]

@@ -158,7 +158,7 @@ def test_decoding_attends_as_the_whole_row(name, has_documents):
     for step in range(row.steps):
         index = row.rollout_index(range(step, step + 1)).flatten()
         now = [torch.nn.functional.pad(x[:, :, index], (0, 0, 0, row.decode_length - len(index))) for x in (q, k, v)]
-        reach = cache.reach.at_step(step)
+        reach = cache.visible.at_step(step)
         assert torch.equal(pairs(reach, cache.tile_mask(step, 1)), reach.sees(torch.arange(reach.num_keys)).expand(
             2, -1, -1))
         for kernel in (True, False):

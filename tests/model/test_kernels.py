@@ -76,7 +76,7 @@ def test_one_warning_where_flex_attention_cannot_run(here, recwarn, monkeypatch)
 @pytest.mark.parametrize("found, lines", [
     (Available(), ["GPU  no CUDA device", "layers, --bf16  local (no CUDA device)"]),
     (WITH_TE, ["Transformer Engine  2.11.0", "FP8 blockwise  yes", "layers, --bf16  transformer_engine",
-               "attention, --bf16  FlexAttention", "layers, float32  local (for --bf16 alone"]),
+               "attention, --bf16  FlexAttention", "layers, float32  local (only with --bf16"]),
     (Available(weight_gradients=True, apex=True, no_transformer_engine="it is broken", **HOPPER),
      ["Transformer Engine  it is broken", "apex  yes, with its kernel for weight gradients",
       "weight gradients  added in the matrix product in layers (--bf16), in the matrix product in the head"])])
