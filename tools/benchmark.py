@@ -116,7 +116,7 @@ def build(args):
     """A Run on random weights, and random rows on this rank, the same for every repeat."""
     from megatron.core.optimizer import get_megatron_optimizer
 
-    from megatron_ebft.checkpointing.checkpoint import TrainState
+    from megatron_ebft.checkpointing.record import TrainState
     from megatron_ebft.common.device import device
     from megatron_ebft.data.micro_batches import GoldBatch
     from megatron_ebft.model.decoder import build_encoder, build_policy, copy_weights

@@ -78,7 +78,7 @@ def build(args, meter):
     import torch
     from megatron.core import optimizer
 
-    from megatron_ebft.checkpointing.checkpoint import TrainState
+    from megatron_ebft.checkpointing.record import TrainState
     from megatron_ebft.common.device import device
     from megatron_ebft.data.micro_batches import GoldBatch
     from megatron_ebft.model import decoder

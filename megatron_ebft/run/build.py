@@ -17,21 +17,14 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_ebft import __version__
-from megatron_ebft.checkpointing.checkpoint import TrainState, load_checkpoint, load_weights, newest_whole
-from megatron_ebft.checkpointing.files import (
-    POINTER,
-    RECORD,
-    complete_iterations,
-    first_readable,
-    read_metadata,
-    read_record,
-    resolve,
-)
+from megatron_ebft.checkpointing.companions import COMPANIONS, SENTENCEPIECE, TOKENIZER_FILES, read_companions
 from megatron_ebft.checkpointing.fingerprint import weights_fingerprint
+from megatron_ebft.checkpointing.folders import POINTER, RECORD, complete_iterations, resolve
+from megatron_ebft.checkpointing.loader import load_checkpoint, load_weights, newest_whole
+from megatron_ebft.checkpointing.record import TrainState, first_readable, read_metadata, read_record
 from megatron_ebft.common.device import have_gpu
-from megatron_ebft.data.rows import build_datasets
+from megatron_ebft.data.datasets import build_datasets
 from megatron_ebft.data.tokenizer import build_tokenizer
-from megatron_ebft.hf.files import COMPANIONS, SENTENCEPIECE, TOKENIZER_FILES, read_companions
 from megatron_ebft.method.ebft import EBFTConfig
 from megatron_ebft.method.features import ExchangeBytes, exchange_bytes
 from megatron_ebft.model.decoder import (

@@ -96,7 +96,7 @@ def replayed_step(args, iteration: int, vocab_size: int) -> Step:
 
 
 def check_replay(args, done: int, vocab_size: int) -> None:
-    """Check every step that a run will replay after `done` steps. Rank 0 reads; raises as `replayed_step` everywhere."""
+    """Check every step that a run will replay after `done` steps: rank 0 reads, all raise as `replayed_step`."""
     with collective_errors():
         if dist.get_rank() == 0:
             for iteration in range(done + 1, args.train_iters + 1):

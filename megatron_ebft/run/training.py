@@ -9,7 +9,8 @@ import torch
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
-from megatron_ebft.checkpointing.checkpoint import Saver, TrainState
+from megatron_ebft.checkpointing.record import TrainState
+from megatron_ebft.checkpointing.saver import Saver
 from megatron_ebft.common.device import upload
 from megatron_ebft.common.timer import PhaseTimer
 from megatron_ebft.data.micro_batches import GoldBatch
@@ -58,7 +59,7 @@ class Run:
     """Recorded in every checkpoint."""
     state: TrainState
     companions: dict[str, bytes] = field(default_factory=dict)
-    """Small files to keep in every checkpoint (hf/files.py)."""
+    """Small files to keep in every checkpoint (checkpointing/companions.py)."""
     stopper: Stopper = field(default_factory=Stopper)
     watchdog: Watchdog = field(default_factory=Watchdog)
 

@@ -17,11 +17,11 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron_ebft.checkpointing.checkpoint import Saver, TrainState, load_checkpoint, load_weights, newest_whole
+from megatron_ebft.checkpointing.files import MANIFEST, POINTER, complete_iterations, latest_iteration, read_metadata
 from ranks import run_ranks
 
 from megatron_ebft.checkpointing import files, fingerprint
-from megatron_ebft.checkpointing.checkpoint import Saver, TrainState, load_checkpoint, load_weights, newest_whole
-from megatron_ebft.checkpointing.files import MANIFEST, POINTER, complete_iterations, latest_iteration, read_metadata
 from megatron_ebft.checkpointing.fingerprint import weights_fingerprint
 from megatron_ebft.common.device import device
 from megatron_ebft.model.attention import CausalPattern, as_mask

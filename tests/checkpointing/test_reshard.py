@@ -17,11 +17,11 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from megatron_ebft.checkpointing.checkpoint import Saver, TrainState, load_checkpoint, load_weights
 from ranks import enter_world, run_ranks
 from test_checkpoint import ARGS, META, Run
 
 from megatron_ebft.checkpointing import checkpoint
-from megatron_ebft.checkpointing.checkpoint import Saver, TrainState, load_checkpoint, load_weights
 from megatron_ebft.checkpointing.fingerprint import sharded_tensors, weights_fingerprint
 from megatron_ebft.common.device import device
 from megatron_ebft.model.attention import CausalPattern, as_mask

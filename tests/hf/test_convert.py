@@ -23,6 +23,8 @@ import torch
 import transformers
 import verify
 from megatron.core import parallel_state
+from megatron_ebft.checkpointing.checkpoint import Saver, TrainState, load_weights
+from megatron_ebft.checkpointing.files import latest_iteration, read_metadata, seal
 from preprocess_data import main as preprocess
 from ranks import enter_world, run_ranks, run_script
 from safetensors import safe_open
@@ -30,8 +32,6 @@ from safetensors.torch import load_file, save_file
 from test_checkpoint import Run
 from test_rows import hugging_face_folder, sentences  # noqa: F401
 
-from megatron_ebft.checkpointing.checkpoint import Saver, TrainState, load_weights
-from megatron_ebft.checkpointing.files import latest_iteration, read_metadata, seal
 from megatron_ebft.checkpointing.reader import CheckpointReader
 from megatron_ebft.common.device import device, init_device
 from megatron_ebft.common.timer import PhaseTimer

@@ -211,8 +211,8 @@ def compare(folder: str) -> None:
     from test_checkpoint import ARGS, META, Run, seed_all
     from test_golden import Case
 
-    from megatron_ebft.checkpointing.checkpoint import load_checkpoint
-    from megatron_ebft.checkpointing.fingerprint import sharded_tensors, sharded_weights, weights_fingerprint
+    from megatron_ebft.checkpointing.fingerprint import weights_fingerprint
+    from megatron_ebft.checkpointing.loader import load_checkpoint
     from megatron_ebft.common.device import init_device
     from megatron_ebft.model.decoder import build_frozen, copy_weights, unwrap
     from megatron_ebft.parallel import groups

@@ -19,7 +19,7 @@ from megatron.core.optimizer import get_megatron_optimizer
 from models import largest_difference
 from ranks import enter_world, run_ranks
 
-from megatron_ebft.checkpointing.checkpoint import TrainState
+from megatron_ebft.checkpointing.record import TrainState
 from megatron_ebft.common.device import device, init_device
 from megatron_ebft.common.timer import PhaseTimer
 from megatron_ebft.model import decoder, log_probabilities

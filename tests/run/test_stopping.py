@@ -17,8 +17,8 @@ from test_training import arguments, data, scalars  # noqa: F401
 from test_training import start as start_run
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_ebft.checkpointing.checkpoint import Saver
-from megatron_ebft.checkpointing.files import latest_iteration
+from megatron_ebft.checkpointing.folders import latest_iteration
+from megatron_ebft.checkpointing.saver import Saver
 from megatron_ebft.model.decoder import unwrap
 from megatron_ebft.parallel import groups
 from megatron_ebft.run import stopping, training

@@ -14,8 +14,9 @@ from preprocess_data import main as preprocess
 from ranks import free_port
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_ebft.checkpointing.checkpoint import Saver, load_weights
-from megatron_ebft.checkpointing.files import read_metadata
+from megatron_ebft.checkpointing.loader import load_weights
+from megatron_ebft.checkpointing.record import read_metadata
+from megatron_ebft.checkpointing.saver import Saver
 from megatron_ebft.common.timer import PhaseTimer
 from megatron_ebft.method.evaluation import evaluate
 from megatron_ebft.method.means import Means
