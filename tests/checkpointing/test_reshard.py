@@ -17,12 +17,15 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
-from megatron_ebft.checkpointing.checkpoint import Saver, TrainState, load_checkpoint, load_weights
 from ranks import enter_world, run_ranks
-from test_checkpoint import ARGS, META, Run
+from small_run import ARGS, META, SmallRun
 
-from megatron_ebft.checkpointing import checkpoint
-from megatron_ebft.checkpointing.fingerprint import sharded_tensors, weights_fingerprint
+from megatron_ebft.checkpointing.fingerprint import weights_fingerprint
+from megatron_ebft.checkpointing.loader import load_checkpoint, load_weights
+from megatron_ebft.checkpointing.record import TrainState
+from megatron_ebft.checkpointing.saver import Saver
+from megatron_ebft.checkpointing.sharded_state import sharded_state
+from megatron_ebft.checkpointing.sharded_weights import sharded_tensors
 from megatron_ebft.common.device import device
 from megatron_ebft.model.attention import CausalPattern, as_mask
 from megatron_ebft.model.decoder import build_encoder, build_frozen
@@ -44,7 +47,7 @@ def padded_vocabulary(tp: int) -> int:
     return VOCAB + -VOCAB % (10 * tp)
 
 
-class StepRun(Run):
+class StepRun(SmallRun):
     """A run at the present layout; its data depend on the step alone."""
 
     def __init__(self, name: str):
@@ -94,7 +97,7 @@ class StepRun(Run):
     def state(self) -> dict[str, torch.Tensor]:
         """Every tensor of a checkpoint, put together from all ranks."""
         mine = [(tensor.key, tensor.global_shape, tensor.global_offset, tensor.data.detach().cpu())
-                for tensor in sharded_tensors(checkpoint._sharded_state(*self.parts, with_rng=False))
+                for tensor in sharded_tensors(sharded_state(*self.parts, with_random_states=False))
                 if is_main_replica(tensor.replica_id)]
         whole = {}
         for key, shape, offset, data in itertools.chain(*gather(mine)):

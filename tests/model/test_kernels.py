@@ -208,11 +208,12 @@ def compare(folder: str) -> None:
     """Policies of both kinds of layers, and what checkpoints of one are to the other; where the stand-in is."""
     import models
     from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear
-    from test_checkpoint import ARGS, META, Run, seed_all
+    from small_run import ARGS, META, SmallRun, seed_all
     from test_golden import Case
 
     from megatron_ebft.checkpointing.fingerprint import weights_fingerprint
     from megatron_ebft.checkpointing.loader import load_checkpoint
+    from megatron_ebft.checkpointing.sharded_weights import sharded_tensors, sharded_weights
     from megatron_ebft.common.device import init_device
     from megatron_ebft.model.decoder import build_frozen, copy_weights, unwrap
     from megatron_ebft.parallel import groups
@@ -226,7 +227,7 @@ def compare(folder: str) -> None:
             qk_layernorm=True, add_bias_linear=True, add_qkv_bias=True, swiglu=False, normalization="LayerNorm",
             position_embedding_type="learned_absolute", untie_embeddings_and_output_weights=False)}.items():
         args = ARGS.__class__(**{**vars(ARGS), **changes})
-        local, te = (Run(args=args, transformer_impl=kind) for kind in kinds)
+        local, te = (SmallRun(args=args, transformer_impl=kind) for kind in kinds)
         layer = unwrap(te.model[0]).decoder.layers[0]
         assert isinstance(layer.self_attention.linear_qkv, TELayerNormColumnParallelLinear)
         assert all(x.fuse_wgrad_accumulation for x in te.model[0].modules() if hasattr(x, "fuse_wgrad_accumulation"))

@@ -29,8 +29,8 @@ def main(argv: list[str]) -> None:
                         "model")
     parser.add_argument("--hf-template", metavar="DIR", help="Hugging Face folder whose config.json, "
                         "generation_config.json and tokenizer replace those in the checkpoint")
-    parser.add_argument("--max-shard-size", type=float, default=5.0, metavar="GB", help="size of a safetensors file, in "
-                        "10⁹ bytes (default: 5)")
+    parser.add_argument("--max-shard-size", type=float, default=5.0, metavar="GB", help="size of a safetensors file "
+                        "in 10⁹ bytes (default: 5)")
     verify.add_flags(parser)
     args, say = parser.parse_args(argv), functools.partial(print, flush=True)
     verify.check_flags(args)

@@ -131,7 +131,7 @@ def _transformers(folder: str, weights, reader, tokens: Tensor, positions: Tenso
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device())  # has buffers that are not weights
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device())  # it has buffers only
     entries = parse_config(read_config(folder, "--hf-model"), folder).entries
     stored = {name: reader.dtypes[key] for key, entry in entries.items() for name in entry.names}
 
