@@ -163,7 +163,7 @@ def check(folder: Path) -> None:
 
 def check_constructors() -> None:
     """Of all kinds of layers, as Megatron-Core calls them."""
-    from small_run import ARGS
+    from checkpoint_runs import ARGS
 
     from megatron_ebft.model.decoder import build_frozen
 

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from small_run import SmallRun
+from checkpoint_runs import SmallRun
 
 
 @pytest.fixture(scope="module")

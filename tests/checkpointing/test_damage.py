@@ -5,7 +5,7 @@ import os
 import random
 
 import pytest
-from small_run import ARGS, META, truncate
+from checkpoint_runs import ARGS, META, truncate
 
 from megatron_ebft.checkpointing.folders import MANIFEST, POINTER, complete_iterations
 from megatron_ebft.checkpointing.loader import load_weights, newest_whole

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from checkpoint_runs import ARGS
 from megatron.core.dist_checkpointing import ShardedTensor
-from small_run import ARGS
 
 from megatron_ebft.checkpointing.fingerprint import _tensor_hash, weights_fingerprint
 from megatron_ebft.model.decoder import build_frozen

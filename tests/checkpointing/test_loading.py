@@ -4,9 +4,9 @@ import resource
 
 import pytest
 import torch
+from checkpoint_runs import ARGS, META, SmallRun, equal_tensors, seed_all
 from megatron.core import parallel_state
 from ranks import run_ranks
-from small_run import ARGS, META, SmallRun, equal_tensors, seed_all
 
 from megatron_ebft.checkpointing.fingerprint import weights_fingerprint
 from megatron_ebft.checkpointing.loader import load_checkpoint, load_weights

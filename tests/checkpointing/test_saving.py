@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from checkpoint_runs import META, SmallRun, equal_tensors
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from small_run import META, SmallRun, equal_tensors
 
 from megatron_ebft.checkpointing import saver as saver_module
 from megatron_ebft.checkpointing.folders import MANIFEST, POINTER, complete_iterations, latest_iteration

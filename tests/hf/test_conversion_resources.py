@@ -31,7 +31,7 @@ folder = sys.argv[1]
 for convert, source, target in ((hf_to_megatron, "", ".c"), (megatron_to_hf, ".c", ".h")):
     convert(f"{folder}/small{source}", f"{folder}/small{target}")  # what is imported and cached on the way
     before = kilobytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     convert(f"{folder}/large{source}", f"{folder}/large{target}")
     print("added", kilobytes("VmHWM") - before)
 """
@@ -41,7 +41,7 @@ def test_memory_is_that_of_the_largest_tensor(tmp_path):
     """Converting a model of 200 MB adds no more than three of its largest tensors, and a little."""
     save_model(tmp_path / "small", "llama 3.1")
     large = save_model(tmp_path / "large", "llama 3.1", torch.bfloat16, "70MB", vocab_size=8192, hidden_size=768,
-                         intermediate_size=2048, num_hidden_layers=14)
+                       intermediate_size=2048, num_hidden_layers=14)
     size = sum(path.stat().st_size for path in large.glob("*.safetensors"))
     largest = max(x.nbytes for x in read_tensors(large).values())
     assert size > 195e6 and len(list(large.glob("*.safetensors"))) == 4 and largest < size / 14

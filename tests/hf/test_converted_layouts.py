@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from checkpoint_runs import SmallRun
 from hf_models import (
     LENGTH,
     MODELS,
@@ -19,7 +20,6 @@ from hf_models import (
 )
 from megatron.core import parallel_state
 from ranks import enter_world, run_ranks
-from small_run import SmallRun
 
 from megatron_ebft.checkpointing.loader import load_weights
 from megatron_ebft.checkpointing.record import TrainState, read_metadata

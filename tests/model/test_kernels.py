@@ -207,8 +207,8 @@ def with_te(tmp_path_factory):
 def compare(folder: str) -> None:
     """Policies of both kinds of layers, and what checkpoints of one are to the other; where the stand-in is."""
     import models
+    from checkpoint_runs import ARGS, META, SmallRun, seed_all
     from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear
-    from small_run import ARGS, META, SmallRun, seed_all
     from test_golden import Case
 
     from megatron_ebft.checkpointing.fingerprint import weights_fingerprint
