@@ -11,6 +11,7 @@ import time
 import warnings
 
 from megatron_ebft.common import signals
+from megatron_ebft.common.errors import StepFailed
 from megatron_ebft.run import stopping
 
 
@@ -21,9 +22,10 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     from megatron_ebft.parallel.groups import init_parallel, shut_down
     from megatron_ebft.run.arguments import parallel_sizes, parse_args
-    from megatron_ebft.run.build import build_run, describe
+    from megatron_ebft.run.build import build_run
+    from megatron_ebft.run.describe import describe
     from megatron_ebft.run.logger import Logger
-    from megatron_ebft.run.training import train
+    from megatron_ebft.run.loop import train
     from megatron_ebft.run.watchdog import PATIENCE, Watchdog
 
     start = time.perf_counter()
@@ -34,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run = build_run(args)
         run.watchdog = watchdog
-        for model in filter(None, (*run.policy, run.encoder, run.reference)):
+        for model in filter(None, (*run.policy, run.encoder, run.start)):
             model.register_forward_pre_hook(watchdog.move)
         log = Logger(args.tensorboard_dir, run.state.iteration, args.train_iters,
                      args.global_batch_size * args.seq_length, args.ebft_rollout_length, run.tokenizer)
@@ -61,5 +63,5 @@ if __name__ == "__main__":
         sys.exit(main())
     except ValueError as error:
         fail(error, stopping.EXIT_USAGE)
-    except stopping.StepFailed as error:
+    except StepFailed as error:
         fail(error, stopping.EXIT_STEP_FAILED)

@@ -1,6 +1,6 @@
-"""Fixtures shared by all tests: process groups of one rank, and the `gpu` marker."""
+"""Fixtures shared by all tests, the `gpu` marker, and which tests share a worker of pytest-xdist."""
 
-import brute_force
+import plain_llama
 import pytest
 import torch
 
@@ -8,7 +8,10 @@ from megatron_ebft.common.device import have_gpu, init_device
 
 init_device()
 
+import small_run  # noqa: E402
+
 from megatron_ebft.parallel import groups  # noqa: E402
+from megatron_ebft.run.arguments import parse_args  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +28,24 @@ def one_rank():
 @pytest.fixture(scope="module")
 def float64():
     """Models of models.py, and brute force, in float64 throughout, rotary angles included."""
-    frequencies = brute_force.rope_frequencies
+    frequencies = plain_llama.rope_frequencies
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(brute_force, "rope_frequencies", lambda config: frequencies(config).double())
+        patch.setattr(plain_llama, "rope_frequencies", lambda config: frequencies(config).double())
         torch.set_default_dtype(torch.float64)
         yield
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Flags of the dataset of a small run."""
+    return small_run.dataset(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def arguments(data):
+    """Flags → parsed arguments of a small run."""
+    return lambda *more: parse_args([*data, *small_run.MODEL, *small_run.SMALL, "--train-iters", "4", *more])
 
 
 def pytest_collection_modifyitems(items):

@@ -9,6 +9,7 @@ must be in force, in rollouts and in training; and with the three kernels of a l
 the golden steps must come out. Passes in FP8 need its kernels: tests/gpu.
 """
 
+import dataclasses
 import enum
 import importlib.abc
 import importlib.machinery
@@ -163,22 +164,25 @@ def check(folder: Path) -> None:
 
 def check_constructors() -> None:
     """Of all kinds of layers, as Megatron-Core calls them."""
-    from checkpoint_runs import ARGS
+    import models
+    import plain_llama
+    from golden import GOLDEN
 
     from megatron_ebft.model.decoder import build_frozen
 
+    architecture = models.architecture(plain_llama.load_llama(GOLDEN / "llama")[0])
     for changes in (dict(), dict(normalization="LayerNorm", add_bias_linear=True), dict(qk_layernorm=True),
                     dict(add_qkv_bias=True)):
-        args = type(ARGS)(**{**vars(ARGS), **changes})
+        args = dataclasses.replace(architecture, **changes)
         build_frozen(args, transformer_impl="transformer_engine", bf16=True, params_dtype=torch.bfloat16)
 
 
 def check_fp8() -> None:
     """The recipe and the number format that are in force in a layer, in rollouts and in training."""
-    import brute_force
     import models
+    import plain_llama
+    from golden import GOLDEN
     from megatron.core.fp8_utils import get_fp8_context
-    from test_brute_force import GOLDEN
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
     from megatron_ebft.model import fp8
@@ -190,7 +194,7 @@ def check_fp8() -> None:
 
     for recipe, name in (("blockwise", "Float8BlockScaling"), ("tensorwise", "Float8CurrentScaling")):
         seen = []
-        policy = models.build_policy(*brute_force.load_llama(GOLDEN / "llama"), transformer_impl="transformer_engine",
+        policy = models.build_policy(*plain_llama.load_llama(GOLDEN / "llama"), transformer_impl="transformer_engine",
                                      fp8="hybrid", fp8_recipe=recipe)
         layer = local_layers(policy[0])[1]
         caching = {part: module for part, module in layer.named_modules() if hasattr(module, "_fp8_workspaces")}
@@ -208,7 +212,7 @@ def check_fp8() -> None:
 def check_golden_steps() -> None:
     """Forward and backward, weight gradients added in place: twice, since layers of a first micro-batch write over what
     is in the buffer, and a rollout in FP8 makes the next pass one."""
-    from test_golden import STEPS, Case
+    from golden import STEPS, Case
 
     from megatron_ebft.model import fp8
     from megatron_ebft.model.decoder import local_layers

@@ -105,7 +105,7 @@ AT_ONCE, WHOLE, NO_FP8 = "sft, rows at once", "ebft, whole rows", "ebft, no FP8"
 def build_pretrained(args):
     """A Run on a checkpoint's weights and a dataset, and this rank's rows of each repeat's global batch."""
     from megatron_ebft.run.build import build_run
-    from megatron_ebft.run.training import gold_batch
+    from megatron_ebft.run.loop import gold_batch
 
     args.use_checkpoint_args, args.eval_interval = True, 0
     run = build_run(args)
@@ -114,32 +114,18 @@ def build_pretrained(args):
 
 def build(args):
     """A Run on random weights, and random rows on this rank, the same for every repeat."""
-    from megatron.core.optimizer import get_megatron_optimizer
-
-    from megatron_ebft.checkpointing.record import TrainState
     from megatron_ebft.common.device import device
     from megatron_ebft.data.micro_batches import GoldBatch
-    from megatron_ebft.model.decoder import build_encoder, build_policy, copy_weights
     from megatron_ebft.parallel.groups import document_rank, document_size
-    from megatron_ebft.run.arguments import (
-        ddp_config,
-        ebft_config,
-        model_args,
-        optimizer_config,
-        policy_overrides,
-        transformer_overrides,
-    )
-    from megatron_ebft.run.build import build_scheduler
-    from megatron_ebft.run.training import Run
+    from megatron_ebft.run.arguments import ebft_config, model_args
+    from megatron_ebft.run.loop import Run
+    from megatron_ebft.run.models import build_models, build_optimizer
 
-    architecture, overrides = model_args(args, args.vocab_size), transformer_overrides(args)
-    config = ebft_config(args, architecture.num_layers)
-    policy = build_policy(architecture, ddp_config(args), **policy_overrides(args))
-    encoder = build_encoder(architecture, max(config.feature_map.layers), **overrides)
-    copy_weights(policy, encoder)
-    optimizer = get_megatron_optimizer(optimizer_config(args), policy)
-    run = Run("ebft", policy, encoder, None, optimizer, build_scheduler(args, optimizer), config, None, None, None,
-              args, {}, TrainState())
+    config = ebft_config(args, args.num_layers)
+    models = build_models(args, model_args(args, args.vocab_size), config)
+    optimizer, scheduler = build_optimizer(args, models.policy)
+    run = Run(mode="ebft", policy=models.policy, encoder=models.encoder, optimizer=optimizer, scheduler=scheduler,
+              config=config, args=args)
     rows = args.global_batch_size // document_size()
     generator = torch.Generator().manual_seed(args.seed)
     tokens = torch.randint(0, args.vocab_size, (args.global_batch_size, args.seq_length), generator=generator)
@@ -151,7 +137,7 @@ def build(args):
 def measure_step(run, gold) -> tuple[dict[str, float], dict[str, float]]:
     """Seconds of one step, by phase and in all; and its metrics."""
     from megatron_ebft.common.timer import PhaseTimer
-    from megatron_ebft.run.training import train_step
+    from megatron_ebft.run.loop import train_step
 
     timer, start = PhaseTimer(), time.perf_counter()
     metrics = train_step(run, gold, timer, check=False)
@@ -160,7 +146,7 @@ def measure_step(run, gold) -> tuple[dict[str, float], dict[str, float]]:
 
 def count_flops(run, gold) -> dict[str, float]:
     """Floating-point operations of the phases' matrix products and attention."""
-    from megatron_ebft.run.training import train_step
+    from megatron_ebft.run.loop import train_step
 
     counts = {}
 
@@ -247,7 +233,7 @@ def attention_share(phases: dict[str, list]) -> float:
 
 def profiled_step(run, gold) -> dict[str, list[tuple[str, float, int]]]:
     """Name, milliseconds and number of calls of the GPU's kernels in one step, by phase, longest first."""
-    from megatron_ebft.run.training import train_step
+    from megatron_ebft.run.loop import train_step
 
     phases = {}
 

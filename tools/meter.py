@@ -45,7 +45,7 @@ class _Storage:
 
 
 class Meter(TorchDispatchMode):
-    """Measures while it is entered. Called with a phase's name it is the `timer` of training.train_step.
+    """Measures while it is entered. Called with a phase's name it is the `phase` of loop.train_step.
 
     Args:
         vocab_shard: last dimension of logits.

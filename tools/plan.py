@@ -35,7 +35,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from unittest import mock
 
-GIB, KINDS = 2**30, ("weights", "gradients", "optimizer", "encoder", "reference", "caches", "logits", "activations",
+GIB, KINDS = 2**30, ("weights", "gradients", "optimizer", "encoder", "start", "caches", "logits", "activations",
                      "data")
 EFFICIENCY = {"compute": 0.6, "memory": 0.7, "links": 0.7}
 """Shares of the peaks that large matrix products, streaming kernels and large messages reach."""
@@ -76,37 +76,32 @@ GPUS = {"h100": Cluster(79.0, 989.0, 3350.0, 450.0, 50.0), "h200": Cluster(139.0
 def build(args, meter):
     """The parts of a run on random weights, each under its kind, and this rank's rows of a global batch."""
     import torch
-    from megatron.core import optimizer
 
-    from megatron_ebft.checkpointing.record import TrainState
     from megatron_ebft.common.device import device
     from megatron_ebft.data.micro_batches import GoldBatch
-    from megatron_ebft.model import decoder
     from megatron_ebft.parallel.groups import document_size
-    from megatron_ebft.run import arguments
-    from megatron_ebft.run.build import build_scheduler
-    from megatron_ebft.run.training import Run
+    from megatron_ebft.run.arguments import ebft_config, model_args
+    from megatron_ebft.run.loop import Run
+    from megatron_ebft.run.models import build_models, build_optimizer
 
-    architecture, overrides = arguments.model_args(args, args.vocab_size), arguments.transformer_overrides(args)
-    config, encoder, reference = None, None, None
-    with meter.kind("weights"):
-        policy = decoder.build_policy(architecture, arguments.ddp_config(args), **arguments.policy_overrides(args))
-    for chunk in policy:
+    def unchanged(model) -> None:
+        """Weights have no values to copy."""
+
+    is_ebft = args.training_mode == "ebft"
+    config = ebft_config(args, args.num_layers) if is_ebft else None
+    kinds = {"policy": "weights", "encoder": "encoder", "start": "start"}
+    models = build_models(args, model_args(args, args.vocab_size), config, encoder_from=unchanged,
+                          start_from=unchanged, has_start=is_ebft and bool(args.ebft_kl_coef or args.ebft_track_kl),
+                          part=lambda name: meter.kind(kinds[name]))
+    for chunk in models.policy:
         for buffer in chunk.buffers:
             meter.label(buffer.grad_data, "gradients")
-    if args.training_mode == "ebft":
-        config = arguments.ebft_config(args, architecture.num_layers)
-        with meter.kind("encoder"):
-            encoder = decoder.build_encoder(architecture, max(config.feature_map.layers), **overrides)
-        if args.ebft_kl_coef or args.ebft_track_kl:
-            with meter.kind("reference"):
-                reference = decoder.build_frozen(architecture, **overrides)
     with meter.kind("optimizer"):
-        adam = optimizer.get_megatron_optimizer(arguments.optimizer_config(args), policy)
-        adam.prepare_grads()
-        adam.step()  # makes its moments
-    run = Run(args.training_mode, policy, encoder, reference, adam, build_scheduler(args, adam), config, None, None,
-              None, args, {}, TrainState())
+        optimizer, scheduler = build_optimizer(args, models.policy)
+        optimizer.prepare_grads()
+        optimizer.step()  # makes its moments
+    run = Run(mode=args.training_mode, policy=models.policy, encoder=models.encoder, start=models.start,
+              optimizer=optimizer, scheduler=scheduler, config=config, args=args)
     with meter.kind("data"):
         shape = (args.global_batch_size // document_size(), args.seq_length)
         gold = GoldBatch(torch.zeros(shape, dtype=torch.int64, device=device()), torch.arange(shape[0]).to(device()),
@@ -117,12 +112,12 @@ def build(args, meter):
 
 def measure(args, cluster: Cluster) -> dict:
     """One step of this rank, JSON-able: of tensors with data, or without."""
+    from exchange import feature_exchange
     from meter import Meter
 
     from megatron_ebft.model.attention import PrefillPattern
     from megatron_ebft.run.arguments import model_args
-    from megatron_ebft.run.build import feature_exchange
-    from megatron_ebft.run.training import train_step
+    from megatron_ebft.run.loop import train_step
 
     meter = Meter(model_args(args, args.vocab_size).padded_vocab_size // args.tensor_model_parallel_size,
                   cluster.operation)
@@ -152,7 +147,7 @@ def measure(args, cluster: Cluster) -> dict:
 
 def idle(args, run, gold) -> dict[str, float]:
     """Share of each phase in which this stage waits for others."""
-    from megatron_ebft.method.ebft import training_rows
+    from megatron_ebft.method.batches import training_rows
     from megatron_ebft.rollout.sampler import Rollouts
     from megatron_ebft.rollout.schedule import idle_fraction, row_groups
 
@@ -163,7 +158,7 @@ def idle(args, run, gold) -> dict[str, float]:
         micro_batches = len(training_rows(gold, Rollouts(gold.tokens_BT, None, None), run.config))
         groups = len(row_groups(rows, stages, args.ebft_rollout_rows))
         shares["rollout"] = idle_fraction(groups, stages, run.config.layout.rollout_length, virtual)
-        shares["features"] = shares["reference"] = (stages - 1) / (micro_batches + stages - 1)
+        shares["features"] = shares["start_scores"] = (stages - 1) / (micro_batches + stages - 1)
     shares["train"] = (stages - 1) / (micro_batches * virtual + stages - 1)
     return shares
 

@@ -2,8 +2,8 @@
 
     python tools/preflight.py --world-size 32 --ranks-per-node 8 --gpus-per-node 8 <the training flags of the run>
 
-1. The checks are those of training itself (build.py), made by one process that is rank 0 of ranks that are not there
-   (simulate.py); where one fails, the others still run. Each line names the flag and what to do.
+1. The checks are those of training itself (run/build.py, run/resume.py). One process makes them, as rank 0 of ranks
+   that do not exist (simulate.py); where one fails, the others still run. Each line names the flag and the remedy.
 2. Checkpoints are opened, and their files must have the sizes of the manifest, the small ones also their checksums;
    those of the tensors are left to the ranks, which share the reading. Dataset indices are built where there are none,
    and found by the ranks later.
@@ -167,7 +167,7 @@ def check_run(args, problems: Problems) -> list[str]:
     """Everything but GPUs; what the run is, in words."""
     from megatron_ebft.checkpointing.record import read_metadata
     from megatron_ebft.data.tokenizer import build_tokenizer
-    from megatron_ebft.run import arguments, build
+    from megatron_ebft.run import arguments, build, resume
 
     is_resumed, tokenizer, words = False, None, []
     with problems.collected():
@@ -175,12 +175,12 @@ def check_run(args, problems: Problems) -> list[str]:
     with problems.collected(), rank_zero(args.world_size, arguments.parallel_sizes(args)):
         build.check_batch(args)
     with problems.collected():
-        is_resumed = build.find_resume(args)
+        is_resumed = resume.find_resume(args)
     readers = check_checkpoints(args, is_resumed, problems)
     origin = "--load" if is_resumed else "--pretrained-checkpoint"
     if args.use_checkpoint_args and origin in readers:
         with problems.collected():
-            build.restore_architecture(args, origin, readers[origin].folder)
+            resume.restore_architecture(args, origin, readers[origin].folder)
     if not args.use_checkpoint_args or origin in readers or args.tokenizer_model:
         with problems.collected():
             tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, args.vocab_size)
@@ -189,7 +189,7 @@ def check_run(args, problems: Problems) -> list[str]:
     if tokenizer is not None:
         for flag, reader in readers.items():
             with problems.collected():
-                build.check_tokenizer(read_metadata(reader.folder, flag=flag), tokenizer, flag)
+                resume.check_tokenizer(read_metadata(reader.folder, flag=flag), tokenizer, flag)
         with problems.collected():
             parameters, size = checkpoint_bytes(args, tokenizer.vocab_size)
             words.append(f"{parameters / 1e6:.4g} M parameters")

@@ -101,37 +101,21 @@ def load_hf_weights(policy: list, hf, weights) -> None:
 
 
 def build(args, hf, weights):
-    """Policy, encoder, and with a KL term the reference, with their weights."""
-    from megatron_ebft.checkpointing.loader import load_weights
-    from megatron_ebft.model.decoder import build_encoder, build_frozen, build_policy, copy_weights, free_fields
-    from megatron_ebft.run.arguments import (
-        ddp_config,
-        ebft_config,
-        model_args,
-        policy_overrides,
-        transformer_overrides,
-    )
+    """Policy, encoder and, with a KL term, the start, with their weights; and the configuration of the method."""
+    from megatron_ebft.run.arguments import ebft_config, model_args
+    from megatron_ebft.run.models import Source, build_models
 
-    architecture, overrides = model_args(args, hf.architecture.vocab_size), transformer_overrides(args)
-    fields = dataclasses.asdict(architecture)
-    fixed = {name: value for name, value in fields.items() if name not in free_fields(fields)}
-    ddp = dataclasses.replace(ddp_config(args), use_distributed_optimizer=False)
-    policy = build_policy(architecture, ddp, **policy_overrides(args))
-    config = dataclasses.replace(ebft_config(args, architecture.num_layers), skip_duplicates=False)
-    encoder = build_encoder(architecture, max(config.feature_map.layers), **overrides)
-    reference = build_frozen(architecture, **overrides) if args.ebft_kl_coef else None
-    if weights is not None:
+    def from_hf(policy: list) -> None:
         load_hf_weights(policy, hf, weights)
-    else:
-        load_weights(args.load, policy, architecture=fixed, flag="--load")
-    flags = ("--ebft-encoder-load", args.ebft_encoder_load), ("--pretrained-checkpoint", args.pretrained_checkpoint)
-    for model, sources in ((encoder, flags), (reference, flags[1:])):
-        flag, folder = next((source for source in sources if source[1]), (None, None))
-        if model is not None and folder:
-            load_weights(folder, model, architecture=fixed, flag=flag)
-        elif model is not None:
-            copy_weights(policy, model)
-    return policy, encoder, reference, config
+
+    config = dataclasses.replace(ebft_config(args, hf.architecture.num_layers), skip_duplicates=False)
+    encoder, pretrained = (Source(f"--{flag}", folder) if (folder := vars(args)[flag.replace("-", "_")]) else None
+                           for flag in ("ebft-encoder-load", "pretrained-checkpoint"))
+    models = build_models(args, model_args(args, hf.architecture.vocab_size), config,
+                          policy_from=Source("--load", args.load) if weights is None else from_hf,
+                          encoder_from=encoder or pretrained, start_from=pretrained, has_start=bool(args.ebft_kl_coef),
+                          use_distributed_optimizer=False)
+    return models, config
 
 
 @contextmanager
@@ -147,35 +131,37 @@ def phase(name: str, models: list, passes: int, say):
     say(f"{name} {clock(time.perf_counter() - progress.start)}")
 
 
-def compute(step, policy: list, encoder, reference, config, say) -> dict[str, torch.Tensor]:
+def compute(step, models, config, say) -> dict[str, torch.Tensor]:
     """Every result but the gradients, which are left in the policy's buffers; the same on every rank."""
     from gather import gather_features
 
-    from megatron_ebft.data.micro_batches import MicroBatches
-    from megatron_ebft.method import ebft
+    from megatron_ebft.method.batches import encoder_rows
+    from megatron_ebft.method.gradient import policy_gradient, score
     from megatron_ebft.method.means import Means
+    from megatron_ebft.method.rewards import compute_advantages, compute_rewards, feature_grams
     from megatron_ebft.model.fp8 import quantised
     from megatron_ebft.parallel.groups import all_documents, all_samples
     from megatron_ebft.run.step_file import gather_results
 
+    policy, encoder = models.policy, models.encoder
     gold, rollouts = step.mine()
-    rows = MicroBatches(gold, rollouts.tokens_BKNG, config.layout, config.layout.rollout_length,
-                        config.micro_batch_size, config.blocks_per_microbatch)
+    rows = encoder_rows(gold, rollouts, config)
     with phase("features", [encoder], len(rows), say), torch.no_grad(), quantised([encoder], config.encoder_fp8):
         features_BKND, features_BKD = gather_features(encoder, config.feature_map, rows)
     with phase("rewards", [encoder], len(rows), say):
-        rewards = ebft.compute_rewards(encoder, gold, rollouts, config)
-    start, means = None, Means()
-    if reference is not None:
-        with phase("reference", [reference], len(rows), say):
-            start = ebft.score(reference, gold, rollouts, config).rollout_BKNG
+        rewards = compute_rewards(feature_grams(encoder, gold, rollouts, config), rollouts, config)
+        advantage_BKN = compute_advantages(rewards, config)
+    start_BKNG, means = None, Means()
+    if models.start is not None:
+        with phase("start scores", [models.start], len(rows), say):
+            start_BKNG = score(models.start, gold, rollouts, config).rollout_BKNG
     for chunk in policy:
         chunk.zero_grad_buffer()
     with phase("gradient", policy, len(rows) * len(policy), say):
-        scores = ebft.policy_gradient(policy, gold, rollouts, rewards.advantage, config, means, start)
+        scores = policy_gradient(policy, gold, rollouts, advantage_BKN, config, means, start_BKNG)
     return {"features_gold": all_documents(features_BKD),
             "features_rollout": all_documents(all_samples(features_BKND)).transpose(1, 2),
-            **gather_results(step, rewards, scores, means.reduce())}
+            **gather_results(step, rewards, advantage_BKN, scores, means.reduce())}
 
 
 def write(args, step, results: dict, policy: list, hf, say) -> None:
@@ -245,9 +231,9 @@ def main(argv: list[str]) -> None:
     say(f"step {step.iteration or '(without a number)'} of {args.batch}: {args.global_batch_size} documents of "
         f"{args.seq_length} tokens, {step.layout.num_blocks} blocks × {args.ebft_num_samples} rollouts × "
         f"{args.ebft_rollout_length} tokens")
-    policy, *others = build(args, hf, weights)
-    results = compute(step, policy, *others, say)
-    write(args, step, results, policy, hf, say)
+    models, config = build(args, hf, weights)
+    results = compute(step, models, config, say)
+    write(args, step, results, models.policy, hf, say)
     wrong = compare(args.batch, args.output, args.tolerance, say) if torch.distributed.get_rank() == 0 else []
     shut_down()
     if wrong:

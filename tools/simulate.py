@@ -103,17 +103,18 @@ def _all_the_same(found: list, mine, group=None) -> None:
 @contextmanager
 def simulated_rank(rank: int, world_size: int):
     """Within: torch.distributed runs with this rank of that many."""
-    from megatron.core import optimizer, parallel_state
+    from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from megatron_ebft.model import kernels
+    from megatron_ebft.run import models
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     with _replaced((kernels, "found", kernels.Found),  # kernels of a GPU take no fake tensors
                    (parallel_state, "initialize_model_parallel",
                     partial(parallel_state.initialize_model_parallel, create_gloo_process_groups=False)),
-                   (optimizer, "get_megatron_optimizer",
-                    partial(optimizer.get_megatron_optimizer, use_gloo_process_groups=False)),
+                   (models, "get_megatron_optimizer",
+                    partial(models.get_megatron_optimizer, use_gloo_process_groups=False)),
                    (dist, "all_gather_object", _all_the_same),
                    (dist, "broadcast_object_list", lambda *args, **kwargs: None)):
         yield

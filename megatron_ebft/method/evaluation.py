@@ -14,8 +14,10 @@ from torch import Tensor
 from megatron_ebft.data.micro_batches import GoldBatch
 from megatron_ebft.layout.strided import StridedLayout
 from megatron_ebft.method import energy
-from megatron_ebft.method.ebft import EBFTConfig, encoder_rows, score
+from megatron_ebft.method.batches import encoder_rows
+from megatron_ebft.method.config import EBFTConfig
 from megatron_ebft.method.features import block_grams
+from megatron_ebft.method.gradient import score
 from megatron_ebft.method.losses import kl_estimate
 from megatron_ebft.method.means import Means
 from megatron_ebft.method.sft import cross_entropy_pass
@@ -49,14 +51,14 @@ def evaluation_config(config: EBFTConfig, longest: int) -> tuple[EBFTConfig, lis
     return replace(config, layout=layout, sampling=sampling), lengths
 
 
-def evaluate(policy: list, encoder, reference, batches: Iterable[GoldBatch], config: EBFTConfig | None,
+def evaluate(policy: list, encoder, start, batches: Iterable[GoldBatch], config: EBFTConfig | None,
              longest: int, micro_batch_size: int) -> tuple[dict[str, float], EvaluationRollouts | None]:
     """All evaluation metrics over `batches`, the same on every rank; those of which nothing could be measured (no
     completion of that length is valid) are left out.
 
     Args:
         encoder: None in plain next-token training without one: cross entropy only.
-        reference: frozen starting policy, or None: no KL.
+        start: frozen starting policy; None: its KL is not measured.
         config: the method's configuration; needed with an encoder.
         longest: completions are measured up to this many tokens.
     """
@@ -68,7 +70,7 @@ def evaluate(policy: list, encoder, reference, batches: Iterable[GoldBatch], con
         for gold in batches:
             cross_entropy_pass(policy, gold, micro_batch_size, means, forward_only=True)
             if encoder is not None:
-                rollouts, layout = _measure_rollouts(policy, encoder, reference, gold, config, longest, means)
+                rollouts, layout = _measure_rollouts(policy, encoder, start, gold, config, longest, means)
                 shown = shown or EvaluationRollouts(gold, layout, rollouts)
     for chunk in policy:
         chunk.train(was_training)
@@ -78,7 +80,7 @@ def evaluate(policy: list, encoder, reference, batches: Iterable[GoldBatch], con
     return metrics, shown
 
 
-def _measure_rollouts(policy, encoder, reference, gold, config, longest, means) -> tuple[Rollouts, StridedLayout]:
+def _measure_rollouts(policy, encoder, start, gold, config, longest, means) -> tuple[Rollouts, StridedLayout]:
     config, lengths = evaluation_config(config, longest)
     layout = config.layout
     rollouts = sample_rollouts(policy, gold, layout, config.sampling, EVALUATION_ITERATION, config.rollout_rows)
@@ -95,10 +97,10 @@ def _measure_rollouts(policy, encoder, reference, gold, config, longest, means) 
         means.add_masked(f"cfm_biased_length/{length:02d}", biased[:, :, i], valid_BK)
         means.add_masked(f"alignment_length/{length:02d}", alignment[:, :, i].mean(-1), valid_BK)
     means.add_masked("entropy", rollouts.entropy_BKNG, valid_BKNG)
-    if reference is not None:
-        start = score(reference, gold, rollouts, config, needed_BKN).rollout_BKNG
+    if start is not None:
+        start_BKNG = score(start, gold, rollouts, config, needed_BKN).rollout_BKNG
         # The sampler's log-probabilities are the policy's own; k3 has the lowest variance.
-        means.add_masked("kl_to_start", kl_estimate(rollouts.log_probs_BKNG, start, "k3"), valid_BKNG)
+        means.add_masked("kl_to_start", kl_estimate(rollouts.log_probs_BKNG, start_BKNG, "k3"), valid_BKNG)
     return rollouts, layout
 
 

@@ -44,17 +44,17 @@ def cross_entropy(log_probs: Tensor, valid: Tensor) -> Tensor:
     return -(log_probs * valid).sum()
 
 
-def kl_estimate(log_probs: Tensor, reference_log_probs: Tensor, estimator: str) -> Tensor:
-    """Estimate per token of KL(p_θ ‖ p_ref) from tokens sampled from p_θ; d = logp − logp_ref.
+def kl_estimate(log_probs: Tensor, start_log_probs: Tensor, estimator: str) -> Tensor:
+    """Estimate per token of KL(p_θ ‖ p_start) from tokens sampled from p_θ; d = logp − logp_start.
 
     k1 = d, differentiated as a score function (d·∇logp; its plain gradient ∇logp has zero mean): unbiased value and
     gradient. k2 = d²/2: the same gradient, a biased value. k3 = exp(−d) − 1 + d: unbiased value of low variance, and
-    the gradient of KL(p_ref ‖ p_θ).
+    the gradient of KL(p_start ‖ p_θ).
 
     Raises:
         ValueError: unknown estimator.
     """
-    d = log_probs - reference_log_probs
+    d = log_probs - start_log_probs
     if estimator == "k1":
         return d.detach() * on_policy_ratio(log_probs)
     if estimator == "k2":

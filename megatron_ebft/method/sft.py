@@ -1,4 +1,7 @@
-"""Next-token training: the SFT mode, and the cross entropy of evaluation."""
+"""Next-token training: the step of the SFT mode, and the cross entropy of evaluation."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -6,9 +9,32 @@ from megatron_ebft.data.micro_batches import GoldBatch, GoldMicroBatches
 from megatron_ebft.method import losses
 from megatron_ebft.method.means import Means
 from megatron_ebft.method.passes import run_schedule
+from megatron_ebft.method.update import clear_gradients, update
 from megatron_ebft.model.attention import CausalPattern, as_mask
 from megatron_ebft.model.log_probabilities import LogProbs, gold_section
 from megatron_ebft.parallel.groups import dp_sum
+
+
+def sft_step(*, policy: list, optimizer, gold: GoldBatch, micro_batch_size: int,
+             phase: Callable[[str], AbstractContextManager]) -> dict[str, float]:
+    """One optimizer step of next-token training on the global batch; returns its metrics, the same on every rank.
+
+    Args:
+        gold: this rank's rows of the global batch.
+        phase: makes the context of each phase, from its name.
+
+    Raises:
+        StepFailed: a loss or gradient that is not finite; the weights are as they were.
+    """
+    means = Means()
+    clear_gradients(policy, optimizer)
+    with phase("train"):
+        cross_entropy_pass(policy, gold, micro_batch_size, means, forward_only=False)
+    metrics = means.reduce()
+    metrics["loss"] = metrics.get("ce_loss", 0.0)
+    with phase("optimizer"):
+        metrics["grad_norm"] = update(optimizer, metrics["loss"])
+    return metrics
 
 
 def cross_entropy_pass(model, gold: GoldBatch, micro_batch_size: int, means: Means, forward_only: bool) -> None:

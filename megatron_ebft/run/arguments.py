@@ -15,7 +15,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron_ebft.data.tokenizer import TOKENIZER_TYPES
 from megatron_ebft.layout.strided import ROOMS, StridedLayout
 from megatron_ebft.method import energy, losses
-from megatron_ebft.method.ebft import EBFTConfig
+from megatron_ebft.method.config import EBFTConfig
 from megatron_ebft.method.features import FEATURE_NORMS, POOLINGS, FeatureMap
 from megatron_ebft.model import flex_attention, kernels
 from megatron_ebft.model.decoder import ModelArgs, feature_layers, split_layers

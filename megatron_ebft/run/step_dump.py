@@ -10,13 +10,10 @@ import os
 
 import torch.distributed as dist
 
-from megatron_ebft.data.micro_batches import GoldBatch
-from megatron_ebft.method.ebft import Rewards, Scores
-from megatron_ebft.method.means import Means
+from megatron_ebft.common.errors import StepFailed
+from megatron_ebft.method.step import EBFTStep
 from megatron_ebft.parallel.errors import collective_errors
-from megatron_ebft.rollout.sampler import Rollouts
 from megatron_ebft.run.step_file import Step, gather_results, gather_step, read_step, step_writer
-from megatron_ebft.run.stopping import StepFailed
 
 DUMP, REPLAY = "--ebft-dump-steps", "--ebft-replay-steps"
 FAILED = "failed_steps"
@@ -39,10 +36,10 @@ class StepDump:
     def __init__(self, args, iteration: int):
         self.args, self.iteration, self.held = args, iteration, None
 
-    def hold(self, gold: GoldBatch, rollouts: Rollouts, rewards: Rewards, scores: Scores, means: Means) -> None:
+    def hold(self, step: EBFTStep) -> None:
         """Keep this rank's part of the step for the dump."""
         if self.args.ebft_dump_steps or self.args.save:
-            self.held = (gold, rollouts, rewards, scores, means)
+            self.held = step
 
     def __enter__(self):
         return self
@@ -61,9 +58,9 @@ class StepDump:
             self._write(folder)
 
     def _write(self, folder: str) -> None:
-        gold, rollouts, rewards, scores, means = self.held
-        step = gather_step(self.args, self.iteration, gold, rollouts)
-        results = gather_results(step, rewards, scores, means.reduce())
+        held = self.held
+        step = gather_step(self.args, self.iteration, held.gold, held.rollouts)
+        results = gather_results(step, held.rewards, held.advantage_BKN, held.scores, held.means.reduce())
         with collective_errors():
             if dist.get_rank() == 0:
                 with step_writer(step_path(folder, self.iteration), DUMP, step, results, {}):

@@ -11,7 +11,7 @@
        features_gold [B, NB, D], features_rollout [B, n, NB, D]        written by tools/replay.py only
        alignment, diversity, reward, advantage [B·n, NB]
        log_probs [B·n, T + NB·G − 1]               of the training pass: gold tokens at τ = 1, rollout tokens at τ; in
-                                                   a failed step NaN for rollouts that the pass skipped (ebft.py)
+                                                   a failed step NaN for rollouts that the pass skipped
        rl_loss, ce_loss, kl_loss                   not multiplied by coefficients; kl_loss with a KL coefficient only
        grad.<Hugging Face name>                    of the whole loss; written by tools/replay.py only
 
@@ -39,7 +39,8 @@ from megatron_ebft.common.safetensors_writer import SafetensorsWriter
 from megatron_ebft.data.micro_batches import GoldBatch
 from megatron_ebft.layout.step_major import from_step_major, step_major_positions, to_step_major
 from megatron_ebft.layout.strided import StridedLayout, document_starts
-from megatron_ebft.method.ebft import Rewards, Scores
+from megatron_ebft.method.gradient import Scores
+from megatron_ebft.method.rewards import Rewards
 from megatron_ebft.parallel.groups import (
     all_documents,
     all_samples,
@@ -101,16 +102,18 @@ def gather_step(args: argparse.Namespace, iteration: int | None, gold: GoldBatch
                 Rollouts(*(_map(lambda x: all_documents(all_samples(x)), x) for x in _fields(rollouts))))
 
 
-def gather_results(step: Step, rewards: Rewards, scores: Scores, losses: dict[str, float]) -> dict[str, Tensor]:
+def gather_results(step: Step, rewards: Rewards, advantage_BKN: Tensor, scores: Scores,
+                   losses: dict[str, float]) -> dict[str, Tensor]:
     """The results of a step except features and gradients, from the parts of every rank, in the file's order.
 
     Args:
         losses: reduced means by name. A loss without valid tokens is missing there and 0 in the file.
     """
     args, layout = step.args, step.layout
-    reward = args.ebft_alignment_coef * rewards.alignment - args.ebft_diversity_coef * rewards.diversity
-    of_samples = {"alignment": rewards.alignment, "diversity": rewards.diversity, "reward": reward,
-                  "advantage": all_samples(rewards.advantage)}
+    alignment, diversity = rewards.alignment_BKn.float(), rewards.diversity_BKn.float()
+    reward = args.ebft_alignment_coef * alignment - args.ebft_diversity_coef * diversity
+    of_samples = {"alignment": alignment, "diversity": diversity, "reward": reward,
+                  "advantage": all_samples(advantage_BKN)}
     results = {key: to_step_major(layout, all_documents(x)[..., None]) for key, x in of_samples.items()}
     rollout_BKNG, gold_BT = all_documents(all_samples(scores.rollout_BKNG)), all_documents(scores.gold_BT)
     results["log_probs"] = to_step_major(layout, rollout_BKNG, gold_BT)

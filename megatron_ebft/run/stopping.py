@@ -25,10 +25,6 @@ class StopAsked(Exception):
     """All ranks stop here. The message says why."""
 
 
-class StepFailed(RuntimeError):
-    """A step was stopped before it changed the weights. Raised on every rank."""
-
-
 class Stopper:
     """Watches for requests to stop.
 

@@ -27,7 +27,7 @@ import types
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = map(str, (ROOT, ROOT / "tests", ROOT / "tools", ROOT / "tests/gpu"))
+sys.path[:0] = map(str, (ROOT, ROOT / "tests/support", ROOT / "tools"))
 os.environ.update(TORCHINDUCTOR_COMPILE_THREADS="1", TORCHINDUCTOR_FORCE_DISABLE_CACHES="1",
                   TRITON_ALWAYS_COMPILE="1")
 
@@ -82,30 +82,29 @@ def _passes():
     """Named functions that run the attention of one pass."""
     import benchmark
     import brute_force as bf
+    import gpu_cases
     import models
-    import test_attention
-    import test_step
-    from test_golden import STEPS, Case
+    from golden import STEPS, Case
 
     from megatron_ebft.layout.packed_row import split_blocks
-    from megatron_ebft.method import ebft
+    from megatron_ebft.method import gradient
     from megatron_ebft.method.evaluation import evaluation_config
     from megatron_ebft.run.arguments import build_parser, check_args, ebft_config, model_args
 
     cpu = dict(transformer_impl="local", attention_kernel="flex", bias_activation_fusion=False,
                bias_dropout_fusion=False)
-    for dtype, precision in ((torch.float32, test_step.FLOAT32), (torch.bfloat16, test_step.BF16)):
+    for dtype, precision in ((torch.float32, gpu_cases.FLOAT32), (torch.bfloat16, gpu_cases.BF16)):
         for step in STEPS:
             case = Case(step, 1, 3, **precision, **cpu)
             yield f"golden {step}, encoder", case.rewards
             yield f"golden {step}, training", case.gradient
-        policy, gold, layout, draw = test_step.small_sampler({**precision, **cpu})
+        policy, gold, layout, draw = gpu_cases.small_sampler({**precision, **cpu})
         yield "test_step, sampling", draw
         config = models.ebft_config(bf.Settings(bf.Geometry(8, 8, 8, 4), temperature=0.6), layout.seq_length, 4)
-        yield "test_step, score", lambda: ebft.score(policy[0], gold, draw(), config)  # noqa: B023
+        yield "test_step, score", lambda: gradient.score(policy[0], gold, draw(), config)  # noqa: B023
         for has_documents in (False, True):
-            row, document_BT = test_attention.row_and_documents(has_documents)
-            for shape in test_attention.SHAPES.values():
+            row, document_BT = gpu_cases.row_and_documents(has_documents)
+            for shape in gpu_cases.SHAPES.values():
                 yield "test_attention, rows", lambda: _row(row, 2, shape, dtype, True, document_BT)  # noqa: B023
             yield "test_attention, decoding", lambda: _decoding(row, 2, (8, 2, 64), dtype, document_BT)  # noqa: B023
     for name in ("1b", "8b"):

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from gpu_cases import SHAPES, row_and_documents
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_ebft.layout import visible_keys
-from megatron_ebft.layout.packed_row import split_blocks
-from megatron_ebft.layout.strided import StridedLayout, document_starts
+from megatron_ebft.layout.strided import document_starts
 from megatron_ebft.model.attention import DecodePattern, PrefillPattern, RolloutCache, StridedPattern
 from megatron_ebft.model.kernels import no_flex_attention
 
@@ -14,15 +14,7 @@ pytestmark = pytest.mark.gpu
 LIMITS = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
 """Relative error of outputs and gradients: some roundings of the dtype."""
 KERNELS = pytest.mark.parametrize("flex", [True, False], ids=["flex", "sdpa"])
-SHAPES = {"4 to a key head": (8, 2, 64), "7 to a key head": (14, 2, 128)}
-"""Query heads, key heads, head dimension."""
 DTYPES = pytest.mark.parametrize("dtype", LIMITS, ids=["float32", "bfloat16"])
-
-
-def row_and_documents(has_documents: bool, pad_to: int = 8):
-    row = split_blocks(StridedLayout(256, 8, 8, 8, 4, pad_to), 0, 7)[0]
-    index = torch.arange(256, device="cuda")
-    return row, torch.stack([(index > 100).long(), (index > 37).long() + (index > 200)]) if has_documents else None
 
 
 def heads(row, dtype, heads=8, groups=2, dim=64):

@@ -4,11 +4,12 @@ import dataclasses
 
 import brute_force as bf
 import models
+import plain_llama
 import pytest
 import torch
 from models import relative_error
 
-from megatron_ebft.method import ebft
+from megatron_ebft.method import gradient
 from megatron_ebft.method.means import Means
 from megatron_ebft.model import fp8, kernels
 from megatron_ebft.model.fp8 import FP8, quantised
@@ -29,7 +30,7 @@ def precision(request):
 
 @pytest.fixture
 def policy():
-    return models.build_policy(*bf.random_llama(0, **SIZES), **BF16)
+    return models.build_policy(*plain_llama.random_llama(0, **SIZES), **BF16)
 
 
 def sampled(policy, precision, pad_to=fp8.ROWS):
@@ -60,10 +61,10 @@ def test_a_layer_is_off_by_what_e4m3_rounds_away(policy, precision):
 
 def test_sampler_and_training_pass(policy, precision):
     gold, config, rollouts = sampled(policy, precision)
-    scores = ebft.score(policy[0], gold, rollouts, config)
+    scores = gradient.score(policy[0], gold, rollouts, config)
     mismatch = (scores.rollout_BKNG - rollouts.log_probs_BKNG).abs().mean().item()
     _, _, plain = sampled(policy, FP8())
-    in_bf16 = (ebft.score(policy[0], gold, plain, config).rollout_BKNG - plain.log_probs_BKNG).abs().mean().item()
+    in_bf16 = (gradient.score(policy[0], gold, plain, config).rollout_BKNG - plain.log_probs_BKNG).abs().mean().item()
     assert 2 * in_bf16 < mismatch < 0.3  # FP8 did run, and is FP8
 
 
@@ -79,10 +80,10 @@ def test_training_pass(policy, precision, number_format, recompute):
 
     def gradients(chunks):
         chunks[0].zero_grad_buffer()
-        ebft.policy_gradient(chunks, gold, rollouts, advantage, config, Means())
+        gradient.policy_gradient(chunks, gold, rollouts, advantage, config, Means())
         return {name: x.float() for name, x in models.whole_tensors(chunks, of_gradients=True).items()}
 
-    in_fp8, fresh = (models.build_policy(*bf.random_llama(0, **SIZES), **flags) for _ in range(2))
+    in_fp8, fresh = (models.build_policy(*plain_llama.random_llama(0, **SIZES), **flags) for _ in range(2))
     expected, found = gradients(policy), gradients(in_fp8)
     assert all(0.001 < relative_error(found[name], expected[name]) < 0.5 for name in expected)
     for chunks in (in_fp8, fresh):

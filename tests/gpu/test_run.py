@@ -5,10 +5,9 @@ import signal
 import subprocess
 import sys
 
-import kills
 import pytest
 import torch
-from test_training import scalars, weights
+from small_run import dataset, scalars, weights
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_rank")]
 MODEL = ("--num-layers 4 --hidden-size 256 --ffn-hidden-size 512 --num-attention-heads 4 --num-query-groups 2 --bf16 "
@@ -18,7 +17,7 @@ MODEL = ("--num-layers 4 --hidden-size 256 --ffn-hidden-size 512 --num-attention
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return kills.dataset(tmp_path_factory.mktemp("data"))
+    return dataset(tmp_path_factory.mktemp("data"))
 
 
 def start(data, folder, steps: int, *flags: str) -> subprocess.Popen:

@@ -8,19 +8,16 @@ import brute_force as bf
 import models
 import pytest
 import torch
+from golden import STEPS, Case, by_sample
+from gpu_cases import BF16, FLOAT32, small_sampler
 from models import largest_difference, relative_error
-from test_brute_force import GOLDEN, by_sample
-from test_golden import STEPS, Case
 
-from megatron_ebft.layout.strided import StridedLayout
-from megatron_ebft.method import ebft
+from megatron_ebft.method import gradient
 from megatron_ebft.model import kernels
 from megatron_ebft.rollout import sampler
-from megatron_ebft.rollout.sampler import SamplingConfig, sample_rollouts
-from megatron_ebft.run.training import SELF_CHECK_BF16, SELF_CHECK_FLOAT32
+from megatron_ebft.run.self_check import LIMIT_BF16, LIMIT_FLOAT32
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_rank")]
-FLOAT32, BF16 = dict(params_dtype=torch.float32), dict(params_dtype=torch.bfloat16, bf16=True)
 PATHS = {f"{layers}, {attention}, {name}": dict(transformer_impl=layers, attention_kernel=attention, **precision)
          for name, precision in (("float32", FLOAT32), ("bf16", BF16)) for layers in ("local", "transformer_engine")
          for attention in ("sdpa", "flex") if (layers, name) != ("transformer_engine", "float32")}
@@ -54,23 +51,13 @@ def test_golden_step(name, path):
     assert largest_difference(scores.gold_BT, log_probs[:, 0, : T - 1]) <= (0.06 if is_bf16 else 1e-4)
 
 
-def small_sampler(path, seq_length=128):
-    """A policy, rows with documents, and what samples from it."""
-    model, weights = bf.load_llama(GOLDEN / "llama")
-    policy = models.build_policy(model, weights, **path)
-    tokens = torch.randint(1, model["vocab_size"], (2, seq_length), generator=torch.Generator().manual_seed(0))
-    tokens[0, 50] = tokens[1, 90] = 0
-    gold, layout = models.gold_batch(tokens, eod=0), StridedLayout(seq_length, 8, 8, 8, 4)
-    return policy, gold, layout, lambda: sample_rollouts(policy, gold, layout, SamplingConfig(0.6, 1.0, 0, 1), 3)
-
-
 def test_sampler_and_training_pass_agree(path):
     policy, gold, layout, draw = small_sampler(path)
     config = models.ebft_config(bf.Settings(bf.Geometry(8, 8, 8, 4), temperature=0.6), 128, 4)
     rollouts = draw()
-    scores = ebft.score(policy[0], gold, rollouts, config)
+    scores = gradient.score(policy[0], gold, rollouts, config)
     difference = (scores.rollout_BKNG - rollouts.log_probs_BKNG).abs().mean().item()
-    assert difference < (SELF_CHECK_BF16 if "bf16" in path else SELF_CHECK_FLOAT32)
+    assert difference < (LIMIT_BF16 if "bf16" in path else LIMIT_FLOAT32)
 
 
 def test_decoding_does_not_wait_for_the_device(path, monkeypatch):

@@ -3,58 +3,26 @@
 import json
 from copy import deepcopy
 from dataclasses import replace
-from pathlib import Path
 
 import brute_force as bf
+import equations
+import plain_llama
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
+from golden import GOLDEN, STEPS, by_rollout, by_sample, load_golden
+from plain_llama import LLAMA3_ROPE
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-# With TINY's head dimension of 8 one frequency is kept, one is blended and two are divided by the factor.
-LLAMA3_ROPE = dict(
-    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=128
-)
 TINY = dict(layers=4, hidden=32, ffn=48, heads=4, kv_heads=2, vocab=40)
-
-
-def load_golden(name):
-    """(tensors, settings, docs, rollouts) of a golden step."""
-    path = GOLDEN / f"{name}.safetensors"
-    tensors = load_file(path)
-    with safe_open(path, "pt") as file:
-        meta = file.metadata()
-    geometry = bf.Geometry(int(meta["context"]), int(meta["stride"]), int(meta["gen_len"]), int(meta["samples"]))
-    settings = bf.Settings(
-        geometry,
-        temperature=float(meta["temperature"]),
-        alpha=float(meta["diversity_coef"]),
-        whitening="released" if meta["whitening"] == "True" else "none",
-        pooling={"last_token": "last_token", "mean_pooling": "mean"}[meta["embed_method"]],
-        ce_coef=float(meta["ce_coef"]),
-    )
-    return tensors, settings, tensors["docs"], by_rollout(tensors["sequences"], settings, tensors["docs"])
-
-
-def by_rollout(sequences, settings, docs):
-    geometry = settings.geometry
-    return bf.sequences_to_rollouts(sequences, docs.shape[1], geometry.num_samples, geometry.rollout_length)
-
-
-def by_sample(golden, docs):
-    """[B*n, K] of the golden files as [B, K, n]."""
-    return golden.unflatten(0, (docs.shape[0], -1)).transpose(1, 2)
 
 
 def close(actual, expected, atol=0.0, rtol=0.0):
     torch.testing.assert_close(actual, expected, atol=atol, rtol=rtol)
 
 
-@pytest.mark.parametrize("name", ["step", "step_whitened", "step_translation"])
+@pytest.mark.parametrize("name", STEPS)
 def test_step_agrees_with_the_released_code(name):
     golden, settings, docs, rollouts = load_golden(name)
-    config, weights = bf.load_llama(GOLDEN / "llama")
+    config, weights = plain_llama.load_llama(GOLDEN / "llama")
     result = bf.step(weights, config, docs, rollouts, settings, encoder=weights)
 
     assert result["valid"].all()
@@ -91,13 +59,13 @@ def test_energy_agrees_in_float64(case, whitening):
     X, y = torch.tensor(case["rollouts"], dtype=torch.float64), torch.tensor(case["reference"], dtype=torch.float64)
     expected = {key: torch.tensor(value, dtype=torch.float64) for key, value in case[whitening].items()}
     for alpha in (1.0, 0.5, 0.0):
-        alignment, diversity, reward = bf.rewards(X, y, alpha, whitening)
+        alignment, diversity, reward = equations.rewards(X, y, alpha, whitening)
         close(alignment, expected["alignment"], atol=1e-9)
         close(diversity, expected["diversity"], atol=1e-9)
         close(reward, expected["alignment"] - alpha * expected["diversity"], atol=1e-9)
-        close(bf.advantages(alignment, diversity, alpha), expected[f"advantage_alpha_{alpha}"], atol=1e-9)
-    assert bf.cfm_biased(X, y).item() == pytest.approx(case["cfm_biased"], abs=1e-9)
-    assert bf.cfm_unbiased(X, y).item() == pytest.approx(case["cfm_unbiased"], abs=1e-9)
+        close(equations.advantages(alignment, diversity, alpha), expected[f"advantage_alpha_{alpha}"], atol=1e-9)
+    assert equations.cfm_biased(X, y).item() == pytest.approx(case["cfm_biased"], abs=1e-9)
+    assert equations.cfm_unbiased(X, y).item() == pytest.approx(case["cfm_unbiased"], abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +76,7 @@ def test_energy_agrees_in_float64(case, whitening):
 def test_forward_agrees_with_transformers(options):
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM  # no other test needs it
 
-    config, weights = bf.random_llama(0, **TINY, **options)
+    config, weights = plain_llama.random_llama(0, **TINY, **options)
     qwen2 = "qkv_bias" in options
     config_class, model_class = (Qwen2Config, Qwen2ForCausalLM) if qwen2 else (LlamaConfig, LlamaForCausalLM)
     model = model_class(config_class(**deepcopy(config), attn_implementation="eager")).eval()  # it edits rope_scaling
@@ -118,10 +86,10 @@ def test_forward_agrees_with_transformers(options):
     positions = torch.arange(48) + torch.tensor([[0], [30]])
     with torch.no_grad():
         expected = model(tokens, position_ids=positions, output_hidden_states=True)
-        hidden_states, logits = bf.forward(weights, config, tokens, positions)
+        hidden_states, logits = plain_llama.forward(weights, config, tokens, positions)
     for actual, wanted in zip(hidden_states[:-1], expected.hidden_states[:-1]):
         close(actual, wanted, atol=2e-5)
-    final = bf.rms_norm(hidden_states[-1], weights["model.norm.weight"], config["rms_norm_eps"])
+    final = plain_llama.rms_norm(hidden_states[-1], weights["model.norm.weight"], config["rms_norm_eps"])
     close(final, expected.hidden_states[-1], atol=2e-5)  # transformers' last one has been through the final norm
     close(logits, expected.logits, atol=2e-5)
 
@@ -144,8 +112,8 @@ def test_valid_blocks_by_hand():
 
 def random_step(docs, geometry, seed=3, **options):
     """A float64 step with a policy, an encoder and a reference that differ; rollouts are random tokens."""
-    config, weights = bf.random_llama(seed, **TINY, dtype=torch.float64)
-    _, encoder = bf.random_llama(seed + 1, **TINY, dtype=torch.float64)
+    config, weights = plain_llama.random_llama(seed, **TINY, dtype=torch.float64)
+    _, encoder = plain_llama.random_llama(seed + 1, **TINY, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     shape = (len(docs), len(geometry.anchors(docs.shape[1])), geometry.num_samples, geometry.rollout_length)
     rollouts = torch.randint(TINY["vocab"], shape, generator=generator)
@@ -177,25 +145,25 @@ def test_a_document_in_a_row_is_the_document_alone():
 def test_rloo_baseline_is_the_reward_of_the_others_without_j():
     generator = torch.Generator().manual_seed(0)
     X, y = torch.randn(5, 7, generator=generator).double(), torch.randn(7, generator=generator).double()
-    alignment, diversity, reward = bf.rewards(X, y, 0.5)
-    advantage = bf.advantages(alignment, diversity, 0.5)
+    alignment, diversity, reward = equations.rewards(X, y, 0.5)
+    advantage = equations.advantages(alignment, diversity, 0.5)
     for j in range(5):
         others = torch.cat([X[:j], X[j + 1 :]])
-        close(advantage[j], reward[j] - bf.rewards(others, y, 0.5)[2].mean(), atol=1e-12)
+        close(advantage[j], reward[j] - equations.rewards(others, y, 0.5)[2].mean(), atol=1e-12)
 
 
 def test_paper_whitening_makes_distinct_rollouts_orthogonal():
     X, y = torch.randn(4, 12, generator=torch.Generator().manual_seed(0)).double().split([3, 1])
-    alignment, diversity, _ = bf.rewards(X, y[0], whitening="paper")
+    alignment, diversity, _ = equations.rewards(X, y[0], whitening="paper")
     close(diversity, torch.zeros_like(diversity), atol=1e-12)
     close((alignment / 2).pow(2).sum(), torch.ones((), dtype=torch.float64), atol=1e-12)
 
 
 def test_group_norm_and_reinforce():
     alignment, diversity = torch.tensor([2.0, 1.0, 0.0]), torch.tensor([0.0, 2.0, 4.0])
-    close(bf.advantages(alignment, diversity, 0.5, "reinforce"), torch.tensor([2.0, 0.0, -2.0]))
+    close(equations.advantages(alignment, diversity, 0.5, "reinforce"), torch.tensor([2.0, 0.0, -2.0]))
     normalised = torch.tensor([1.0, 0.0, -1.0]) * 1.5**0.5  # [2, 0, -2] over its population deviation sqrt(8/3)
-    close(bf.advantages(alignment, diversity, 0.5, "group_norm"), normalised, atol=1e-5)
+    close(equations.advantages(alignment, diversity, 0.5, "group_norm"), normalised, atol=1e-5)
 
 
 def test_rl_gradient_is_reinforce_with_truncated_importance():
@@ -227,9 +195,9 @@ def test_kl_is_zero_at_the_reference_and_its_estimators_agree():
     config, weights, other, rollouts, settings = random_step(docs, geometry, kl_coef=0.3, rl_coef=0.0)
     for estimator in ("exact", "k1", "k2", "k3"):
         chosen = replace(settings, kl_estimator=estimator)
-        same = bf.step(weights, config, docs, rollouts, chosen, encoder=other, reference=weights)
+        same = bf.step(weights, config, docs, rollouts, chosen, encoder=other, start=weights)
         assert same["kl"].abs() < 1e-12
-    apart = bf.step(weights, config, docs, rollouts, settings, encoder=other, reference=other)
+    apart = bf.step(weights, config, docs, rollouts, settings, encoder=other, start=other)
     assert apart["kl"] > 0.1
     close(apart["loss"], 0.3 * apart["kl"], atol=1e-12)
 
@@ -247,13 +215,13 @@ def test_kl_estimators_in_expectation():
         total = 0
         for v in range(V):
             token = torch.full((1, 1, 1, 1), v)
-            total += policy[..., v].exp().detach().sum() * bf.kl(policy, reference, token, valid, estimator)
+            total += policy[..., v].exp().detach().sum() * equations.kl(policy, reference, token, valid, estimator)
         return total
 
     def gradient(value):
         return torch.autograd.grad(value, logits, retain_graph=True)[0]
 
-    exact = bf.kl(policy, reference, torch.zeros(1, 1, 1, 1, dtype=torch.long), valid)
+    exact = equations.kl(policy, reference, torch.zeros(1, 1, 1, 1, dtype=torch.long), valid)
     backward_kl = (reference.exp() * (reference - policy)).sum()
     for estimator in ("k1", "k3"):
         close(expected(estimator), exact, atol=1e-12)

@@ -2,10 +2,10 @@
 
 import json
 
-import brute_force as bf
+import equations
 import pytest
 import torch
-from test_brute_force import GOLDEN
+from golden import GOLDEN
 
 from megatron_ebft.method import energy
 
@@ -45,7 +45,7 @@ def random_groups(seed: int, n: int, dimension: int, duplicates: int):
     reference = torch.randn(3, 2, dimension, generator=generator, dtype=torch.float64)
     if duplicates:
         rollouts[:, :, -duplicates:] = rollouts[:, :, :1]
-    return bf.unit(rollouts), bf.unit(reference)
+    return equations.unit(rollouts), equations.unit(reference)
 
 
 @pytest.mark.parametrize("n, dimension, duplicates",
@@ -59,17 +59,17 @@ def test_random_groups_against_loops(n, dimension, duplicates, whitening):
     for group in torch.cartesian_prod(torch.arange(3), torch.arange(2)).tolist():
         X, y, here = rollouts[*group], reference[*group], tuple(group)
         for alpha in (1.0, 0.5):
-            expected_alignment, expected_diversity, _ = bf.rewards(X, y, alpha, whitening)
+            expected_alignment, expected_diversity, _ = equations.rewards(X, y, alpha, whitening)
             close(alignment[here], expected_alignment)
             close(diversity[here], expected_diversity)
             for kind in energy.ADVANTAGES if n > 1 else ["reinforce"]:
                 if kind == "group_norm" and duplicates == n - 1:
                     continue  # no spread: 0/0 up to rounding
-                expected = bf.advantages(expected_alignment, expected_diversity, alpha, kind)
+                expected = equations.advantages(expected_alignment, expected_diversity, alpha, kind)
                 close(energy.advantages(alignment, diversity, kind, 1.0, alpha)[here], expected)
-        close(biased[here], bf.cfm_biased(X, y))
+        close(biased[here], equations.cfm_biased(X, y))
         if n > 1:
-            close(unbiased[here], bf.cfm_unbiased(X, y))
+            close(unbiased[here], equations.cfm_unbiased(X, y))
         else:
             assert unbiased[here].isnan()
 

@@ -1,7 +1,9 @@
 """Evaluation: CFM and alignment of every completion length, against one sequence at a time."""
 
 import brute_force as bf
+import equations
 import models
+import plain_llama
 import pytest
 import torch
 
@@ -12,14 +14,14 @@ pytestmark = pytest.mark.usefixtures("one_rank", "float64")
 
 
 def test_every_completion_length_is_brute_force():
-    config, weights = bf.random_llama(0, layers=4, hidden=32, ffn=48, heads=4, kv_heads=2, vocab=23,
+    config, weights = plain_llama.random_llama(0, layers=4, hidden=32, ffn=48, heads=4, kv_heads=2, vocab=23,
                                       dtype=torch.float64)
     docs = torch.randint(0, 23, (2, 29), generator=torch.Generator().manual_seed(1))
     settings = bf.Settings(bf.Geometry(context=3, stride=2, rollout_length=3, num_samples=3), temperature=0.7)
     method = models.ebft_config(settings, docs.shape[1], 4, micro_batch_size=2)
     policy, encoder = models.build_policy(config, weights), models.build_encoder(config, weights)
     gold = models.gold_batch(docs)
-    metrics, shown = evaluate(policy, encoder, models.build_reference(config, weights), [gold], method, 8, 2)
+    metrics, shown = evaluate(policy, encoder, models.build_start(config, weights), [gold], method, 8, 2)
 
     rolled, lengths = evaluation_config(method, 8)
     layout = rolled.layout
@@ -32,9 +34,9 @@ def test_every_completion_length_is_brute_force():
         geometry = bf.Geometry(layout.context_length, layout.stride, length, layout.num_samples)
         features = bf.features(weights, config, cut, rollouts.cpu()[..., :length], geometry)
         blocks = list(zip(*(x.flatten(0, 1) for x in features), strict=True))
-        alignment = [bf.rewards(X, y, 1.0, "none")[0].mean() for X, y in blocks]
-        for name, values in (("cfm", [bf.cfm_unbiased(X, y) for X, y in blocks]), ("alignment", alignment),
-                             ("cfm_biased", [bf.cfm_biased(X, y) for X, y in blocks])):
+        alignment = [equations.rewards(X, y, 1.0, "none")[0].mean() for X, y in blocks]
+        for name, values in (("cfm", [equations.cfm_unbiased(X, y) for X, y in blocks]), ("alignment", alignment),
+                             ("cfm_biased", [equations.cfm_biased(X, y) for X, y in blocks])):
             assert metrics[f"{name}_length/{length:02d}"] == pytest.approx(torch.stack(values).mean().item(), abs=1e-6)
     gold_log_probs = bf.gold_log_probs(weights, config, docs)
     assert metrics["ce_loss"] == pytest.approx(-gold_log_probs.mean().item(), abs=1e-6)

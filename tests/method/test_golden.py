@@ -5,50 +5,18 @@ Each at one row a micro-batch and at two, with the blocks whole and split, with 
 
 from dataclasses import replace
 
-import brute_force as bf
+import equations
 import models
 import pytest
 import torch
+from golden import STEPS, Case, by_sample
 from models import largest_difference, relative_error
-from test_brute_force import GOLDEN, by_sample, load_golden
 
 from megatron_ebft.data.micro_batches import MicroBatches
-from megatron_ebft.method import ebft, energy
-from megatron_ebft.method.means import Means
-from megatron_ebft.rollout.sampler import Rollouts
+from megatron_ebft.method import energy, gradient
 
 pytestmark = pytest.mark.usefixtures("one_rank")
-STEPS = ("step", "step_whitened", "step_translation")
 SPLITS = ((1, 0), (1, 3), (2, 0), (2, 3))  # rows of a micro-batch, blocks of a micro-batch (0: all)
-
-
-class Case:
-    """A golden step and our models with its weights."""
-
-    def __init__(self, name: str, micro_batch_size: int = 1, blocks_per_microbatch: int = 0, **overrides):
-        self.golden, settings, self.docs, self.tokens = load_golden(name)
-        self.model, weights = bf.load_llama(GOLDEN / "llama")
-        self.policy = models.build_policy(self.model, weights, **overrides)
-        self.encoder = models.build_encoder(self.model, weights, **overrides)
-        self.config = models.ebft_config(settings, self.docs.shape[1], self.model["num_hidden_layers"],
-                                         micro_batch_size=micro_batch_size, blocks_per_microbatch=blocks_per_microbatch)
-        self.gold = models.gold_batch(self.docs)
-        tokens = self.tokens.to(self.gold.tokens_BT.device)
-        self.rollouts = Rollouts(tokens, torch.zeros_like(tokens, dtype=torch.float32), None)
-        self.means = Means()
-
-    def rewards(self) -> ebft.Rewards:
-        return ebft.compute_rewards(self.encoder, self.gold, self.rollouts, self.config)
-
-    def gradient(self) -> ebft.Scores:
-        return ebft.policy_gradient(self.policy, self.gold, self.rollouts, self.rewards().advantage, self.config,
-                                    self.means)
-
-    def check_gradient(self, tolerance: float) -> None:
-        found = models.gradients(self.policy, self.model)
-        assert {"grad." + name for name in found} == {key for key in self.golden if key.startswith("grad.")}
-        for name, grad in found.items():
-            assert relative_error(grad, self.golden["grad." + name]) <= tolerance, name
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -115,10 +83,10 @@ def test_activations_are_recomputed(recompute):
 def test_a_rollout_changes_its_own_block_only():
     """Golden tokens with one of them replaced: everything about the other blocks stays."""
     case = Case("step", 2, 0)
-    before = ebft.score(case.policy[0], case.gold, case.rollouts, case.config)
+    before = gradient.score(case.policy[0], case.gold, case.rollouts, case.config)
     tokens = case.rollouts.tokens_BKNG.clone()
     tokens[0, 1, 0, 2] = (tokens[0, 1, 0, 2] + 1) % case.model["vocab_size"]
-    after = ebft.score(case.policy[0], case.gold, replace(case.rollouts, tokens_BKNG=tokens), case.config)
+    after = gradient.score(case.policy[0], case.gold, replace(case.rollouts, tokens_BKNG=tokens), case.config)
     changed = (before.rollout_BKNG != after.rollout_BKNG).nonzero().tolist()
     assert changed and all(x[:3] == [0, 1, 0] and x[3] >= 2 for x in changed)
     assert torch.equal(before.gold_BT, after.gold_BT)
@@ -131,5 +99,5 @@ def test_cfm_of_golden_features():
     for b in range(biased.shape[0]):
         for k in range(biased.shape[1]):
             X, y = features[b, k].double(), reference[b, k].double()
-            assert biased[b, k].item() == pytest.approx(bf.cfm_biased(X, y).item(), abs=1e-5)
-            assert unbiased[b, k].item() == pytest.approx(bf.cfm_unbiased(X, y).item(), abs=1e-5)
+            assert biased[b, k].item() == pytest.approx(equations.cfm_biased(X, y).item(), abs=1e-5)
+            assert unbiased[b, k].item() == pytest.approx(equations.cfm_unbiased(X, y).item(), abs=1e-5)

@@ -8,13 +8,14 @@ from dataclasses import replace
 
 import brute_force as bf
 import models
+import plain_llama
 import pytest
 import torch
 from models import largest_difference
 
 from megatron_ebft.layout.packed_row import split_blocks
 from megatron_ebft.layout.strided import StridedLayout, computed_rollouts, document_starts, first_alike
-from megatron_ebft.method import ebft
+from megatron_ebft.method import gradient
 from megatron_ebft.method.means import Means
 from megatron_ebft.rollout.sampler import Rollouts
 from megatron_ebft.run.arguments import ebft_config, parse_args
@@ -37,7 +38,8 @@ def rollout_tokens(kinds: int) -> torch.Tensor:
 
 
 def random_llama(seed: int):
-    return bf.random_llama(seed, layers=4, hidden=16, ffn=24, heads=4, kv_heads=2, vocab=VOCAB, dtype=torch.float64)
+    return plain_llama.random_llama(seed, layers=4, hidden=16, ffn=24, heads=4, kv_heads=2, vocab=VOCAB,
+                                    dtype=torch.float64)
 
 
 class Step:
@@ -55,13 +57,13 @@ class Step:
         start = None
         if reference:
             valid_BKN = self.gold.valid_blocks(LAYOUT)[..., None].expand(ROWS, K, N)
-            start = ebft.score(models.build_reference(config, random_llama(1)[1]), self.gold, rollouts, self.method,
+            start = gradient.score(models.build_start(config, random_llama(1)[1]), self.gold, rollouts, self.method,
                                valid_BKN).rollout_BKNG
         self.inputs = []
         for model in (encoder, policy[0]):
             model.register_forward_hook(lambda _module, arguments, _out: self.inputs.append(arguments[0]))
-        self.rewards = ebft.compute_rewards(encoder, self.gold, rollouts, self.method, means)
-        self.scores = ebft.policy_gradient(policy, self.gold, rollouts, self.rewards.advantage, self.method, means,
+        self.rewards = models.rewarded(encoder, self.gold, rollouts, self.method, means)
+        self.scores = gradient.policy_gradient(policy, self.gold, rollouts, self.rewards.advantage, self.method, means,
                                            start)
         self.gradient, self.means = models.gradients(policy, config), means.reduce()
         self.saved = [self.means.pop(f"{name}_tokens_saved") for name in ("encoder", "training")]

@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from golden import Case
 from models import largest_difference
-from test_golden import Case
 from torch.nn.attention import flex_attention as flex
 from torch.nn.attention.flex_attention import create_mask
 

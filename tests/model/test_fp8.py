@@ -4,19 +4,20 @@ from itertools import product
 
 import brute_force as bf
 import models
+import plain_llama
 import pytest
 import torch
 from models import relative_error
-from test_gradient import TEMPERATURE, T, Toy
-from test_training import arguments, data, scalars, start  # noqa: F401
+from small_run import scalars, start
+from toy import TEMPERATURE, T, Toy
 
 from megatron_ebft.common.device import device
-from megatron_ebft.method import ebft, energy
+from megatron_ebft.method import energy, gradient
 from megatron_ebft.method.means import Means
 from megatron_ebft.model import fp8
 from megatron_ebft.model.fp8 import FP8, quantised
 from megatron_ebft.rollout.sampler import Rollouts, sample_rollouts
-from megatron_ebft.run import training
+from megatron_ebft.run import loop, self_check
 from megatron_ebft.run.arguments import method_flags
 from megatron_ebft.run.stopping import StepFailed
 
@@ -68,7 +69,7 @@ def test_error_of_a_matrix_product(recipe):
 
 @pytest.fixture
 def policy(one_rank):
-    config, weights = bf.random_llama(0, layers=4, hidden=32, ffn=48, heads=4, kv_heads=2, vocab=40)
+    config, weights = plain_llama.random_llama(0, layers=4, hidden=32, ffn=48, heads=4, kv_heads=2, vocab=40)
     return models.build_policy(config, weights)
 
 
@@ -122,45 +123,45 @@ def test_cached_weights_are_forgotten():
     assert linear.is_first_microbatch and not linear._fp8_workspaces
 
 
-def test_training(arguments, tmp_path, one_rank, monkeypatch, capsys):  # noqa: F811
+def test_training(arguments, tmp_path, one_rank, monkeypatch, capsys):
     """With rollouts and encoder in FP8; the self-check tells rounding from a mistake in the sampler."""
     flags = ["--ebft-rollout-fp8", "blockwise", "--ebft-encoder-fp8", "blockwise", "--ebft-fp8-emulate", "--seq-length",
              "32", "--tensorboard-dir", str(tmp_path), "--train-iters", "3", "--init-method-std", "0.2"]
     run, log = start(arguments(*flags))
-    assert run.config.layout.pad_to == 16 and training.train(run, log)
+    assert run.config.layout.pad_to == 16 and loop.train(run, log)
     assert method_flags(run.args)["ebft_importance_cap"] == 2.0  # a dumped step's loss can be computed again
     log.close(0.0)
     found = scalars(tmp_path)
     assert all(1.001 < value < 2 for _, value in found["train/mismatch_ratio"])
     assert all(0 < value < 0.1 for _, value in found["train/mismatch_kl"]) and "train/importance_truncated" in found
     capsys.readouterr()
-    monkeypatch.setattr(training, "HEALTHY_MISMATCH", 1.001)
+    monkeypatch.setattr(loop, "HEALTHY_MISMATCH", 1.001)
     run, log = start(arguments(*flags))
-    training.train(run, log)
+    loop.train(run, log)
     assert capsys.readouterr().out.count("warning: step 1: sampler and training pass differ by a factor of 1.") == 1
     for name, value, match in (
-            ("SELF_CHECK_FP8", 1e-6, "--ebft-rollout-fp8 blockwise: changes log-probabilities by .* another recipe"),
+            ("LIMIT_FP8", 1e-6, "--ebft-rollout-fp8 blockwise: changes log-probabilities by .* another recipe"),
             ("mismatch_without_fp8", lambda *_: 0.01, "differ .* by 1.00e-02 a token on average without FP8")):
-        monkeypatch.setattr(training, name, value)
+        monkeypatch.setattr(self_check, name, value)
         run, log = start(arguments(*flags))
         with pytest.raises(StepFailed, match=match):
-            training.train(run, log)
+            loop.train(run, log)
 
 
-def test_the_self_check_knows_training_in_fp8(arguments, tmp_path, one_rank, monkeypatch):  # noqa: F811
+def test_the_self_check_knows_training_in_fp8(arguments, tmp_path, one_rank, monkeypatch):
     """The start is then compared with a pass that rounds; sampler and trainer are compared without."""
     run, log = start(arguments("--tensorboard-dir", str(tmp_path), "--train-iters", "1", "--ebft-kl-coef", "0.1"))
     run.args.fp8_format = "e4m3"  # the pass itself needs a GPU
-    monkeypatch.setattr(training, "SELF_CHECK_FLOAT32", -1.0)
-    monkeypatch.setattr(training, "mismatch_without_fp8", lambda *_: -2.0)
-    training.train(run, log)
-    for limit, match in (("SELF_CHECK_FP8", "--fp8-format blockwise: changes .*starting policy's by .* before the"),
-                         ("SELF_CHECK_FLOAT32", "on average without FP8 .limit -3e")):
+    monkeypatch.setattr(self_check, "LIMIT_FLOAT32", -1.0)
+    monkeypatch.setattr(self_check, "mismatch_without_fp8", lambda *_: -2.0)
+    loop.train(run, log)
+    for limit, match in (("LIMIT_FP8", "--fp8-format blockwise: changes .*starting policy's by .* before the"),
+                         ("LIMIT_FLOAT32", "on average without FP8 .limit -3e")):
         run, log = start(arguments("--tensorboard-dir", str(tmp_path), "--train-iters", "1", "--ebft-kl-coef", "0.1"))
         run.args.fp8_format = "e4m3"
         with monkeypatch.context() as patch, pytest.raises(StepFailed, match=match):
-            patch.setattr(training, limit, -3.0)
-            training.train(run, log)
+            patch.setattr(self_check, limit, -3.0)
+            loop.train(run, log)
 
 
 # ---------------------------------------------------------------- the correction
@@ -172,7 +173,7 @@ def sampler_log_probs(toy) -> torch.Tensor:
     method = models.ebft_config(bf.Settings(toy.geometry, TEMPERATURE), T, 4)
     rollouts = Rollouts(toy.outcomes.to(device()), None, None)
     with torch.no_grad(), quantised(policy, BLOCKWISE):
-        return ebft.score(policy, models.gold_batch(toy.doc), rollouts, method).rollout_BKNG[0].cpu()
+        return gradient.score(policy, models.gold_batch(toy.doc), rollouts, method).rollout_BKNG[0].cpu()
 
 
 def expected_gradient(toy, log_q_KOG, cap: float, are_all_from_q: bool) -> dict:
@@ -189,12 +190,12 @@ def expected_gradient(toy, log_q_KOG, cap: float, are_all_from_q: bool) -> dict:
     log_q_RKNG = log_q_KOG[:, tuples_RN].transpose(0, 1).contiguous()
     gold, rollouts = models.gold_batch(toy.doc.expand(R, T)), Rollouts(tokens_RKNG, log_q_RKNG.to(device()), None)
     policy = models.build_policy(toy.config, toy.weights)
-    rewards = ebft.compute_rewards(models.build_encoder(toy.config, toy.encoder_weights), gold, rollouts, method)
+    rewards = models.rewarded(models.build_encoder(toy.config, toy.encoder_weights), gold, rollouts, method)
     exact = energy.advantages(*energy.rewards(rewards.gram, "none"), "rloo", 1.0, 1.0)
     log_q_RKN, log_p_RKN = log_q_RKNG.sum(-1), toy.log_probs(toy.weights)[:, tuples_RN].transpose(0, 1)
     of_the_others = log_q_RKN if are_all_from_q else log_p_RKN
     probability = (log_q_RKN + of_the_others.sum(-1, keepdim=True) - of_the_others).exp()
-    ebft.policy_gradient(policy, gold, rollouts, exact * probability.to(device()), method, Means())
+    gradient.policy_gradient(policy, gold, rollouts, exact * probability.to(device()), method, Means())
     return {name: R * grad for name, grad in models.gradients(policy, toy.config).items()}
 
 

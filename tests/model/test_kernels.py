@@ -4,7 +4,6 @@ Transformer Engine needs a GPU; a stand-in (fake_te.py), in a process of its own
 own wrappers and layer spec.
 """
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -138,7 +137,7 @@ torch.cuda.is_available = lambda: {has_gpu}
 import megatron_ebft
 import megatron.core
 from megatron.core import optimizer
-from megatron_ebft import backend
+from megatron_ebft.model import kernels
 {then}"""
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{TESTS.parent}", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, timeout=300)
@@ -166,7 +165,7 @@ def test_what_works_on_a_gpu_is_not_hidden(tmp_path):
         (tmp_path / name / "__init__.py").touch()
     (tmp_path / "transformer_engine/pytorch.py").write_text(TE_THAT_LOADS)
     command = ("import sys, torch; torch.cuda.is_available = lambda: True\n"
-               "from megatron_ebft import backend; kernels.settle_accelerators()\n"
+               "from megatron_ebft.model import kernels; kernels.settle_accelerators()\n"
                "import apex, transformer_engine.pytorch\n"
                "print([x for x in kernels.FOR_GPUS if sys.modules.get(x, 1) is None])")
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{TESTS.parent}"}
@@ -195,150 +194,24 @@ def test_one_compilation_for_any_number_of_rows(monkeypatch):
 
 @pytest.fixture(scope="module")
 def with_te(tmp_path_factory):
-    """What `compare` found with the stand-in."""
+    """What te_layers.compare measured with the stand-in."""
     folder = tmp_path_factory.mktemp("te")
-    command = f"import fake_te; fake_te.install(); import test_backend; test_backend.compare({str(folder)!r})"
-    environment = os.environ | {"PYTHONPATH": f"{TESTS / 'support'}:{TESTS.parent}", "PYTHONWARNINGS": "ignore"}
+    command = f"import fake_te; fake_te.install(); import te_layers; te_layers.compare({str(folder)!r})"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONWARNINGS": "ignore"}
     done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / "found.json").read_text())
-
-
-def compare(folder: str) -> None:
-    """Policies of both kinds of layers, and what checkpoints of one are to the other; where the stand-in is."""
-    import models
-    from checkpoint_runs import ARGS, META, SmallRun, seed_all
-    from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear
-    from test_golden import Case
-
-    from megatron_ebft.checkpointing.fingerprint import weights_fingerprint
-    from megatron_ebft.checkpointing.loader import load_checkpoint
-    from megatron_ebft.checkpointing.sharded_weights import sharded_tensors, sharded_weights
-    from megatron_ebft.common.device import init_device
-    from megatron_ebft.model.decoder import build_frozen, copy_weights, unwrap
-    from megatron_ebft.parallel import groups
-
-    init_device()
-    groups.init_parallel(1, 1, seed=1)
-    kernels.found = lambda: Found(no_transformer_engine="")
-    kernels.no_transformer_engine = lambda dtype: ""  # the stand-in computes in float32
-    found, kinds = {}, ("local", "transformer_engine")
-    for name, changes in {"llama": {}, "other": dict(
-            qk_layernorm=True, add_bias_linear=True, add_qkv_bias=True, swiglu=False, normalization="LayerNorm",
-            position_embedding_type="learned_absolute", untie_embeddings_and_output_weights=False)}.items():
-        args = ARGS.__class__(**{**vars(ARGS), **changes})
-        local, te = (SmallRun(args=args, transformer_impl=kind) for kind in kinds)
-        layer = unwrap(te.model[0]).decoder.layers[0]
-        assert isinstance(layer.self_attention.linear_qkv, TELayerNormColumnParallelLinear)
-        assert all(x.fuse_wgrad_accumulation for x in te.model[0].modules() if hasattr(x, "fuse_wgrad_accumulation"))
-        found[name] = {kind: {x.key: list(x.global_shape) for x in sharded_tensors(sharded_weights(run.model))}
-                       for kind, run in zip(kinds, (local, te))}
-        local.train(2).save(f"{folder}/{name}", 2)
-        load_checkpoint(f"{folder}/{name}", *te.parts, architecture=META["architecture"])
-        frozen = build_frozen(args, transformer_impl="transformer_engine")
-        copy_weights(te.model, frozen)
-        found[name]["fingerprints"] = [weights_fingerprint(x) for x in (local.model, te.model, frozen)]
-        for module in te.model[0].modules():  # which the stand-in cannot do
-            if hasattr(module, "fuse_wgrad_accumulation"):
-                module.fuse_wgrad_accumulation = False
-        for run in (local, te):
-            seed_all(2)
-            run.train(2)
-        a, b, start = (models.whole_tensors(x, of_gradients=False) for x in (local.model, te.model, [frozen]))
-        found[name]["difference"] = max(models.largest_difference(a[key], b[key]) for key in a)
-        found[name]["moved"] = min(models.largest_difference(a[key], start[key]) for key in a)
-    case = Case("step", 2, 3, transformer_impl="transformer_engine")
-    case.gradient()
-    case.check_gradient(1e-5)
-    found["fp8"] = rollouts_in_fp8() | training_in_fp8()
-    with open(f"{folder}/found.json", "w") as file:
-        json.dump(found, file)
-
-
-def rollouts_in_fp8() -> dict:
-    """Log-probabilities by Transformer Engine's autocast and by emulation, before and after an optimizer step whose
-    training pass, in FP8 as well, remembers the weights before it; and whether a rollout leaves weights behind."""
-    import brute_force
-    import models
-    from test_golden import GOLDEN, Case
-
-    def draw(case, fp8):
-        sampling = dataclasses.replace(case.config.sampling, fp8=fp8)
-        return sample_rollouts(case.policy, case.gold, case.config.layout, sampling, 0).log_probs_BKNG
-
-    from megatron_ebft.model.fp8 import FP8
-    from megatron_ebft.rollout.sampler import sample_rollouts
-
-    te, local = (Case("step", 1, 3, transformer_impl=kind) for kind in ("transformer_engine", "local"))
-    te.policy = models.build_policy(*brute_force.load_llama(GOLDEN / "llama"), transformer_impl="transformer_engine",
-                                    fp8="e4m3", fp8_recipe="blockwise")
-    differences = []
-    for step in range(2):
-        for recipe in ("blockwise", "tensorwise"):
-            emulated = draw(local, FP8(recipe, emulate=True, at_end=1))
-            differences.append(float((draw(te, FP8(recipe, at_end=1)) - emulated).abs().max()))
-        if step == 0:
-            left = any(getattr(module, "_fp8_workspaces", None) for module in te.policy[0].modules())
-        te.gradient()
-        for case in (te, local):
-            scale_weights(case.policy)
-    return {"difference": max(differences), "moved": float((emulated - draw(local, FP8())).abs().max()), "left": left}
-
-
-def training_in_fp8() -> dict:
-    """Of two steps: recipes outside the training pass; layer, recipe and quantising in it; error of the gradient."""
-    import brute_force
-    import fake_te
-    import models
-    from test_golden import GOLDEN, Case
-
-    from megatron_ebft.method import ebft
-    from megatron_ebft.method.means import Means
-    from megatron_ebft.method.sft import cross_entropy_pass
-    from megatron_ebft.model.decoder import local_layers
-    from megatron_ebft.rollout.sampler import sample_rollouts
-
-    passes = fake_te.Linear.passes
-    te = dict(transformer_impl="transformer_engine")
-    case = Case("step", 1, 3, **te)
-    case.policy = models.build_policy(*brute_force.load_llama(GOLDEN / "llama"), **te, fp8="e4m3",
-                                      fp8_recipe="blockwise", first_last_layers_bf16=True,
-                                      num_layers_at_start_in_bf16=1, num_layers_at_end_in_bf16=0)
-    numbers = {part: number for number, layer in local_layers(case.policy[0]).items() for part in layer.modules()}
-    training = []
-    passes.clear()
-    for step in range(2):
-        rewards = case.rewards()
-        sample_rollouts(case.policy, case.gold, case.config.layout, case.config.sampling, 0)
-        cross_entropy_pass(case.policy, case.gold, 1, Means(), forward_only=True)
-        ebft.score(case.policy, case.gold, case.rollouts, case.config)
-        others, _ = {recipe for _, recipe, _ in passes}, passes.clear()
-        case.policy[0].zero_grad_buffer()
-        ebft.policy_gradient(case.policy, case.gold, case.rollouts, rewards.advantage, case.config, Means())
-        training.append([(numbers[layer], recipe, is_new) for layer, recipe, is_new in passes])
-        passes.clear()
-        if step == 0:
-            error = max(models.relative_error(grad, case.golden["grad." + name])
-                        for name, grad in models.gradients(case.policy, case.model).items())
-        scale_weights(case.policy)
-    return {"others": sorted(others), "training": training, "error": error}
-
-
-def scale_weights(policy: list) -> None:
-    """As an optimizer step: in place."""
-    with torch.no_grad():
-        for p in policy[0].parameters():
-            p.mul_(1.25)
+    return json.loads((folder / "results.json").read_text())
 
 
 @pytest.mark.parametrize("name", ["llama", "other"])
 def test_checkpoints_do_not_know_the_kind_of_layers(with_te, name):
     """Same keys and shapes; saved with Megatron-Core's layers and trained on with Transformer Engine's; same hash."""
-    found = with_te[name]
-    assert found["local"] == found["transformer_engine"]
-    assert any(key.endswith("linear_fc1.layer_norm_weight") for key in found["local"])
-    assert len(set(found["fingerprints"])) == 1
-    assert found["difference"] < 1e-6 < found["moved"]
+    results = with_te[name]
+    shapes = results["shapes"]
+    assert shapes["local"] == shapes["transformer_engine"]
+    assert any(key.endswith("linear_fc1.layer_norm_weight") for key in shapes["local"])
+    assert len(set(results["fingerprints"])) == 1
+    assert results["difference"] < 1e-6 < results["moved"]
 
 
 def test_rollouts_in_fp8_are_those_of_the_emulation(with_te):

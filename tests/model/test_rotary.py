@@ -3,15 +3,14 @@
 from collections import Counter
 from dataclasses import replace
 
-import brute_force as bf
 import models
+import plain_llama
 import pytest
 import torch
-from test_brute_force import GOLDEN
-from test_golden import Case
+from golden import GOLDEN, Case
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_ebft.method import ebft
+from megatron_ebft.method import batches
 from megatron_ebft.model import kernels, rotary
 from megatron_ebft.model.attention import CausalPattern, as_mask
 from megatron_ebft.model.decoder import build_frozen, unwrap
@@ -86,8 +85,8 @@ def test_a_pass_computes_its_angles_once(recompute):
     case = Case("step", 1, 3, **models.RECOMPUTE[recompute])
     tokens_BKNG = case.rollouts.tokens_BKNG
     needed_BKN = case.gold.valid_blocks(case.config.layout)[..., None].expand(tokens_BKNG.shape[:3])
-    passes = (len(ebft.encoder_rows(case.gold, case.rollouts, case.config, needed_BKN))
-              + len(ebft.training_rows(case.gold, case.rollouts, case.config, needed_BKN)))
+    passes = (len(batches.encoder_rows(case.gold, case.rollouts, case.config, needed_BKN))
+              + len(batches.training_rows(case.gold, case.rollouts, case.config, needed_BKN)))
     assert case.model["num_hidden_layers"] > 1 and passes > 1
     with Counted() as operations:
         case.gradient()
@@ -99,7 +98,7 @@ def test_a_pass_computes_its_angles_once(recompute):
 
 @pytest.mark.usefixtures("one_rank")
 def test_learned_positions_are_not_rotated():
-    config, _ = bf.load_llama(GOLDEN / "llama")
+    config, _ = plain_llama.load_llama(GOLDEN / "llama")
     model = build_frozen(replace(models.architecture(config), position_embedding_type="learned_absolute"))
     assert unwrap(model).rotary is None
     tokens = torch.arange(8)[None]

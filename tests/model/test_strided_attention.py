@@ -12,14 +12,15 @@ from random import Random
 
 import brute_force as bf
 import models
+import plain_llama
 import pytest
 import torch
 from hypothesis import example, given, settings, strategies
 from models import largest_difference
-from test_brute_force import LLAMA3_ROPE
+from plain_llama import LLAMA3_ROPE
 
 from megatron_ebft.data.micro_batches import MicroBatches
-from megatron_ebft.method import ebft
+from megatron_ebft.method import gradient
 from megatron_ebft.method.means import Means
 from megatron_ebft.rollout.sampler import sample_rollouts
 
@@ -112,13 +113,13 @@ class Step:
 
     def random_llama(self, seed: int):
         case = self.case
-        return bf.random_llama(seed, layers=4, hidden=16, ffn=24, heads=4, kv_heads=case.kv_heads, vocab=VOCAB,
+        return plain_llama.random_llama(seed, layers=4, hidden=16, ffn=24, heads=4, kv_heads=case.kv_heads, vocab=VOCAB,
                                qkv_bias=case.qkv_bias, tied=case.tied, dtype=torch.float64,
                                rope_scaling=LLAMA3_ROPE if case.llama3_rope else None)
 
     def brute_force(self, settings=None) -> dict:
         return bf.step(self.weights, self.config, self.docs, self.rollouts.tokens_BKNG.cpu(), settings or self.settings,
-                       encoder=self.encoder_weights, reference=self.reference_weights, answer_mask=self.answers)
+                       encoder=self.encoder_weights, start=self.reference_weights, answer_mask=self.answers)
 
     def features(self, encoder):
         case, G = self.case, self.case.G
@@ -158,19 +159,19 @@ def test_a_step_is_brute_force(case):
     encoder = models.build_encoder(step.config, step.encoder_weights)
     for found, key in zip(step.features(encoder), ("features_rollout", "features_gold")):
         assert_close(found.cpu()[valid], expected[key][valid])
-    rewards = ebft.compute_rewards(encoder, step.gold, step.rollouts, step.method)
+    rewards = models.rewarded(encoder, step.gold, step.rollouts, step.method)
     for key in ("alignment", "diversity", "advantage"):
         assert_close(getattr(rewards, key).cpu()[valid], expected[key][valid])
 
     means = Means()
-    scores = ebft.policy_gradient(step.policy, step.gold, step.rollouts, rewards.advantage, step.method, means)
+    scores = gradient.policy_gradient(step.policy, step.gold, step.rollouts, rewards.advantage, step.method, means)
     assert_close(step.rollouts.log_probs_BKNG.cpu()[valid], expected["log_probs"][valid])
     is_scored = scores.is_scored_BKNG
     assert is_scored[..., 0].all() and (is_scored.all() or case.skip_duplicates)
     assert scores.rollout_BKNG.isfinite().equal(is_scored)
     assert_close(scores.rollout_BKNG[is_scored], step.rollouts.log_probs_BKNG[is_scored])
     assert_close(scores.gold_BT.cpu(), expected["gold_log_probs"])
-    scored = ebft.score(step.policy[0], step.gold, step.rollouts, step.method)
+    scored = gradient.score(step.policy[0], step.gold, step.rollouts, step.method)
     assert_close(scored.rollout_BKNG, step.rollouts.log_probs_BKNG)  # of blocks that do not count, too
     assert_close(scored.gold_BT, scores.gold_BT)
     losses = means.reduce()
@@ -193,12 +194,12 @@ def test_the_kl_term_is_brute_force(estimator):
         gradient = step.brute_force(replace(step.settings, kl_estimator="k2"))["grads"]
     else:
         gradient = expected["grads"]
-    reference = models.build_reference(step.config, step.reference_weights)
+    reference = models.build_start(step.config, step.reference_weights)
     encoder = models.build_encoder(step.config, step.encoder_weights)
-    start = ebft.score(reference, step.gold, step.rollouts, step.method).rollout_BKNG
-    rewards = ebft.compute_rewards(encoder, step.gold, step.rollouts, step.method)
+    start = gradient.score(reference, step.gold, step.rollouts, step.method).rollout_BKNG
+    rewards = models.rewarded(encoder, step.gold, step.rollouts, step.method)
     means = Means()
-    ebft.policy_gradient(step.policy, step.gold, step.rollouts, rewards.advantage, step.method, means, start)
+    gradient.policy_gradient(step.policy, step.gold, step.rollouts, rewards.advantage, step.method, means, start)
     assert means.reduce()["kl_loss"] == pytest.approx(expected["kl"].item(), abs=TOLERANCE)
     check_gradient(step, gradient)
 

@@ -10,8 +10,8 @@ import os
 from itertools import product
 from types import SimpleNamespace
 
-import brute_force as bf
 import models
+import plain_llama
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,24 +19,22 @@ from megatron.core.optimizer import get_megatron_optimizer
 from models import largest_difference
 from ranks import enter_world, run_ranks
 
-from megatron_ebft.checkpointing.record import TrainState
 from megatron_ebft.common.device import device, init_device
 from megatron_ebft.common.timer import PhaseTimer
-from megatron_ebft.model import decoder, log_probabilities
+from megatron_ebft.method import step
+from megatron_ebft.model import log_probabilities
 from megatron_ebft.parallel import groups
 from megatron_ebft.rollout import token_sampling
 from megatron_ebft.rollout.sampler import sample_rollouts
-from megatron_ebft.run import training
 from megatron_ebft.run.arguments import (
-    ddp_config,
     ebft_config,
     model_args,
     optimizer_config,
     parallel_sizes,
     parse_args,
-    policy_overrides,
-    transformer_overrides,
 )
+from megatron_ebft.run.loop import Run, train_step
+from megatron_ebft.run.models import build_models
 
 ROWS, T, VOCAB, EOD, STEPS = 4, 20, 24, 0, 2
 FLAGS = """--train-iters 3 --global-batch-size 4 --seq-length 20 --num-layers 4 --hidden-size 16 --ffn-hidden-size 24
@@ -112,29 +110,29 @@ class Schedule:
         pass
 
 
-def build_run(args, other: str | None) -> training.Run:
+def build_run(args, other: str | None) -> Run:
     """A run on the weights of one random model.
 
     Args:
         other: where the weights of the other architecture are, or are to be left by the first world that needs them.
     """
-    architecture, overrides = model_args(args, VOCAB), transformer_overrides(args)
-    config, weights = bf.random_llama(0, layers=4, hidden=16, ffn=24, heads=8, kv_heads=4, vocab=VOCAB)
+    config, weights = plain_llama.random_llama(0, layers=4, hidden=16, ffn=24, heads=8, kv_heads=4, vocab=VOCAB)
     method = ebft_config(args, args.num_layers)
-    policy = decoder.build_policy(architecture, ddp_config(args), **policy_overrides(args))
-    encoder = decoder.build_encoder(architecture, max(method.feature_map.layers), **overrides)
-    reference = decoder.build_frozen(architecture, **overrides)
-    if other is None:
-        for target in (policy, encoder, reference):
-            models.load(target, config, weights)
-    else:
+
+    def load_llama(target) -> None:
+        models.load(target, config, weights)
+
+    def load_other(policy) -> None:
         if not os.path.exists(other):
             torch.save(models.whole_tensors(policy, of_gradients=False), other)
         models.load_whole(policy, torch.load(other), VOCAB)
-        decoder.copy_weights(policy, encoder)
-        decoder.copy_weights(policy, reference)
-    return training.Run("ebft", policy, encoder, reference, get_megatron_optimizer(optimizer_config(args), policy),
-                        Schedule(), method, None, None, None, args, {}, TrainState())
+
+    sources = dict(policy_from=load_other) if other else dict.fromkeys(
+        ("policy_from", "encoder_from", "start_from"), load_llama)
+    built = build_models(args, model_args(args, VOCAB), method, has_start=True, **sources)
+    return Run(mode="ebft", policy=built.policy, encoder=built.encoder, start=built.start,
+               optimizer=get_megatron_optimizer(optimizer_config(args), built.policy), scheduler=Schedule(),
+               config=method, args=args)
 
 
 def gather(value) -> list:
@@ -161,9 +159,9 @@ def train(folder: str, names: list[str]) -> dict:
         gold, run = gold_rows(), build_run(args, f"{folder}/other.pt" if name.startswith("other") else None)
         metrics, state = [], {"rollouts": []}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(training, "sample_rollouts", watched(state["rollouts"]))
+            patch.setattr(step, "sample_rollouts", watched(state["rollouts"]))
             for _ in range(STEPS):
-                metrics.append(training.train_step(run, gold, PhaseTimer(), check=run.state.iteration == 0))
+                metrics.append(train_step(run, gold, PhaseTimer(), check=run.state.iteration == 0))
                 run.state.iteration += 1
         state["weights"] = models.whole_tensors(run.policy, of_gradients=False)
         if rank == 0:

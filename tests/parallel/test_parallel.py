@@ -13,26 +13,28 @@ from types import SimpleNamespace
 
 import brute_force as bf
 import models
+import plain_llama
 import pytest
 import torch
 import torch.distributed as dist
+from exchange import exchange_bytes
+from golden import GOLDEN, STEPS, by_sample, load_golden
 from models import largest_difference, relative_error
 from ranks import enter_world, run_ranks
 from rollout_schedule import replay
-from test_brute_force import GOLDEN, by_sample, load_golden
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_ebft.common.device import init_device
 from megatron_ebft.data.micro_batches import MicroBatches
-from megatron_ebft.method import ebft, energy, features
+from megatron_ebft.method import energy, features, gradient
+from megatron_ebft.method.config import EBFTConfig
 from megatron_ebft.method.means import Means
 from megatron_ebft.model import decoder
 from megatron_ebft.parallel import groups
 from megatron_ebft.rollout import sampler, schedule
 from megatron_ebft.rollout.sampler import Rollouts
 
-STEPS = ("step", "step_whitened", "step_translation")
 VOCAB, ROWS, T, BLOCKS, HIDDEN = 251, 2, 20, 5, 32
 SETTINGS = bf.Settings(bf.Geometry(4, 3, 3, 6), temperature=0.8, norm="joint", pooling="last_token", ce_coef=0.3)
 GRAM_CASES = {  # parallel sizes (TP, PP, samples, sequence parallel), feature norm and pooling
@@ -48,7 +50,7 @@ def settings(norm: str, pooling: str, n: int = 6) -> bf.Settings:
 
 
 def llama():
-    return bf.random_llama(3, layers=4, hidden=HIDDEN, ffn=44, heads=4, kv_heads=2, vocab=VOCAB)
+    return plain_llama.random_llama(3, layers=4, hidden=HIDDEN, ffn=44, heads=4, kv_heads=2, vocab=VOCAB)
 
 
 def gold_tokens() -> torch.Tensor:
@@ -65,7 +67,7 @@ def local_rollouts(n: int) -> Rollouts:
     return Rollouts(tokens, torch.zeros(tokens.shape), torch.zeros(tokens.shape))
 
 
-def method(chosen: bf.Settings, samples: int = 1, pad_to: int = 1, **sizes) -> ebft.EBFTConfig:
+def method(chosen: bf.Settings, samples: int = 1, pad_to: int = 1, **sizes) -> EBFTConfig:
     """`chosen` with a block's samples shared out and rows padded."""
     config = models.ebft_config(chosen, T, 4, **sizes)
     per_rank = chosen.geometry.num_samples // samples
@@ -114,7 +116,7 @@ def overrides(tp: int, pp: int, sp: bool = False) -> dict:
 def golden_step(name: str, sp: bool) -> dict[str, float]:
     """Largest differences from the golden step; of gradients the largest relative one."""
     golden, chosen, docs, tokens = load_golden(name)
-    config, weights = bf.load_llama(GOLDEN / "llama")
+    config, weights = plain_llama.load_llama(GOLDEN / "llama")
     multiple = 2 * 17
     policy = models.build_policy(config, weights, multiple, **overrides(2, 2, sp))
     encoder = models.build_encoder(config, weights, vocab_multiple=multiple, **overrides(2, 2, sp))
@@ -122,8 +124,8 @@ def golden_step(name: str, sp: bool) -> dict[str, float]:
     run = replace(run, layout=replace(run.layout, pad_to=2 if sp else 1))
     gold, means = models.gold_batch(docs), Means()
     rollouts = Rollouts(tokens, torch.zeros(tokens.shape), None)
-    rewards = ebft.compute_rewards(encoder, gold, rollouts, run)
-    scores = ebft.policy_gradient(policy, gold, rollouts, rewards.advantage, run, means)
+    rewards = models.rewarded(encoder, gold, rollouts, run)
+    scores = gradient.policy_gradient(policy, gold, rollouts, rewards.advantage, run, means)
     reward = rewards.alignment - run.diversity_coef * rewards.diversity
     found = {key: largest_difference(value, by_sample(golden[key], docs)) for key, value in (
         ("alignment", rewards.alignment), ("diversity", rewards.diversity), ("reward", reward),
@@ -154,10 +156,10 @@ def gram_differences(folder: str, chosen: bf.Settings, tp: int, pp: int, samples
     gold, rollouts = models.gold_batch(gold_tokens()[mine]), local_rollouts(6)
     with pytest.MonkeyPatch.context() as patch:
         counted = count_received(patch)
-        gram = ebft.compute_rewards(encoder, gold, Rollouts(rollouts.tokens_BKNG[mine], None, None), run).gram
+        gram = models.rewarded(encoder, gold, Rollouts(rollouts.tokens_BKNG[mine], None, None), run).gram
     expected = torch.load(f"{folder}/{chosen.norm} {chosen.pooling}.pt")
     here = sum(layer in decoder.local_layers(encoder) for layer in run.feature_map.layers)
-    predicted = features.exchange_bytes(run.feature_map, run.layout, per_group, 3, HIDDEN, 4, here, tensor=tp,
+    predicted = exchange_bytes(run.feature_map, run.layout, per_group, 3, HIDDEN, 4, here, tensor=tp,
                                         is_sequence_parallel=sp, pipeline=pp, samples=samples)
     return {"difference": largest_difference(gram, expected[mine]), "counted": sum(counted),
             "predicted": predicted.gram, "as features": predicted.features}
@@ -186,8 +188,8 @@ def step_of_64_samples(folder: str) -> dict[str, float]:
         local_rollouts(64)
     expected, means = torch.load(f"{folder}/64.pt"), Means()
     policy = models.build_policy(config, weights)
-    rewards = ebft.compute_rewards(models.build_encoder(config, weights), gold, rollouts, run)
-    ebft.policy_gradient(policy, gold, rollouts, rewards.advantage, run, means)
+    rewards = models.rewarded(models.build_encoder(config, weights), gold, rollouts, run)
+    gradient.policy_gradient(policy, gold, rollouts, rewards.advantage, run, means)
     part = expected["advantage"].chunk(4, dim=2)[groups.sample_rank()]
     found = {"advantage": largest_difference(rewards.advantage, part)}
     found |= {key: abs(value - expected["losses"][key]) for key, value in means.reduce().items()}
@@ -240,10 +242,10 @@ def watched_step(sp: bool) -> dict[str, list]:
         rollouts = sampler.sample_rollouts(policy, gold, run.layout, run.sampling, 0)
     found["sampling"] = sorted(watch.shapes)
     with Watch() as watch:
-        rewards = ebft.compute_rewards(encoder, gold, rollouts, run)
+        rewards = models.rewarded(encoder, gold, rollouts, run)
     found["features"] = sorted(watch.shapes)
     with Watch() as watch:
-        ebft.policy_gradient(policy, gold, rollouts, rewards.advantage, run, Means())
+        gradient.policy_gradient(policy, gold, rollouts, rewards.advantage, run, Means())
     found["training"] = sorted(watch.shapes)
     return found
 
@@ -290,10 +292,10 @@ def by_rank(one_rank, tmp_path_factory):
         X, y = (rows.join_blocks(list(x)) for x in zip(*pairs))
         torch.save(energy.gram(torch.cat([X, y.unsqueeze(-2)], dim=-2)), folder / f"{norm} {pooling}.pt")
     run, means, policy = method(settings("joint", "last_token", 64)), Means(), models.build_policy(config, weights)
-    rewards = ebft.compute_rewards(encoder, gold, local_rollouts(64), run)
-    ebft.policy_gradient(policy, gold, local_rollouts(64), rewards.advantage, run, means)
-    gradient = {name: p.main_grad.clone() for name, p in policy[0].module.named_parameters()}
-    torch.save({"advantage": rewards.advantage, "losses": means.reduce(), "gradient": gradient,
+    rewards = models.rewarded(encoder, gold, local_rollouts(64), run)
+    gradient.policy_gradient(policy, gold, local_rollouts(64), rewards.advantage, run, means)
+    grads = {name: p.main_grad.clone() for name, p in policy[0].module.named_parameters()}
+    torch.save({"advantage": rewards.advantage, "losses": means.reduce(), "gradient": grads,
                 "scale": max(x.abs().max().item() for x in gradient.values())}, folder / "64.pt")
     return run_ranks(4, "test_parallel:rank_work", str(folder), timeout=400)
 
@@ -393,6 +395,6 @@ def test_features_travel_while_the_encoder_works(one_rank, monkeypatch):
 
     monkeypatch.setattr(features, "PendingGrams", Recorded)
     encoder.register_forward_hook(lambda *_: order.append("encoder"))
-    ebft.compute_rewards(encoder, gold, local_rollouts(6), method(SETTINGS, blocks_per_microbatch=2))
+    models.rewarded(encoder, gold, local_rollouts(6), method(SETTINGS, blocks_per_microbatch=2))
     assert order == ["encoder", "begin"] + ["encoder", "finish", "begin"] * (len(order) // 3 - 1) + ["finish"]
     assert len(order) > 6

@@ -1,7 +1,7 @@
 """Sampling: the distribution, its top-p and top-k sets, the random numbers, independence of the batch split, memory."""
 
-import brute_force as bf
 import models
+import plain_llama
 import pytest
 import torch
 import torch.distributed as dist
@@ -198,7 +198,7 @@ def test_tokens_stay_in_the_set_with_the_frequencies_left(top_p, top_k):
 
 @pytest.fixture(scope="module")
 def policy(one_rank):
-    config, weights = bf.random_llama(0, layers=2, hidden=16, ffn=24, heads=4, kv_heads=2, vocab=30)
+    config, weights = plain_llama.random_llama(0, layers=2, hidden=16, ffn=24, heads=4, kv_heads=2, vocab=30)
     return models.build_policy(config, weights)
 
 
@@ -268,7 +268,7 @@ class Made(TorchDispatchMode):
 def test_logits_live_for_a_chunk_of_rows(one_rank, monkeypatch, dtype, top_p):
     """They stay in the model's dtype, and neither they nor anything of their size leaves the model."""
     vocab, rows = 5000, 8
-    config, weights = bf.random_llama(0, layers=2, hidden=16, ffn=24, heads=4, kv_heads=2, vocab=vocab)
+    config, weights = plain_llama.random_llama(0, layers=2, hidden=16, ffn=24, heads=4, kv_heads=2, vocab=vocab)
     policy = models.build_policy(config, weights, 64, params_dtype=dtype, bf16=dtype == torch.bfloat16)
     gold, padded = gold_rows(documents=False), -(-vocab // 64) * 64
     expected = sampled(policy, gold, top_p=top_p, temperature=1.0)
@@ -293,7 +293,7 @@ def test_logits_live_for_a_chunk_of_rows(one_rank, monkeypatch, dtype, top_p):
 def test_padding_of_the_vocabulary_costs_the_backward_pass_nothing(one_rank, monkeypatch):
     """The logits and their gradient are all there is of that size; padding has a gradient of 0, whatever its logits."""
     rows, vocab = 40, 51
-    config, weights = bf.random_llama(0, layers=1, hidden=16, ffn=24, heads=4, kv_heads=2, vocab=vocab)
+    config, weights = plain_llama.random_llama(0, layers=1, hidden=16, ffn=24, heads=4, kv_heads=2, vocab=vocab)
     model = unwrap(models.build_policy(config, weights, 64)[0])
     weight = model.output_layer.weight
     with torch.no_grad():

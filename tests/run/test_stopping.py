@@ -13,16 +13,19 @@ import pytest
 import torch
 from ranks import free_port
 from safetensors import safe_open
-from test_training import arguments, data, scalars  # noqa: F401
-from test_training import start as start_run
+from small_run import dataset, scalars
+from small_run import start as start_run
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_ebft.checkpointing.folders import latest_iteration
 from megatron_ebft.checkpointing.saver import Saver
+from megatron_ebft.common import signals
+from megatron_ebft.common.errors import StepFailed
+from megatron_ebft.method import step as method_step
 from megatron_ebft.model.decoder import unwrap
 from megatron_ebft.parallel import groups
-from megatron_ebft.run import stopping, training
-from megatron_ebft.run.stopping import StepFailed, StopAsked, Stopper
+from megatron_ebft.run import loop, stopping
+from megatron_ebft.run.stopping import StopAsked, Stopper
 from megatron_ebft.run.watchdog import Report, diagnose
 
 FLAGS = ["--train-iters", "6", "--save-interval", "4", "--eval-interval", "3"]
@@ -36,12 +39,12 @@ def start(args) -> tuple:
 
 @pytest.fixture(autouse=True)
 def no_requests(monkeypatch):
-    monkeypatch.setattr(stopping, "_received", [])
+    monkeypatch.setattr(signals, "received", [])
 
 
 def test_kills(tmp_path):
     """SIGKILL four times, USR1 and TERM once: see kills.py, which does the same twenty times by hand."""
-    rows = kills.dataset(tmp_path)
+    rows = dataset(tmp_path)
     kinds = [signal.SIGKILL, signal.SIGKILL, signal.SIGUSR1, signal.SIGKILL, signal.SIGTERM, signal.SIGKILL]
     kills.interrupted_run(tmp_path / "broken", rows, 30, kinds, seed=0)
     kills.interrupted_run(tmp_path / "whole", rows, 30, [], seed=0)
@@ -58,43 +61,43 @@ def ask_at(patch, target, name: str, call: int) -> None:
     def asked(*args, **kwargs):
         calls.append(1)
         if len(calls) == call:
-            stopping._received.append("SIGUSR1")
+            signals.received.append("SIGUSR1")
         return original(*args, **kwargs)
 
     patch.setattr(target, name, asked)
 
 
 STOPS = {  # where the signal arrives; the step that is the last, and the evaluation that is
-    "in a step": (training, "optimizer_step", 2, 2, 0),
-    "in a rollout": (training, "sample_rollouts", 3, 2, 0),
-    "in an evaluation": (training, "evaluate", 2, 3, 0),
+    "in a step": (method_step, "update", 2, 2, 0),
+    "in a rollout": (method_step, "sample_rollouts", 3, 2, 0),
+    "in an evaluation": (loop, "evaluate", 2, 3, 0),
     "in a save": (Saver, "save", 1, 4, 3),
-    "in the first evaluation": (training, "evaluate", 1, 0, -1),
-    "in the last evaluation": (training, "evaluate", 3, 6, 3),
+    "in the first evaluation": (loop, "evaluate", 1, 0, -1),
+    "in the last evaluation": (loop, "evaluate", 3, 6, 3),
 }
 
 
 @pytest.mark.parametrize("place", STOPS)
-def test_a_request_stops_and_the_run_goes_on(arguments, tmp_path, one_rank, monkeypatch, place, capsys):  # noqa: F811
+def test_a_request_stops_and_the_run_goes_on(arguments, tmp_path, one_rank, monkeypatch, place, capsys):
     *where, step, evaluated = STOPS[place]
 
     def flags(name):
         return arguments(*FLAGS, "--save", str(tmp_path / name), "--load", str(tmp_path / name))
 
     run, log = start(flags("whole"))
-    assert training.train(run, log)
+    assert loop.train(run, log)
     log.close(0.0)
     run, log = start(flags("broken"))
     with monkeypatch.context() as patch:
         ask_at(patch, *where)
-        assert not training.train(run, log)
+        assert not loop.train(run, log)
     log.close(0.0, is_done=False)
     assert (run.state.iteration, run.state.evaluated) == (step, evaluated)
     assert f"stopping after step {step}/6: SIGUSR1" in capsys.readouterr().out
     assert latest_iteration(str(tmp_path / "broken")) == (step or None)
-    stopping._received.clear()
+    signals.received.clear()
     run, log = start(flags("broken"))
-    assert training.train(run, log) and run.state.restarts == (step > 0)
+    assert loop.train(run, log) and run.state.restarts == (step > 0)
     log.close(0.0)
     assert kills.compare(tmp_path / "whole", tmp_path / "broken") > 100
 
@@ -105,7 +108,7 @@ def test_a_stop_file_and_a_deadline(one_rank, tmp_path, monkeypatch):
     file.write_text("")
     with pytest.raises(StopAsked, match=f"--ebft-stop-file {file}"):
         Stopper(None, str(file)).check()
-    monkeypatch.setattr(stopping, "_begun", time.monotonic() - 100)
+    monkeypatch.setattr(stopping, "_process_start", time.monotonic() - 100)
     stopper = Stopper(minutes=2.0)  # 20 seconds are left
     stopper.check()
     stopper.longest_step, stopper.longest_save = 8.0, 4.0
@@ -116,22 +119,22 @@ def test_a_stop_file_and_a_deadline(one_rank, tmp_path, monkeypatch):
         stopper.check()
 
 
-def test_a_slice_shorter_than_the_save_interval_makes_progress(arguments, tmp_path, one_rank, monkeypatch):  # noqa: F811
+def test_a_slice_shorter_than_the_save_interval_makes_progress(arguments, tmp_path, one_rank, monkeypatch):
     flags = [*FLAGS, "--save-interval", "1000", "--eval-interval", "0", "--save", str(tmp_path), "--load",
              str(tmp_path)]
     for done in (2, 4):
         run, log = start(arguments(*flags))
         with monkeypatch.context() as patch:
-            ask_at(patch, training, "optimizer_step", 2)
-            assert not training.train(run, log)
-        stopping._received.clear()
+            ask_at(patch, method_step, "update", 2)
+            assert not loop.train(run, log)
+        signals.received.clear()
         assert latest_iteration(str(tmp_path)) == run.state.iteration == done
 
 
 # ---------------------------------------------------------------- what fails
 
 
-def test_a_failed_save_costs_a_warning_but_at_the_end(arguments, tmp_path, one_rank, monkeypatch, capsys):  # noqa: F811
+def test_a_failed_save_costs_a_warning_but_at_the_end(arguments, tmp_path, one_rank, monkeypatch, capsys):
     save, calls = Saver.save, []
 
     def fails(self, *args):
@@ -143,7 +146,7 @@ def test_a_failed_save_costs_a_warning_but_at_the_end(arguments, tmp_path, one_r
     monkeypatch.setattr(Saver, "save", fails)
     failing = [2]
     run, log = start(arguments(*FLAGS, "--save-interval", "2", "--save", str(tmp_path / "a"), "--async-save"))
-    assert training.train(run, log) and latest_iteration(str(tmp_path / "a")) == 6
+    assert loop.train(run, log) and latest_iteration(str(tmp_path / "a")) == 6
     assert "warning: --save x: cannot write the checkpoint (disk full). Training goes on" in capsys.readouterr().out
     assert sorted(os.listdir(tmp_path / "a")) == ["iter_0000002", "iter_0000006", "latest_checkpointed_iteration.txt",
                                                   "tensorboard"]
@@ -151,11 +154,11 @@ def test_a_failed_save_costs_a_warning_but_at_the_end(arguments, tmp_path, one_r
     failing = [3, 4]
     run, log = start(arguments(*FLAGS, "--save-interval", "2", "--save", str(tmp_path / "b")))
     with pytest.raises(RuntimeError, match="the run's end, step 6, could not be saved; make room"):
-        training.train(run, log)
+        loop.train(run, log)
     assert latest_iteration(str(tmp_path / "b")) == 4
 
 
-def test_a_disk_without_room_for_tensorboard_costs_a_warning(arguments, tmp_path, one_rank, monkeypatch,  # noqa: F811
+def test_a_disk_without_room_for_tensorboard_costs_a_warning(arguments, tmp_path, one_rank, monkeypatch,
                                                              capsys):
     run, log = start(arguments(*FLAGS, "--tensorboard-dir", str(tmp_path)))
     add_scalar = SummaryWriter.add_scalar
@@ -166,14 +169,14 @@ def test_a_disk_without_room_for_tensorboard_costs_a_warning(arguments, tmp_path
         add_scalar(self, name, value, iteration)
 
     monkeypatch.setattr(SummaryWriter, "add_scalar", full)
-    assert training.train(run, log)
+    assert loop.train(run, log)
     log.close(0.0)
     said = capsys.readouterr().out
     assert said.count("warning: --tensorboard-dir") == 1 and "No space left on device" in said
     assert [step for step, _ in scalars(tmp_path)["train/loss"]] == [1, 4, 5, 6]
 
 
-def test_the_deadline_knows_saves_of_earlier_processes(arguments, tmp_path, one_rank, monkeypatch):  # noqa: F811
+def test_the_deadline_knows_saves_of_earlier_processes(arguments, tmp_path, one_rank, monkeypatch):
     """Of a save in the background, until it is whole; a finished run cannot be asked for fewer steps."""
     flags = [*FLAGS, "--async-save", "--save", str(tmp_path), "--load", str(tmp_path)]
     finished = Saver.finished
@@ -183,29 +186,26 @@ def test_the_deadline_knows_saves_of_earlier_processes(arguments, tmp_path, one_
 
     monkeypatch.setattr(Saver, "finished", late)
     run, log = start(arguments(*flags))
-    assert training.train(run, log)
+    assert loop.train(run, log)
     assert run.stopper.longest_save == run.state.longest_save > run.stopper.longest_step
     run, log = start(arguments(*flags, "--train-iters", "8", "--override-opt-param-scheduler"))
-    assert run.state.longest_save > 0 and training.train(run, log) and run.stopper.longest_save > 0
+    assert run.state.longest_save > 0 and loop.train(run, log) and run.stopper.longest_save > 0
     with pytest.raises(ValueError, match="--train-iters 7: --load .* is at step 8 already"):
         start(arguments(*flags, "--train-iters", "7", "--override-opt-param-scheduler"))
 
 
-def test_a_step_that_is_not_finite_is_dumped_and_the_checkpoint_stays(arguments, tmp_path, one_rank):  # noqa: F811
+def test_a_step_that_is_not_finite_is_dumped_and_the_checkpoint_stays(arguments, tmp_path, one_rank, monkeypatch):
     run, log = start(arguments(*FLAGS, "--train-iters", "3", "--save-interval", "2", "--save", str(tmp_path)))
-    original = training.optimizer_step
+    original = method_step.update
 
-    def broken(run, loss):
+    def broken(optimizer, loss):
         if run.state.iteration == 2:
             next(unwrap(run.policy[0]).parameters()).main_grad.fill_(torch.nan)
-        return original(run, loss)
+        return original(optimizer, loss)
 
-    training.optimizer_step = broken
-    try:
-        with pytest.raises(StepFailed, match="step 3: loss .*gradient norm nan.*The last checkpoint is good"):
-            training.train(run, log)
-    finally:
-        training.optimizer_step = original
+    monkeypatch.setattr(method_step, "update", broken)
+    with pytest.raises(StepFailed, match="step 3 .*: loss .*gradient norm nan.*The last checkpoint is good"):
+        loop.train(run, log)
     assert latest_iteration(str(tmp_path)) == 2
     with safe_open(tmp_path / "failed_steps/step_0000003.safetensors", "pt") as file:
         assert {"docs", "sequences", "log_probs", "advantage"} <= set(file.keys())
@@ -216,7 +216,7 @@ def test_a_step_that_is_not_finite_is_dumped_and_the_checkpoint_stays(arguments,
 HANGS = """
 import os, signal, sys, time
 import torch, torch.distributed as dist
-from megatron_ebft.watchdog import Watchdog
+from megatron_ebft.run.watchdog import Watchdog
 dist.init_process_group("gloo")
 watchdog = Watchdog(3.0 if sys.argv[3] == "1" else 0.5)
 watchdog.watch()

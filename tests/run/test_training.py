@@ -1,90 +1,32 @@
 """The training command: resumes bit for bit after SIGKILL, logs what it should, refuses what cannot work."""
 
-import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from preprocess_data import main as preprocess
-from ranks import free_port
+from paced import Pace
+from small_run import MODEL, SMALL, TIMED, VOCAB, finish, save, scalars, start, start_ranks, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_ebft.checkpointing.loader import load_weights
-from megatron_ebft.checkpointing.record import read_metadata
-from megatron_ebft.checkpointing.saver import Saver
 from megatron_ebft.common.timer import PhaseTimer
 from megatron_ebft.method.evaluation import evaluate
 from megatron_ebft.method.means import Means
 from megatron_ebft.method.sft import cross_entropy_pass
-from megatron_ebft.model.decoder import ModelArgs, build_frozen, unwrap
+from megatron_ebft.method.update import update
+from megatron_ebft.model.decoder import unwrap
 from megatron_ebft.parallel import groups
 from megatron_ebft.rollout import sampler
 from megatron_ebft.run.arguments import parse_args
-from megatron_ebft.run.build import build_run, describe
-from megatron_ebft.run.logger import Logger
-from megatron_ebft.run.training import gold_batch, optimizer_step, train, train_step
+from megatron_ebft.run.build import build_run
+from megatron_ebft.run.describe import describe
+from megatron_ebft.run.loop import gold_batch, train, train_step
 
-VOCAB = 64
-MODEL = ["--num-layers", "4", "--hidden-size", "32", "--num-attention-heads", "4", "--num-query-groups", "2"]
-SMALL = ["--seq-length", "24", "--micro-batch-size", "1", "--global-batch-size", "2", "--lr", "1e-2", "--eval-iters",
-         "1",
-         "--ebft-rollout-length", "4", "--ebft-stride", "4", "--ebft-context-length", "4", "--ebft-eval-length", "8",
-         "--tokenizer-type", "NullTokenizer", "--vocab-size", str(VOCAB)]
 EVERY_STEP = {"loss", "rl_loss", "ce_loss", "reward", "alignment", "diversity", "reward_std", "zero_spread", "cfm",
               "cfm_biased", "entropy", "mismatch", "mismatch_ratio", "grad_norm", "lr", "tokens_per_second"}
 EVALUATED = {"ce_loss", "cfm", "cfm_biased", "alignment", "kl_to_start", "cfm_length/01", "cfm_length/08"}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Flags of a dataset of documents that count in steps of 3 from a random start."""
-    folder = tmp_path_factory.mktemp("data")
-    generator = torch.Generator().manual_seed(0)
-    with open(folder / "text.jsonl", "w") as file:
-        for _ in range(40):
-            first = int(torch.randint(0, VOCAB - 1, (), generator=generator))
-            ids = [(first + 3 * i) % (VOCAB - 1) for i in range(60)]
-            file.write(json.dumps({"text": " ".join(map(str, ids))}) + "\n")
-    preprocess(["--input", str(folder / "text.jsonl"), "--output-prefix", str(folder / "set"), "--tokenizer-type",
-                "NullTokenizer", "--vocab-size", str(VOCAB)])
-    return ["--data-path", str(folder / "set_text_document"), "--split", "80,20,0"]
-
-
-def start_ranks(flags: list[str], ranks: int = 2) -> list[subprocess.Popen]:
-    """`python -m megatron_ebft.train` on each rank; rank 0's output is piped."""
-    port = free_port()
-    return [subprocess.Popen(
-        [sys.executable, "-m", "megatron_ebft.train", *flags], text=True, stderr=subprocess.STDOUT,
-        stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL, start_new_session=True,
-        env=os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
-                          "MASTER_PORT": str(port), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1",
-                          "CUDA_VISIBLE_DEVICES": ""})
-        for rank in range(ranks)]
-
-
-def finish(processes: list[subprocess.Popen]) -> str:
-    output = processes[0].communicate(timeout=120)[0]
-    assert [p.wait(timeout=20) for p in processes] == [0] * len(processes), output
-    return output
-
-
-def scalars(folder) -> dict[str, list[tuple[int, float]]]:
-    """Steps and values of every TensorBoard scalar."""
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
-def weights(folder) -> dict[str, torch.Tensor]:
-    """Weights of the latest checkpoint."""
-    model = build_frozen(ModelArgs(**read_metadata(str(folder))["architecture"]))
-    load_weights(str(folder), model)
-    return dict(unwrap(model).named_parameters())
 
 
 def test_killed_run_continues_bit_for_bit(data, tmp_path, one_rank):
@@ -92,26 +34,25 @@ def test_killed_run_continues_bit_for_bit(data, tmp_path, one_rank):
         return [*data, *MODEL, *SMALL, "--train-iters", "6", "--save-interval", "3", "--eval-interval", "3",
                 "--save", str(folder), "--load", str(folder)]
 
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    first, second = start_ranks(flags(whole)), None
-    finish(first)
-    second = start_ranks(flags(killed))
-    for line in second[0].stdout:
-        if line.startswith("saved"):  # iteration 3 is whole; step 4 has begun
+    whole, killed, pace = tmp_path / "whole", tmp_path / "killed", Pace(tmp_path / "pace")
+    finish(start_ranks(flags(whole)))
+    pace.allow(4)
+    ranks = start_ranks(flags(killed), pace=pace.file)
+    for line in ranks[0].stdout:
+        if line.startswith("saved"):  # iteration 3 is whole; step 4 has begun, or waits at its end
             time.sleep(0.05)
-            for process in second:
+            for process in ranks:
                 os.killpg(process.pid, signal.SIGKILL)  # with the processes that Megatron-Core saves with
             break
-    rest = second[0].communicate()[0]
-    assert [p.wait() for p in second] == [-signal.SIGKILL] * 2 and "step 5/6" not in rest
+    ranks[0].communicate()
+    assert [process.wait() for process in ranks] == [-signal.SIGKILL] * 2
     output = finish(start_ranks(flags(killed)))
     assert "step 3/6" not in output and "step 4/6" in output
 
-    expected, found = scalars(whole / "tensorboard"), scalars(killed / "tensorboard")
-    timed = ("seconds/", "run/", "train/tokens_per_second", "train/distance_to_start")
-    for tag in (tag for tag in expected if not tag.startswith(timed)):
-        assert found[tag] == expected[tag], tag
-    assert [step for step, _ in found["train/loss"]] == [1, 2, 3, 4, 5, 6]
+    expected, logged = scalars(whole / "tensorboard"), scalars(killed / "tensorboard")
+    for tag in (tag for tag in expected if not tag.startswith(TIMED)):
+        assert logged[tag] == expected[tag], tag
+    assert [step for step, _ in logged["train/loss"]] == [1, 2, 3, 4, 5, 6]
     for name, value in weights(whole).items():
         assert torch.equal(value, weights(killed)[name]), name
 
@@ -145,24 +86,6 @@ def test_the_same_run_on_one_rank_and_on_four(arguments, data, tmp_path, one_ran
         assert (value - weights(folder)[name])[:VOCAB].abs().max() <= 1e-5, name
 
 
-@pytest.fixture
-def arguments(data):
-    """Flags → parsed arguments of a small run."""
-    return lambda *more: parse_args([*data, *MODEL, *SMALL, "--train-iters", "4", *more])
-
-
-def start(args) -> tuple:
-    """A run and its logger."""
-    run = build_run(args)
-    return run, Logger(args.tensorboard_dir, run.state.iteration, args.train_iters, 48, args.ebft_rollout_length,
-                       run.tokenizer)
-
-
-def save(run, folder) -> None:
-    """A checkpoint of the run as it is."""
-    Saver(str(folder)).save(run.state, run.policy, run.optimizer, run.scheduler, run.metadata)
-
-
 def test_a_note_where_one_side_alone_runs_in_fp8(arguments, tmp_path, one_rank):
     plain = ("--tensorboard-dir", str(tmp_path), "--seq-length", "32")
     rollouts = (*plain, "--ebft-rollout-fp8", "blockwise", "--ebft-fp8-emulate")
@@ -177,7 +100,7 @@ def test_a_note_where_one_side_alone_runs_in_fp8(arguments, tmp_path, one_rank):
 def test_optimizer_step_is_megatrons(arguments, tmp_path, one_rank, clip):
     """Clipping included: the same weights as from the optimizer's own step on the same gradients."""
     after = []
-    for steps in (lambda run: optimizer_step(run, 0.0), lambda run: run.optimizer.step()[1]):
+    for steps in (lambda run: update(run.optimizer, 0.0), lambda run: run.optimizer.step()[1]):
         groups.set_seed(1)
         run = build_run(arguments("--training-mode", "sft", "--clip-grad", clip, "--tensorboard-dir", str(tmp_path)))
         for chunk in run.policy:
@@ -273,12 +196,12 @@ def test_short_answers_are_evaluated_at_the_lengths_they_have(arguments, one_ran
     answers = torch.zeros_like(gold.tokens_BT, dtype=torch.bool)
     answers[:, 4:6] = answers[:, 12:15] = True  # the anchors of evaluation are 4 and 12, its completions up to 8 long
     gold.answer_BT = answers
-    metrics, _ = evaluate(run.policy, run.encoder, run.reference, [gold], run.config, 8, 1)
+    metrics, _ = evaluate(run.policy, run.encoder, run.start, [gold], run.config, 8, 1)
     assert {name for name in metrics if name.startswith("cfm_length")} == {"cfm_length/01", "cfm_length/02"}
     assert abs(metrics["kl_to_start"]) < 1e-7 and metrics["entropy"] > 1
 
     gold.answer_BT = answers & False
-    metrics, _ = evaluate(run.policy, run.encoder, run.reference, [gold], run.config, 8, 1)
+    metrics, _ = evaluate(run.policy, run.encoder, run.start, [gold], run.config, 8, 1)
     assert metrics == {}
 
 

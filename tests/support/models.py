@@ -1,9 +1,11 @@
-"""Policies and encoders made from Hugging Face weights (brute_force.load_llama, random_llama), and gradients under
+"""Policies and encoders made from Hugging Face weights (plain_llama.load_llama, random_llama), and gradients under
 those names: what lets a test hold the package against brute_force.py.
 
 Megatron-Core keeps Q, K and V of a layer in one matrix, ordered by key head: the query heads that share the key head,
 the key head, the value head. Gate and up projection are one matrix as well, one after the other.
 """
+
+from dataclasses import dataclass
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -15,13 +17,15 @@ from megatron_ebft.common.device import device
 from megatron_ebft.data.micro_batches import GoldBatch, MicroBatch
 from megatron_ebft.data.rows import document_ids
 from megatron_ebft.layout.strided import StridedLayout
-from megatron_ebft.method.ebft import EBFTConfig
+from megatron_ebft.method.config import EBFTConfig
 from megatron_ebft.method.features import Catch, FeatureMap
+from megatron_ebft.method.means import Means
+from megatron_ebft.method.rewards import compute_advantages, compute_rewards, feature_grams
 from megatron_ebft.model import decoder
 from megatron_ebft.model.attention import StridedPattern, as_mask
 from megatron_ebft.model.decoder import ModelArgs, feature_layers, unwrap
 from megatron_ebft.model.fp8 import FP8
-from megatron_ebft.rollout.sampler import SamplingConfig
+from megatron_ebft.rollout.sampler import Rollouts, SamplingConfig
 
 TOP = {
     "embedding.word_embeddings.weight": "model.embed_tokens.weight",
@@ -108,7 +112,7 @@ def _shards(model) -> list[ShardedTensor]:
 
 
 def load(target, config: dict, weights: dict) -> None:
-    """Set the weights of a policy's stages, an encoder or a reference from Hugging Face ones."""
+    """Set the weights of a policy's stages, an encoder or a start from Hugging Face ones."""
     for chunk in target if isinstance(target, list) else [target]:
         with torch.no_grad():
             for shard in _shards(chunk):
@@ -181,11 +185,11 @@ def build_encoder(config: dict, weights: dict, fractions=(0.25, 0.5, 0.75), voca
     return encoder
 
 
-def build_reference(config: dict, weights: dict):
+def build_start(config: dict, weights: dict):
     """A frozen whole model with these weights."""
-    reference = decoder.build_frozen(architecture(config), params_dtype=torch.get_default_dtype())
-    load(reference, config, weights)
-    return reference
+    start = decoder.build_frozen(architecture(config), params_dtype=torch.get_default_dtype())
+    load(start, config, weights)
+    return start
 
 
 def ebft_config(settings, seq_length: int, num_layers: int, *, micro_batch_size=1, blocks_per_microbatch=0,
@@ -233,6 +237,28 @@ def block_features(encoder, feature_map: FeatureMap, micro_batch: MicroBatch,
                 joined = torch.nn.functional.normalize(joined, dim=-1)
             found.append(joined.mean(-2))
     return list(zip(found[::2], found[1::2]))
+
+
+@dataclass
+class Rewarded:
+    """What the encoder makes of rollouts."""
+
+    gram: Tensor
+    """float64 [B, K, n+1, n+1]."""
+    alignment: Tensor
+    """float32 [B, K, n]."""
+    diversity: Tensor
+    """float32 [B, K, n]."""
+    advantage: Tensor
+    """float32 [B, K, N]."""
+
+
+def rewarded(encoder, gold: GoldBatch, rollouts: Rollouts, config: EBFTConfig, means: Means | None = None) -> Rewarded:
+    """Features, rewards and advantages, as in a step."""
+    gram = feature_grams(encoder, gold, rollouts, config, means)
+    rewards = compute_rewards(gram, rollouts, config)
+    return Rewarded(gram, rewards.alignment_BKn.float(), rewards.diversity_BKn.float(),
+                    compute_advantages(rewards, config))
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

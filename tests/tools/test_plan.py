@@ -80,13 +80,13 @@ def real_step(argv: list[str]) -> dict:
 
     from megatron_ebft.parallel.groups import init_parallel, shut_down
     from megatron_ebft.run.arguments import parallel_sizes
-    from megatron_ebft.run.training import train_step
+    from megatron_ebft.run.loop import train_step
 
     args, _ = plan.parse(argv)
     init_parallel(**parallel_sizes(args))
     run, gold = plan.build(args, Meter(0))
     models = [[[*module.parameters(), *vars(module).values()] for module in model.modules()]
-              for model in (*run.policy, run.encoder, run.reference) if model is not None]
+              for model in (*run.policy, run.encoder, run.start) if model is not None]
     buffers = [[buffer.grad_data, buffer.param_data] for chunk in run.policy for buffer in chunk.buffers]
     state = optimizer_tensors(run.optimizer)
     found = {"parameters": storage_bytes(models), "optimizer": storage_bytes(models, buffers, state)
@@ -145,7 +145,7 @@ def test_plan_is_what_happens(real, layout):
         found = real[layout][rank]
         planned = plan.measure_rank(flags(layout), rank, like_gpu=False)
         held = planned["held"]
-        assert sum(held.get(kind, 0) for kind in ("weights", "encoder", "reference")) == found["parameters"]
+        assert sum(held.get(kind, 0) for kind in ("weights", "encoder", "start")) == found["parameters"]
         assert held["gradients"] == found["gradients"]
         assert held["optimizer"] == found["optimizer"]
         for phase, flops in found["flops"].items():

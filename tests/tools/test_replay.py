@@ -7,33 +7,28 @@ they are (`rank_work`); the tests look at the files they leave.
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
-import brute_force as bf
 import pytest
 import torch
+from golden import GOLDEN, STEPS, by_sample
 from models import largest_difference, relative_error
 from preprocess_data import main as preprocess
 from ranks import enter_world, run_ranks
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from test_brute_force import GOLDEN, by_sample, load_golden
-from test_training import MODEL, SMALL, VOCAB, scalars, weights
+from safetensors.torch import load_file
+from small_run import MODEL, SMALL, VOCAB, scalars, weights
+from step_files import metadata, put, tampered
 
 from megatron_ebft import train
-from megatron_ebft.common import progress
 from megatron_ebft.common.device import init_device
 from megatron_ebft.common.timer import PhaseTimer
-from megatron_ebft.layout.step_major import from_step_major, step_major_positions, to_step_major
-from megatron_ebft.layout.strided import StridedLayout, document_starts
+from megatron_ebft.layout.step_major import from_step_major
 from megatron_ebft.method import energy
 from megatron_ebft.model.decoder import unwrap
 from megatron_ebft.run.arguments import parse_args
 from megatron_ebft.run.build import build_run
+from megatron_ebft.run.loop import StepFailed, gold_batch, train_step
 from megatron_ebft.run.step_file import INPUTS, read_step
-from megatron_ebft.run.training import StepFailed, gold_batch, train_step
 
-STEPS = ("step", "step_whitened", "step_translation")
 TP2_PP2 = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
 LAYOUTS = {  # ranks, flags
     "1x1": (1, []), "tp2 pp2": (4, TP2_PP2), "dp2": (2, []),
@@ -113,34 +108,6 @@ def folder(data, tmp_path_factory) -> Path:
     return folder
 
 
-# ---------------------------------------------------------------- order of tokens
-
-
-@pytest.mark.parametrize("name", STEPS)
-def test_a_file_is_step_major(name):
-    golden, settings, docs, tokens = load_golden(name)
-    g, (rows, length) = settings.geometry, docs.shape
-    layout = StridedLayout(length, g.context, g.stride, g.rollout_length, g.num_samples)
-    assert torch.equal(from_step_major(layout, golden["sequences"][:, length:]), tokens)
-    assert torch.equal(to_step_major(layout, tokens, docs), golden["sequences"])
-    assert torch.equal(step_major_positions(layout, None, rows), golden["position_ids"])
-
-
-def test_positions_in_a_file_restart_at_documents():
-    eod, geometry = 0, bf.Geometry(3, 2, 4, 2)
-    tokens = torch.randint(0, 4, (3, 20), generator=torch.Generator().manual_seed(0))
-    documents = torch.tensor([bf.document_ids(row, eod) for row in tokens])
-    layout = StridedLayout(20, geometry.context, geometry.stride, geometry.rollout_length, geometry.num_samples)
-    positions = step_major_positions(layout, document_starts(documents), len(tokens))
-    found = bf.sequences_to_rollouts(positions, 20, geometry.num_samples, geometry.rollout_length)
-    for b, row in enumerate(tokens):
-        ids = documents[b].tolist()
-        assert positions[2 * b, :20].tolist() == [i - ids.index(document) for i, document in enumerate(ids)]
-        for k, anchor in enumerate(geometry.anchors(20)):
-            first = len(bf.context_tokens(row, anchor, eod))
-            assert found[b, k].tolist() == 2 * [list(range(first, first + geometry.rollout_length))]
-
-
 # ---------------------------------------------------------------- tools/replay.py
 
 
@@ -185,26 +152,6 @@ def test_an_encoder_in_fp8(tmp_path):
     features = torch.cat([found["features_rollout"], found["features_gold"][:, None]], dim=1).transpose(1, 2)
     alignment, _ = energy.rewards(features @ features.mT, "none")
     assert largest_difference(alignment, by_sample(found["alignment"], found["docs"])) <= 1e-5
-
-
-def test_what_differs_is_named(tmp_path, capsys):
-    import replay
-
-    def change(tensors, _):
-        tensors["reward"][3, 2] += 1e-3
-        tensors["grad.model.norm.weight"] *= 1.01
-        tensors["advantage"][0, 0] = torch.nan
-        tensors["log_probs"][0, -1] = torch.nan  # of a rollout left out: no difference
-        tensors["grad.model.elsewhere"] = torch.ones(1)
-
-    argv = ["--hf-model", str(GOLDEN / "llama"), "--batch", str(tampered(tmp_path, change)), "--output",
-            str(tmp_path / "out")]
-    with pytest.raises(ValueError, match="4 of its results differ by more than --tolerance 1e-04: advantage, grad."
-                                         "model.elsewhere, grad.model.norm.weight, reward"):
-        replay.main(argv)
-    output = capsys.readouterr().out
-    assert "reward: 1.0e-03\n" in output and "grad.model.norm.weight: 9.9e-03 of its norm" in output
-    assert "45 of 49 results" in output
 
 
 # ---------------------------------------------------------------- training
@@ -278,97 +225,7 @@ def test_a_step_that_fails_is_dumped(arguments, tmp_path, one_rank, where, check
     assert load_file(path)[key].isnan().all() and load_file(path)["index"].tolist() == [4, 5]
 
 
-# ---------------------------------------------------------------- files and flags that cannot be right
-
-
-def metadata(path) -> dict[str, str]:
-    with safe_open(path, "pt") as file:
-        return file.metadata()
-
-
-def tampered(folder: Path, change, source: Path = GOLDEN / "step.safetensors") -> Path:
-    """A copy of a step's file after change(tensors, metadata)."""
-    tensors, entries = load_file(source), metadata(source)
-    change(tensors, entries)
-    save_file({key: x.contiguous() for key, x in tensors.items()}, folder / source.name, entries)
-    return folder / source.name
-
-
-def put(where: int, **values):
-    """A change of tensors (0) or metadata (1)."""
-    return lambda *both: both[where].update(values)
-
-
-def edit(key: str, function):
-    """A change of one tensor."""
-    return lambda tensors, _: tensors.update({key: function(tensors[key])})
-
-
-def set_token(tokens: torch.Tensor) -> torch.Tensor:
-    tokens[1, 70] = 128
-    return tokens
-
-
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda tensors, _: tensors.pop("docs"), "the tensor docs is missing"),
-    (edit("docs", lambda x: x[:1]), r"docs is torch.int64 \(1, 64\); by the metadata it must be torch.int64 \(2, 64\)"),
-    (edit("docs", torch.Tensor.int), "docs is torch.int32"),
-    (edit("sequences", set_token), "sequences has token ids from . to 128, and the model knows 0 to 127"),
-    (edit("sequences", lambda x: x.roll(1, 0)), "sequences do not begin with docs"),
-    (edit("position_ids", lambda x: x + 1), "position_ids are not those of 7 blocks"),
-    (put(0, document_ids=torch.arange(64).expand(2, 64) // 20), "position_ids are not .* that restart at documents"),
-    (put(0, document_ids=torch.arange(64).expand(2, 64).flip(1)), "document_ids decrease along a row"),
-    (put(0, sampler_log_probs=torch.zeros(8, 55)), r"sampler_log_probs is torch.float32 \(8, 55\)"),
-    (put(0, answer_mask=torch.ones(2, 64)), "answer_mask is torch.float32"),
-    (lambda _, entries: entries.pop("stride"), "the metadata have no stride; is it a step's file"),
-    (lambda _, entries: entries.clear(), "the metadata have no prompt_len, docs, samples"),
-    (put(1, stride="x"), "its metadata cannot be right: .*--ebft-stride: invalid int value: 'x'"),
-    (put(1, temperature="0"), "its metadata cannot be right: --ebft-temperature 0.0: must be above 0"),
-    (put(1, prompt_len="15"), "its metadata cannot be right: --seq-length 15 is too short"),
-    (put(1, blocks="8"), "contradict themselves: blocks is 8, but there are 7"),
-    (put(1, whitening="maybe"), "whitening = maybe; it must be one of False, True, paper"),
-    (put(1, flags="{"), "its metadata cannot be right"),
-    (put(1, flags="[1]"), "its metadata cannot be right"),
-    (put(1, flags='{"ebft_stride": 4}'), "contradict themselves: stride is 8, and flags say --ebft-stride 4"),
-    (put(1, flags='{"ebft_magic": 4}'), "its metadata cannot be right: unrecognized arguments: --ebft-magic=4"),
-])
-def test_what_is_wrong_with_a_file_is_named(tmp_path, change, message):
-    import replay
-
-    path = tampered(tmp_path, change)
-    with pytest.raises(ValueError, match=f"--batch {path}: .*{message}"):
-        replay.parse(["--hf-model", str(GOLDEN / "llama"), "--batch", str(path), "--output", str(tmp_path / "out")])
-
-
-@pytest.mark.parametrize(("flags", "message"), [
-    (["--batch", "/nowhere"], "--batch /nowhere: no such file"),
-    (["--batch", "cut"], "--batch .*cut: no whole safetensors file"),
-    (["--output", str(GOLDEN / "step.safetensors")], "--output .*: is the --batch"),
-    (["--load", "/nowhere"], "--hf-model, --load: give one of the two"),
-    (["--hf-model", ""], "--hf-model, --load: give one of the two"),
-    (["--hf-model", "", "--load", "/nowhere"], "--load /nowhere: no such directory"),
-    (["--ebft-stride", "4"], "unrecognized arguments: --ebft-stride"),
-    (["--sequence-parallel"], "--sequence-parallel: needs --tensor-model-parallel-size"),
-    (["--micro-batch-size", "3"], "--micro-batch-size 3: does not divide the 2 documents of --batch"),
-    (["--output", "/nowhere/out"], "--output /nowhere/out: /nowhere is no folder"),
-    (["--tolerance", "x"], "--tolerance: invalid float value"),
-    (["--hf-model", "short"], "has rows of 64 tokens, and the model is for 32"),
-    (["--hf-model", "deep"], "--hf-model .*deep: the tensor model.layers.4.* is missing"),
-])
-def test_wrong_flags_are_named(tmp_path, flags, message):
-    import replay
-
-    whole = (GOLDEN / "step.safetensors").read_bytes()
-    (tmp_path / "cut").write_bytes(whole[: len(whole) // 2])
-    config = json.loads((GOLDEN / "llama" / "config.json").read_text())
-    for name, change in (("short", {"max_position_embeddings": 32}), ("deep", {"num_hidden_layers": 5})):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps(config | change))
-        (tmp_path / name / "model.safetensors").symlink_to(GOLDEN / "llama" / "model.safetensors")
-    flags = [str(tmp_path / flag) if flag in ("cut", "short", "deep") else flag for flag in flags]
-    with pytest.raises(ValueError, match=message):
-        replay.parse(["--hf-model", str(GOLDEN / "llama"), "--batch", str(GOLDEN / "step.safetensors"), "--output",
-                      str(tmp_path / "out"), *flags])
+# ---------------------------------------------------------------- steps that cannot be replayed
 
 
 @pytest.mark.parametrize(("flags", "message"), [
@@ -407,15 +264,6 @@ def test_a_folder_that_cannot_be_written_is_named(arguments, tmp_path, one_rank,
     with pytest.raises(StepFailed, match="not finite, stopped before the optimizer step"):
         train_step(run, gold_batch(run, run.train_data, 0), PhaseTimer(), check=False)
     assert re.search(message, capsys.readouterr().out)
-
-
-def test_the_time_left_is_said(monkeypatch, capsys):
-    now = iter(range(0, 100, 6))
-    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: next(now)))
-    watch = progress.Progress("features", 5, print)
-    for _ in range(5):
-        watch.tick()
-    assert capsys.readouterr().out == "features 2 of 5 | left 18.0s\nfeatures 4 of 5 | left 6.0s\n"
 
 
 def test_methods_flags_travel(folder):

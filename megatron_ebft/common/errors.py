@@ -1,0 +1,5 @@
+"""Errors that end a run, besides ValueError for what the user can mend."""
+
+
+class StepFailed(RuntimeError):
+    """A step stopped before it changed the weights. Raised on every rank."""

@@ -1,0 +1,58 @@
+"""What a step measures besides its loss: rewards, CFM, and how near the sampler is to the training pass."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from megatron_ebft.method import energy
+from megatron_ebft.method.config import EBFTConfig
+from megatron_ebft.method.gradient import Scores
+from megatron_ebft.method.means import Means
+from megatron_ebft.method.rewards import Rewards
+from megatron_ebft.rollout.sampler import Rollouts
+
+NO_SPREAD = 1e-6
+"""A group whose rewards have a smaller standard deviation counts as one without a spread."""
+
+
+def measure_rewards(gram: Tensor, rewards: Rewards, valid_BK: Tensor, config: EBFTConfig, means: Means) -> None:
+    """Rewards and their two parts, their spread within groups, and CFM of features before whitening.
+
+    Args:
+        gram: `feature_grams`, float64 [B, K, n+1, n+1].
+    """
+    alignment, diversity = rewards.alignment_BKn.float(), rewards.diversity_BKn.float()
+    reward = config.alignment_coef * alignment - config.diversity_coef * diversity
+    spread = reward.std(-1, unbiased=False)
+    biased, unbiased = energy.cfm(gram)
+    means.add_masked("reward", reward, valid_BK[..., None])
+    means.add_masked("alignment", alignment, valid_BK[..., None])
+    means.add_masked("diversity", diversity, valid_BK[..., None])
+    means.add_masked("reward_std", spread, valid_BK)
+    means.add_masked("zero_spread", (spread < NO_SPREAD).float(), valid_BK)
+    means.add_masked("cfm_biased", biased, valid_BK)
+    if config.num_samples > 1:
+        means.add_masked("cfm", unbiased, valid_BK)
+    means.add_masked("valid_blocks", valid_BK.float(), torch.ones_like(valid_BK))
+
+
+def measure_mismatch(rollouts: Rollouts, scores: Scores, start_BKNG: Tensor | None, valid_BK: Tensor, cap: float,
+                     means: Means) -> None:
+    """Distances per rollout token, where the training pass has read it: to the sampler, and to the start.
+
+    Args:
+        start_BKNG: log-probabilities under the start; None: not measured.
+        cap: of the importance weights; 0: none.
+    """
+    valid = valid_BK[..., None, None]
+    scored = valid & scores.is_scored_BKNG
+    change = scores.rollout_BKNG - rollouts.log_probs_BKNG
+    mismatch = change.abs()
+    means.add_masked("entropy", rollouts.entropy_BKNG, valid)
+    means.add_masked("mismatch", mismatch, scored)
+    means.add_masked("mismatch_ratio", mismatch.exp(), scored)
+    means.add_masked("mismatch_kl", torch.expm1(change) - change, scored)  # KL(sampler ‖ training pass), k3
+    means.add_masked("importance_truncated", (change > math.log(cap or math.inf)).float(), scored)
+    if start_BKNG is not None:
+        means.add_masked("distance_to_start", (scores.rollout_BKNG - start_BKNG).abs(), scored)

@@ -1,0 +1,52 @@
+"""The lines at the top of a run's log: what is about to run."""
+
+import megatron.core
+import torch
+
+from megatron_ebft import __version__
+from megatron_ebft.common.device import have_gpu
+from megatron_ebft.parallel.groups import document_size, dp_size
+from megatron_ebft.rollout.schedule import idle_fraction, row_groups
+from megatron_ebft.run.loop import Run
+
+
+def mixed_precision(args) -> str:
+    """A warning that only one of rollouts and training runs in FP8."""
+    sides = "--ebft-rollout-fp8 and --fp8-format set the two sides"
+    if args.fp8_format:
+        return ("note: the training pass runs in FP8 and rollouts do not. Published runs had FP8 in both or in "
+                f"rollouts alone; {sides}")
+    return ("note: rollouts run in FP8 and the training pass does not. In published runs this mix lost accuracy, with "
+            f"and without importance weights, and FP8 in both did not; {sides}")
+
+
+def describe(run: Run) -> str:
+    """What is about to run, in two or three lines."""
+    parameters = sum(p.numel() for chunk in run.policy for p in chunk.parameters())
+    where = torch.cuda.get_device_name() if have_gpu() else "CPU"
+    args = run.args
+    stages, virtual = args.pipeline_model_parallel_size, args.num_virtual_stages_per_pipeline_rank
+    kernels = run.policy[0].config
+    lines = [f"megatron_ebft {__version__} | {run.mode} | tensor {args.tensor_model_parallel_size}"
+             f"{' with sequence' if args.sequence_parallel else ''} × pipeline {stages}"
+             f"{f' × {virtual} virtual' if virtual > 1 else ''} × data {dp_size()} ranks on {where} | torch "
+             f"{torch.__version__}, megatron-core {megatron.core.__version__}, {kernels.transformer_impl} layers, "
+             f"{kernels.attention_kernel} attention | {parameters / 1e6:.3g} M parameters on a rank"]
+    if run.mode == "ebft":
+        layout, encoder = run.config.layout, run.metadata["encoder"]
+        lines.append(f"rows of {layout.seq_length} tokens: {layout.num_blocks} blocks × {run.config.num_samples} "
+                     f"rollouts × {layout.rollout_length} tokens | features of layers "
+                     f"{run.config.feature_map.layers} of {encoder['origin']} ({encoder['fingerprint']})")
+        if stages > 1:
+            groups = len(row_groups(args.global_batch_size // document_size(), stages, args.ebft_rollout_rows))
+            idle = idle_fraction(groups, stages, layout.rollout_length, virtual)
+            lines.append(f"rollouts: {groups} groups of rows over {stages} stages, which idle {idle:.1%} of the time "
+                         "if all steps take equally long")
+        if (run.config.sampling.fp8.recipe != "off") != bool(args.fp8_format):
+            lines.append(mixed_precision(args))
+    if args.ebft_replay_steps:
+        lines.append(f"documents and rollouts are those of the steps in {args.ebft_replay_steps}")
+    if run.state.iteration:
+        changed = f", with other flags: {', '.join(run.metadata['changed'])}" if run.metadata["changed"] else ""
+        lines.append(f"continues {run.args.load} after step {run.state.iteration}{changed}")
+    return "\n".join(lines)

@@ -1,0 +1,198 @@
+"""The training loop, for both modes: data, step, log, evaluation, checkpoint."""
+
+import time
+from dataclasses import dataclass, field
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_ebft.checkpointing.record import TrainState
+from megatron_ebft.common.device import upload
+from megatron_ebft.common.errors import StepFailed
+from megatron_ebft.common.timer import PhaseTimer
+from megatron_ebft.data.micro_batches import GoldBatch
+from megatron_ebft.data.rows import document_ids, rows_for_step
+from megatron_ebft.method.config import EBFTConfig
+from megatron_ebft.method.evaluation import evaluate
+from megatron_ebft.method.sft import sft_step
+from megatron_ebft.method.step import EBFTStep, ebft_step
+from megatron_ebft.parallel.groups import document_rank, document_size
+from megatron_ebft.rollout.sampler import Rollouts
+from megatron_ebft.run.saves import Saves
+from megatron_ebft.run.self_check import self_check
+from megatron_ebft.run.step_dump import StepDump, replayed_step
+from megatron_ebft.run.stopping import StopAsked, Stopper
+from megatron_ebft.run.watchdog import Watchdog
+
+HEALTHY_MISMATCH = 1.05
+"""mean exp |Δ log-probability| between sampler and trainer up to which training is reported to go well."""
+
+
+@dataclass(kw_only=True)
+class Run:
+    """Everything the loop works on."""
+
+    mode: str
+    """`ebft` or `sft`."""
+    policy: list[DistributedDataParallel]
+    """One for each virtual pipeline stage of this rank."""
+    encoder: object | None = None
+    """Frozen feature network; None in SFT without one."""
+    start: object | None = None
+    """Frozen starting policy; None when nothing asks for KL."""
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    config: EBFTConfig | None = None
+    """The method; None without an encoder."""
+    train_data: object | None = None
+    valid_data: object | None = None
+    tokenizer: object | None = None
+    args: object
+    """Flags of the loop itself: intervals, batch sizes, folders, masks."""
+    metadata: dict = field(default_factory=dict)
+    """Recorded in every checkpoint."""
+    state: TrainState = field(default_factory=TrainState)
+    companions: dict[str, bytes] = field(default_factory=dict)
+    """Small files to keep in every checkpoint, by name."""
+    stopper: Stopper = field(default_factory=Stopper)
+    watchdog: Watchdog = field(default_factory=Watchdog)
+
+
+def train(run: Run, log) -> bool:
+    """Train from run.state to --train-iters, evaluating, logging and saving on the way.
+
+    Returns:
+        whether the run is complete, with its last evaluation; False: it was asked to stop (stopping.py) and has saved
+        what it did.
+    """
+    args, state = run.args, run.state
+    batches = [gold_batch(run, run.valid_data, i * args.global_batch_size)
+               for i in range(args.eval_iters)] if run.valid_data is not None else []
+    saves = Saves(run, log) if args.save else None
+    if state.iteration:
+        state.restarts += 1
+        state.lost_to_restarts += time.time() - state.reached
+    try:
+        if batches and state.evaluated < state.iteration and is_due(state.iteration, args.eval_interval, args):
+            run_evaluation(run, batches, log)
+            if saves is not None and state.iteration:  # another restart must not evaluate this step again
+                saves.save()
+        first = is_healthy = True
+        while state.iteration < args.train_iters:
+            run.stopper.check()
+            start = time.perf_counter()
+            timer = PhaseTimer(on_enter=lambda phase: enter_phase(run, phase))
+            with timer("data"):
+                gold, rollouts = next_rows(run)
+            metrics = train_step(run, gold, timer, check=first, rollouts=rollouts)
+            first = False
+            state.iteration += 1
+            state.consumed_samples += args.global_batch_size
+            state.reached, duration = time.time(), time.perf_counter() - start
+            run.stopper.longest_step = max(run.stopper.longest_step, duration)
+            if is_due(state.iteration, args.log_interval, args):
+                log.step(state.iteration, metrics, timer.seconds, duration, {
+                    "restarts": state.restarts, "lost_to_restarts": state.lost_to_restarts,
+                    "lost_to_saves": state.lost_to_saves})
+            is_healthy = warn_of_mismatch(metrics.get("mismatch_ratio", 1.0), is_healthy, state.iteration, log)
+            if batches and is_due(state.iteration, args.eval_interval, args):
+                run_evaluation(run, batches, log)
+            if saves is not None:
+                saves.poll()
+                if is_due(state.iteration, args.save_interval, args):
+                    saves.save()
+    except StopAsked as reason:
+        log.print(f"stopping after step {state.iteration}/{args.train_iters}: {reason}")
+    if saves is not None:
+        saves.finish()
+    return state.iteration == args.train_iters and (not batches or state.evaluated == state.iteration)
+
+
+def train_step(run: Run, gold: GoldBatch, phase, check: bool, rollouts: Rollouts | None = None) -> dict[str, float]:
+    """One optimizer step on the global batch; returns its metrics, the same on every rank.
+
+    Args:
+        phase: makes the context of each phase, from its name.
+        check: run the self-check before the weights change (first step of a process).
+        rollouts: of these rows, instead of sampling them.
+
+    Raises:
+        StepFailed: a failed self-check, or a loss or gradient that is not finite; the weights are as they were.
+    """
+    first, last = run.state.consumed_samples, run.state.consumed_samples + run.args.global_batch_size - 1
+    try:
+        with StepDump(run.args, run.state.iteration + 1) as dump:
+            if run.mode == "sft":
+                metrics = sft_step(policy=run.policy, optimizer=run.optimizer, gold=gold,
+                                   micro_batch_size=run.args.micro_batch_size, phase=phase)
+            else:
+                def inspect(step: EBFTStep) -> None:
+                    dump.hold(step)
+                    if check:
+                        self_check(run, step)
+
+                metrics = ebft_step(
+                    policy=run.policy, encoder=run.encoder, start=run.start if run.config.kl_coef or check else None,
+                    optimizer=run.optimizer, gold=gold, config=run.config, iteration=run.state.iteration,
+                    rollouts=rollouts, phase=phase, inspect=inspect)
+    except StepFailed as failure:
+        raise StepFailed(f"step {run.state.iteration + 1} (samples {first} to {last}): {failure}") from failure
+    metrics["lr"] = run.optimizer.param_groups[0]["lr"]
+    run.scheduler.step(increment=run.args.global_batch_size)  # the schedule counts rows
+    return metrics
+
+
+def gold_batch(run: Run, dataset, consumed_samples: int) -> GoldBatch:
+    """This rank's rows of the global batch that follows `consumed_samples`."""
+    rows = rows_for_step(dataset, consumed_samples, run.args.global_batch_size, document_rank(), document_size())
+    tokens = upload(rows.tokens)
+    return GoldBatch(
+        tokens, upload(rows.index),
+        document_ids(tokens, run.tokenizer.eod) if run.args.ebft_document_mask else None,
+        upload(rows.answer_mask) if run.args.ebft_answer_only else None)
+
+
+def next_rows(run: Run) -> tuple[GoldBatch, Rollouts | None]:
+    """This rank's rows of the next step, with their rollouts where a dumped step is replayed."""
+    if run.args.ebft_replay_steps:
+        return replayed_step(run.args, run.state.iteration + 1, run.tokenizer.vocab_size).mine()
+    return gold_batch(run, run.train_data, run.state.consumed_samples), None
+
+
+def enter_phase(run: Run, phase: str) -> None:
+    """A phase of a step begins. After the rollouts, which take longest, the run may stop: nothing has changed yet."""
+    if phase == "features":
+        run.stopper.check(steps=0)
+    run.watchdog.enter(f"{phase} of step {run.state.iteration + 1}")
+
+
+def is_due(iteration: int, interval: int, args) -> bool:
+    """Whether it is time for something that happens every `interval` steps and at both ends."""
+    return iteration % interval == 0 or iteration == args.train_iters
+
+
+def run_evaluation(run: Run, batches: list[GoldBatch], log) -> None:
+    """Evaluate and log; raises StopAsked between batches."""
+    start, iteration = time.perf_counter(), run.state.iteration
+    run.watchdog.enter(f"evaluation after step {iteration}")
+
+    def checked():
+        for batch in log.progress("evaluation", batches):
+            run.stopper.check()
+            yield batch
+
+    metrics, shown = evaluate(run.policy, run.encoder, run.start, checked(), run.config, run.args.ebft_eval_length,
+                              run.args.micro_batch_size)
+    run.state.evaluated = iteration
+    log.evaluation(iteration, metrics, shown, time.perf_counter() - start)
+
+
+def warn_of_mismatch(ratio: float, was_healthy: bool, iteration: int, log) -> bool:
+    """Whether the sampler is near enough to the training pass; warns when it ceases to be."""
+    is_healthy = ratio <= HEALTHY_MISMATCH
+    if was_healthy and not is_healthy:
+        log.print(f"warning: step {iteration}: sampler and training pass differ by a factor of {ratio:.3f} a token "
+                  f"(mean exp|Δ log p|; healthy up to {HEALTHY_MISMATCH}): look at train/mismatch_kl and "
+                  "train/importance_truncated, and at --ebft-rollout-fp8 and --fp8-format")
+    return is_healthy

@@ -1,0 +1,73 @@
+"""The first step of a process checks itself before it changes the weights.
+
+The sampler is the training pass: their log-probabilities agree on the rollouts just drawn. Before any training, the
+policy is its start. Rewards are finite.
+"""
+
+import math
+from dataclasses import replace
+
+from megatron_ebft.common.errors import StepFailed
+from megatron_ebft.data.micro_batches import GoldBatch
+from megatron_ebft.method.gradient import score
+from megatron_ebft.method.means import Means
+from megatron_ebft.method.step import EBFTStep
+from megatron_ebft.model.fp8 import FP8
+from megatron_ebft.rollout.sampler import sample_rollouts
+from megatron_ebft.run.fp8_flags import fp8_recipes
+
+LIMIT_FLOAT32, LIMIT_BF16 = 1e-3, 5e-2
+"""Mean |Δ log-probability| per token above which sampler and trainer, or trainer and start, are not the same model."""
+LIMIT_FP8 = 0.3
+"""The same for what FP8 may add to it."""
+
+
+def self_check(run, step: EBFTStep) -> None:
+    """Raises StepFailed, naming every problem, on all ranks.
+
+    FP8's rounding would hide a mistake. Where the sampler or the training pass runs in FP8, they are compared without
+    it, and what FP8 adds must stay within LIMIT_FP8.
+    """
+    metrics = {"reward": 0.0, "mismatch": 0.0, **step.means.reduce()}  # a batch without a valid block has neither
+    limit = LIMIT_BF16 if run.args.bf16 else LIMIT_FLOAT32
+    problems = []
+    if not math.isfinite(metrics["reward"]):
+        problems.append(f"the mean reward is {metrics['reward']}, not finite: check the weights of --ebft-encoder-load "
+                        "or --pretrained-checkpoint")
+    if not math.isfinite(metrics["mismatch"]):
+        problems.append("the policy's log-probabilities are not finite: check the weights of --pretrained-checkpoint "
+                        "or --load")
+    else:
+        problems += _sampler_problems(run, step.gold, metrics["mismatch"], limit)
+    distance, limit = metrics.get("distance_to_start", 0.0), LIMIT_FP8 if run.args.fp8_format else limit
+    if run.state.iteration == 0 and distance > limit:
+        problems.append(f"the policy's log-probabilities differ from the starting policy's by {distance:.2e} a token "
+                        f"before the first step (limit {limit:.0e})")
+    if problems:
+        raise StepFailed("first-step self-check failed; nothing was trained. " + "; ".join(problems))
+
+
+def _sampler_problems(run, gold: GoldBatch, mismatch: float, limit: float) -> list[str]:
+    """What is wrong between sampler and training pass, which differ by `mismatch` a token."""
+    recipes = {flag: recipe for flag, recipe in fp8_recipes(run.args).items() if flag != "--ebft-encoder-fp8"}
+    has_fp8 = bool(recipes)
+    without_fp8 = mismatch_without_fp8(run, gold) if has_fp8 else mismatch
+    if not without_fp8 <= limit:
+        return [f"the sampler's log-probabilities differ from the training pass's by {without_fp8:.2e} a token on "
+                f"average{' without FP8' * has_fp8} (limit {limit:.0e}): rollouts are not on-policy"]
+    if has_fp8 and mismatch > LIMIT_FP8:
+        return [f"{' and '.join(map(' '.join, recipes.items()))}: changes log-probabilities by {mismatch:.2e} a token "
+                f"on average (limit {LIMIT_FP8:g}), more than the correction can take back: use another recipe, or "
+                "--first-last-layers-bf16"]
+    return []
+
+
+def mismatch_without_fp8(run, gold: GoldBatch) -> float:
+    """Mean |Δ log-probability| a token between training pass and sampler, for rollouts drawn without FP8."""
+    config, means = run.config, Means()
+    sampling = replace(config.sampling, fp8=FP8())
+    rollouts = sample_rollouts(run.policy, gold, config.layout, sampling, run.state.iteration, config.rollout_rows)
+    scores = score(run.policy, gold, rollouts, config)
+    valid = gold.valid_blocks(config.layout)[..., None, None]
+    means.add_masked("mismatch", (scores.rollout_BKNG - rollouts.log_probs_BKNG).abs(), valid)
+    return means.reduce().get("mismatch", 0.0)
