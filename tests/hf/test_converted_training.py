@@ -19,7 +19,7 @@ from megatron_ebft.data.micro_batches import GoldBatch
 from megatron_ebft.model.decoder import unwrap
 from megatron_ebft.run.arguments import parse_args
 from megatron_ebft.run.build import build_run
-from megatron_ebft.run.training import train_step
+from megatron_ebft.run.loop import train_step
 
 
 @pytest.fixture
