@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 
+from megatron_ebft.common import signals
 from megatron_ebft.common.errors import StepFailed
 from megatron_ebft.run import stopping
 
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         is_done = train(run, log)
     finally:
         watchdog.stop()
-    stopping.ignore_signals()
+    signals.ignore_signals()
     log.close(start, is_done)
     shut_down()
     return 0 if is_done else stopping.EXIT_RESUME
@@ -57,7 +58,7 @@ def fail(error: Exception, code: int) -> None:
 
 
 if __name__ == "__main__":
-    stopping.install_handlers()
+    signals.install_handlers()
     try:
         sys.exit(main())
     except ValueError as error:

@@ -1,10 +1,10 @@
-"""Collectives of a stretch of code, counted: calls and bytes by operation and process group.
+"""Counts the collectives of a block of code: calls and bytes by operation and process group.
 
-1. Counted where torch.distributed hands an operation to its backend (the c10d operators), so whoever calls it, through
-   whichever function, and whatever the backend: NCCL, gloo, or torch's fake one.
-2. Bytes are those of a rank's message: of the tensor for all-reduce, broadcast, send and receive; of the whole (the
-   output) for all-gather; of what goes in for reduce-scatter and all-to-all.
-3. Not counted: groups of one rank, barriers, and collectives of Python objects.
+1. Counting happens where torch.distributed hands an operation to its backend (the c10d operators). It sees every call
+   through any function, for NCCL, gloo and torch's fake backend.
+2. Bytes are those of one rank's message: the tensor for all-reduce, broadcast, send and receive; the output for
+   all-gather; the input for reduce-scatter and all-to-all.
+3. Groups of one rank, barriers and collectives of Python objects are not counted.
 """
 
 from collections import defaultdict
@@ -28,7 +28,7 @@ MESSAGES = {
     "reduce_scatter_tensor_coalesced_": ("reduce-scatter", 1),
     "alltoall_": ("all-to-all", 1), "alltoall_base_": ("all-to-all", 1),
     "send": ("send", 0), "recv_": ("receive", 0)}
-"""c10d operators: what they are called here, and which argument is the message."""
+"""c10d operators: name of the operation, and position of the message among the arguments."""
 OBJECT_COLLECTIVES = ("all_gather_object", "broadcast_object_list", "gather_object", "scatter_object_list")
 
 
@@ -41,18 +41,18 @@ class Flow:
 
 
 class Traffic(TorchDispatchMode):
-    """Counts what is called while it is entered.
+    """Counts the collectives that are called inside its context.
 
     Attributes:
-        flows: by (operation, group), such as ("all-reduce", "tensor").
-        ranks: of the groups that occur.
+        flows: by (operation, group), for example ("all-reduce", "tensor").
+        ranks: ranks of each group that occurs.
     """
 
     def __init__(self):
         super().__init__()
         self.flows: dict[tuple[str, str], Flow] = defaultdict(Flow)
         self.ranks: dict[str, list[int]] = {}
-        self._objects = 0  # collectives of objects under way
+        self._objects = 0  # depth of nested collectives of objects
         self._quiet = None
 
     def __enter__(self):
@@ -70,10 +70,10 @@ class Traffic(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def count(self, func, args) -> None:
-        """Add a c10d operator called with these arguments.
+        """Count one call of a c10d operator.
 
         Raises:
-            NotImplementedError: for an operator this module does not know.
+            NotImplementedError: the operator is not in MESSAGES.
         """
         name = func._opname
         if self._objects or "barrier" in name:
@@ -92,7 +92,7 @@ class Traffic(TorchDispatchMode):
 
     @contextmanager
     def without_objects(self):
-        """Within: collectives of Python objects, which send tensors too, are not counted."""
+        """Collectives of Python objects, which send tensors too, are not counted inside."""
         with mock.patch.multiple(dist, **{name: self._uncounted(vars(dist)[name]) for name in OBJECT_COLLECTIVES}):
             yield
 
@@ -111,7 +111,7 @@ def _is_group(value) -> bool:
 
 
 def group_role(group: dist.ProcessGroup) -> str:
-    """What one of this rank's groups is for; of groups this project does not name, what else has the same ranks."""
+    """The role of one of this rank's groups. An unknown group gets the role of a known one with the same ranks."""
     state, dp = parallel_state, parallel_state.get_data_parallel_group
     roles = {
         "tensor": state.get_tensor_model_parallel_group(), "pipeline": state.get_pipeline_model_parallel_group(),
@@ -119,9 +119,9 @@ def group_role(group: dist.ProcessGroup) -> str:
         "embedding": state.get_embedding_group(check_initialized=False),
         "position embedding": state.get_position_embedding_group(check_initialized=False),
         "model": state.get_model_parallel_group(), "world": dist.group.WORLD}
-    roles = {role: found for role, found in roles.items() if isinstance(found, dist.ProcessGroup)}
-    for role, found in roles.items():
-        if found.group_name == group.group_name:
+    roles = {role: known for role, known in roles.items() if isinstance(known, dist.ProcessGroup)}
+    for role, known in roles.items():
+        if known.group_name == group.group_name:
             return role
     ranks = dist.get_process_group_ranks(group)
     return next((role for role in ("data", "model", "world", "tensor", "pipeline")

@@ -1,9 +1,10 @@
-"""Whole features and whole gradients: what training never forms, for looking at a step (tools/replay.py).
+"""Gathers the unsplit features and gradients of a step for tools/replay.py. Training never forms either.
 
-1. Features are formed plainly, as METHOD writes them, from the pass whose inner products features.py sums up. Every
-   stage fills in its layers of a tensor of zeros, and the tensors of the stages are added.
-2. Gradients reach rank 0 one tensor of the unsplit model at a time, in an order known to all ranks, and leave under
-   their Hugging Face names: no rank ever holds more than its own part and one tensor.
+1. Features are formed as in the definition: hidden states of the chosen layers, normalised, concatenated and pooled.
+   They come from the pass of which features.py only needs inner products. Each pipeline stage fills its layers into a
+   tensor of zeros, and the tensors of all stages are added.
+2. Gradients reach rank 0 one tensor of the unsplit model at a time, in an order that all ranks know, and leave under
+   their Hugging Face names. No rank holds more than its own part and one tensor.
 """
 
 import itertools
@@ -16,7 +17,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from megatron_ebft.checkpointing.fingerprint import sharded_tensors, sharded_weights
+from megatron_ebft.checkpointing.sharded_weights import sharded_tensors, sharded_weights
 from megatron_ebft.common.device import device
 from megatron_ebft.data.micro_batches import MicroBatches
 from megatron_ebft.hf.families import HFModel
@@ -28,14 +29,14 @@ from megatron_ebft.parallel.groups import is_last_stage, pp_group, tp_group
 
 
 @torch.no_grad()
-def whole_features(encoder, feature_map: FeatureMap, micro_batches: MicroBatches) -> tuple[Tensor, Tensor]:
-    """Pooled features of this rank's rollouts [B, K, N, D] and references [B, K, D], float32.
+def gather_features(encoder, feature_map: FeatureMap, micro_batches: MicroBatches) -> tuple[Tensor, Tensor]:
+    """Pooled features of this rank's rollouts [B, K, N, D] and gold completions [B, K, D], float32.
 
     Args:
-        micro_batches: rows packed with all G steps of each rollout.
+        micro_batches: rows packed with all G tokens of each rollout.
     """
     steps = feature_map.steps(micro_batches.layout.rollout_length)
-    here = sorted(layer for layer in feature_map.layers if layer in local_layers(encoder))
+    own_layers = sorted(layer for layer in feature_map.layers if layer in local_layers(encoder))
     hidden_size, states = unwrap(encoder).config.hidden_size, []
 
     def forward_step(iterator, model):
@@ -44,7 +45,7 @@ def whole_features(encoder, feature_map: FeatureMap, micro_batches: MicroBatches
         with Catch(model, feature_map.layers) as catch:
             out = model(mb.tokens, mb.positions, as_mask(StridedPattern(mb.row, mb.document_BT)))
         pooled = torch.zeros(len(feature_map.layers), len(index), len(mb.tokens), hidden_size, device=device())
-        for layer, hidden_SBH in zip(here, catch.caught, strict=True):
+        for layer, hidden_SBH in zip(own_layers, catch.caught, strict=True):
             if len(hidden_SBH) < mb.row.length:
                 hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH, group=tp_group())
             pooled[feature_map.layers.index(layer)] = hidden_SBH[index.to(device())]
@@ -54,7 +55,7 @@ def whole_features(encoder, feature_map: FeatureMap, micro_batches: MicroBatches
     run_schedule(forward_step, micro_batches, encoder, forward_only=True)
     features = []
     for mb, pooled in zip(micro_batches, states, strict=True):
-        dist.all_reduce(pooled, group=pp_group())  # not before: a stage would wait for the ones that wait for it
+        dist.all_reduce(pooled, group=pp_group())  # only after the schedule, in which stages wait for each other
         tokens = pooled.permute(1, 2, 0, 3)  # [size·(n+1)·P, b, layers, H]
         if feature_map.norm == "layer":
             tokens = normalize(tokens, dim=-1).flatten(2)
@@ -66,33 +67,33 @@ def whole_features(encoder, feature_map: FeatureMap, micro_batches: MicroBatches
     return joined[:, :, :-1].contiguous(), joined[:, :, -1].contiguous()
 
 
-def whole_gradients(policy: list, hf: HFModel) -> Iterator[tuple[str, Tensor]]:
-    """What the last backward pass left in the gradient buffers, under Hugging Face names in the order of `hf.entries`:
-    (name, float32 tensor on the CPU) on rank 0. The other ranks, which get nothing, must iterate as well.
+def gather_gradients(policy: list, hf: HFModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield (Hugging Face name, float32 gradient on the CPU) on rank 0, in the order of `hf.entries`.
 
-    The policy's weights are lost: its gradients take their place.
+    The gradients are those that the last backward pass left in the buffers. The other ranks must iterate as well and
+    get nothing. The policy loses its weights: the gradients take their place.
 
     Args:
         policy: stages built without the distributed optimizer, so that every data-parallel rank has whole gradients.
     """
     for parameter in itertools.chain(*(unwrap(chunk).parameters() for chunk in policy)):
         parameter.data = parameter.main_grad
-    mine: dict[str, list] = {}
+    own_shards: dict[str, list] = {}
     for shard in sharded_tensors(sharded_weights(policy)):
         if is_main_replica(shard.replica_id):
-            mine.setdefault(shard.key, []).append(shard)
-    assert mine.keys() <= hf.entries.keys(), mine.keys() - hf.entries.keys()
+            own_shards.setdefault(shard.key, []).append(shard)
+    assert own_shards.keys() <= hf.entries.keys(), own_shards.keys() - hf.entries.keys()
     places = {key: [(x.global_shape, x.global_offset, tuple(x.data.shape)) for x in shards]
-              for key, shards in mine.items()}
-    everywhere = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, places)
+              for key, shards in own_shards.items()}
+    places_by_rank = [None] * dist.get_world_size()
+    dist.all_gather_object(places_by_rank, places)
     for key, entry in hf.entries.items():
-        parts = [(rank, number, *place) for rank, there in enumerate(everywhere)
-                 for number, place in enumerate(there.get(key, []))]
+        parts = [(rank, number, *place) for rank, known in enumerate(places_by_rank)
+                 for number, place in enumerate(known.get(key, []))]
         whole = None
         for rank, number, global_shape, offset, shape in parts:
             if rank == dist.get_rank():
-                part = mine[key][number].data.contiguous()
+                part = own_shards[key][number].data.contiguous()
                 if rank > 0:
                     dist.send(part, 0)
             elif dist.get_rank() == 0:

@@ -60,7 +60,8 @@ def check_gpus(args) -> str:
 
 def check_data(args, tokenizer, problems: Problems) -> None:
     """Each dataset by itself, and then all of them as training builds them."""
-    from megatron_ebft.data.rows import Blend, check_dataset
+    from megatron_ebft.data.dataset_files import check_dataset
+    from megatron_ebft.data.datasets import Blend
     from megatron_ebft.run.build import build_data
 
     before = len(problems)
@@ -77,7 +78,7 @@ def check_data(args, tokenizer, problems: Problems) -> None:
 
 def check_checkpoints(args, is_resumed: bool, problems: Problems) -> dict:
     """Every checkpoint that will be read; its reader by flag."""
-    from megatron_ebft.checkpointing.files import newest_first, resolve
+    from megatron_ebft.checkpointing.folders import newest_first, resolve
 
     readers = {}
     for flag, folder in (("--load", args.load if is_resumed else None), ("--ebft-encoder-load", args.ebft_encoder_load),
@@ -95,7 +96,7 @@ def first_to_open(folders: list[str], flag: str):
     Raises:
         ValueError: about the first, where none is.
     """
-    from megatron_ebft.checkpointing.files import check_sizes, check_whole
+    from megatron_ebft.checkpointing.manifest import check_sizes, check_whole
     from megatron_ebft.checkpointing.reader import CheckpointReader
 
     problems = []
@@ -139,7 +140,7 @@ def checkpoint_bytes(args, vocab_size: int) -> tuple[int, int]:
 
 def check_save(args, size: int) -> str:
     """ValueError unless --save can be written and has room; else a line on the room there is."""
-    from megatron_ebft.checkpointing.files import complete_iterations, leftover_bytes
+    from megatron_ebft.checkpointing.folders import complete_iterations, leftover_bytes
 
     if not args.save:
         raise ValueError("--save: name a folder, or the run ends without a checkpoint")
@@ -164,7 +165,7 @@ def check_save(args, size: int) -> str:
 
 def check_run(args, problems: Problems) -> list[str]:
     """Everything but GPUs; what the run is, in words."""
-    from megatron_ebft.checkpointing.files import read_metadata
+    from megatron_ebft.checkpointing.record import read_metadata
     from megatron_ebft.data.tokenizer import build_tokenizer
     from megatron_ebft.run import arguments, build, resume
 

@@ -33,9 +33,9 @@ def parse(argv: list[str]):
     Raises:
         ValueError: naming the flag or the file.
     """
-    from megatron_ebft.checkpointing.files import read_metadata
-    from megatron_ebft.hf.families import describe, read_model
-    from megatron_ebft.hf.files import HFWeights
+    from megatron_ebft.checkpointing.record import read_metadata
+    from megatron_ebft.hf.config import describe, read_model
+    from megatron_ebft.hf.weights import HFWeights
     from megatron_ebft.model.architecture import ModelArgs
     from megatron_ebft.run.arguments import Parser, add_machine, check_args
     from megatron_ebft.run.fp8_flags import add_fp8
@@ -88,7 +88,7 @@ def parse(argv: list[str]):
 @torch.no_grad()
 def load_hf_weights(policy: list, hf, weights) -> None:
     """Set this rank's part of a policy from Hugging Face tensors; padding of the vocabulary becomes 0."""
-    from megatron_ebft.checkpointing.fingerprint import sharded_tensors, sharded_weights
+    from megatron_ebft.checkpointing.sharded_weights import sharded_tensors, sharded_weights
     from megatron_ebft.hf.families import VOCABULARY
 
     for tensor in sharded_tensors(sharded_weights(policy)):
@@ -121,19 +121,19 @@ def build(args, hf, weights):
 @contextmanager
 def phase(name: str, models: list, passes: int, say):
     """Says how long the block took, and while it runs how long it will: it takes `passes` forward passes of a rank."""
-    from megatron_ebft.common.progress import Countdown, clock
+    from megatron_ebft.common.progress import Progress, clock
 
-    countdown = Countdown(name, passes, say)
-    hooks = [model.register_forward_hook(countdown.tick) for model in models]
+    progress = Progress(name, passes, say)
+    hooks = [model.register_forward_hook(progress.tick) for model in models]
     yield
     for hook in hooks:
         hook.remove()
-    say(f"{name} {clock(time.perf_counter() - countdown.start)}")
+    say(f"{name} {clock(time.perf_counter() - progress.start)}")
 
 
 def compute(step, models, config, say) -> dict[str, torch.Tensor]:
     """Every result but the gradients, which are left in the policy's buffers; the same on every rank."""
-    from gather import whole_features
+    from gather import gather_features
 
     from megatron_ebft.method.batches import encoder_rows
     from megatron_ebft.method.gradient import policy_gradient, score
@@ -147,7 +147,7 @@ def compute(step, models, config, say) -> dict[str, torch.Tensor]:
     gold, rollouts = step.mine()
     rows = encoder_rows(gold, rollouts, config)
     with phase("features", [encoder], len(rows), say), torch.no_grad(), quantised([encoder], config.encoder_fp8):
-        features_BKND, features_BKD = whole_features(encoder, config.feature_map, rows)
+        features_BKND, features_BKD = gather_features(encoder, config.feature_map, rows)
     with phase("rewards", [encoder], len(rows), say):
         rewards = compute_rewards(feature_grams(encoder, gold, rollouts, config), rollouts, config)
         advantage_BKN = compute_advantages(rewards, config)
@@ -166,13 +166,13 @@ def compute(step, models, config, say) -> dict[str, torch.Tensor]:
 
 def write(args, step, results: dict, policy: list, hf, say) -> None:
     """The output file, by rank 0; gradients come to it one at a time."""
-    from gather import whole_gradients
+    from gather import gather_gradients
 
-    from megatron_ebft.common.progress import Countdown
+    from megatron_ebft.common.progress import Progress
     from megatron_ebft.run.step_file import step_writer
 
     shapes = {f"grad.{name}": shape for entry in hf.entries.values() for name, shape in zip(entry.names, entry.shapes)}
-    gradients, countdown = whole_gradients(policy, hf), Countdown("written", len(shapes), say)
+    gradients, progress = gather_gradients(policy, hf), Progress("written", len(shapes), say)
     if torch.distributed.get_rank() > 0:
         nothing = list(gradients)
         assert not nothing
@@ -180,7 +180,7 @@ def write(args, step, results: dict, policy: list, hf, say) -> None:
     with step_writer(args.output, "--output", step, results, shapes) as writer:
         for name, gradient in gradients:
             writer.write(f"grad.{name}", gradient)
-            countdown.tick()
+            progress.tick()
 
 
 def compare(batch: str, output: str, tolerance: float, say) -> list[str]:

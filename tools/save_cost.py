@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     warnings.filterwarnings("ignore")
     from benchmark import SHAPE, build
 
-    from megatron_ebft.checkpointing.checkpoint import Saver
+    from megatron_ebft.checkpointing.saver import Saver
     from megatron_ebft.parallel.groups import init_parallel, shut_down
     from megatron_ebft.run.arguments import build_parser, check_args, parallel_sizes
 

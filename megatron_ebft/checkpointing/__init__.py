@@ -1,1 +1,1 @@
-"""Checkpoints on disk: written whole or not at all, and checked before they are believed."""
+"""Checkpoints on disk. A save appears whole or not at all, and every file is checked before it is loaded."""

@@ -1,1 +1,1 @@
-"""Small things that every room uses: the device, progress lines, random bits. Imports no other room."""
+"""Small modules that every room may use: device, signals, disk, progress lines, hashing. Imports no other room."""

@@ -36,25 +36,24 @@ def backend() -> str:
 
 
 def temporary_elements() -> int:
-    """Elements of a temporary over the vocabulary: what a CPU cache holds, or a modest share of a GPU's memory."""
+    """Largest size of a temporary tensor over the vocabulary: about a CPU's cache, or 0.5 GB in float32 on a GPU."""
     return 1 << 27 if have_gpu() else 1 << 19
 
 
 def synchronize() -> None:
-    """Wait for the device, so that a wall-clock reading means something."""
+    """Wait until the device is idle. Read the clock only afterwards."""
     if have_gpu():
         torch.cuda.synchronize()
 
 
 def upload(tensor: Tensor, to: torch.device | None = None) -> Tensor:
-    """A tensor on a device (default: this rank's); one made on the host gets there without waiting for what the device
-    does."""
+    """Copy a host tensor to a device (default: this rank's) without waiting for the device."""
     to = to or device()
     return tensor if tensor.device.type == to.type else tensor.contiguous().pin_memory().to(to, non_blocking=True)
 
 
 def work_clock() -> float:
-    """Seconds of this rank's own work so far: a GPU's clock once it is idle, a CPU's time of this thread."""
+    """A clock of this rank's own work, in seconds: wall clock of an idle GPU, or CPU time of this thread."""
     synchronize()
     return time.perf_counter() if have_gpu() else time.thread_time()
 
@@ -96,10 +95,10 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 
 def be_deterministic() -> None:
-    """Choose kernels that add up in a fixed order (--deterministic-mode); call it before the first product on the GPU.
+    """Choose kernels that add up in a fixed order (--deterministic-mode). Call before the first product on the GPU.
 
-    torch only warns where it knows no such kernel. For running sums along rows (cumsum) the warning is needless. The
-    backward passes of flash and memory-efficient attention are another matter: they are switched off.
+    torch warns where it has no such kernel. The warning about running sums along rows (cumsum) is a false alarm. The
+    backward passes of flash and memory-efficient attention do add up in any order and are switched off.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("NCCL_ALGO", "^NVLS")
@@ -113,16 +112,20 @@ _installed = False
 
 
 def init_device() -> None:
-    """Select this rank's device (LOCAL_RANK) and SDPA's kernels; without a GPU, install the stand-in. Idempotent."""
+    """Select this rank's device (LOCAL_RANK) and the kernels of SDPA. Without a GPU, install the stand-in. Idempotent.
+
+    Raises:
+        ValueError: there are fewer GPUs than ranks on this machine.
+    """
     global _installed
     if have_gpu():
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if local_rank >= torch.cuda.device_count():
-            raise ValueError(f"--nproc-per-node: rank {local_rank} of this machine has no GPU of its own, there are "
-                             f"{torch.cuda.device_count()}; start as many ranks as GPUs")
+            raise ValueError(f"--nproc-per-node: rank {local_rank} of this machine has no GPU of its own, since "
+                             f"there are {torch.cuda.device_count()}; start at most one rank per GPU")
         torch.cuda.set_device(local_rank)
-        # cuDNN comes first in torch's order on Hopper. It plans 23 to 37 ms for every new shape, and its backward pass
-        # adds up in any order.
+        # torch prefers cuDNN on Hopper. cuDNN needs 23 to 37 ms to plan for every new shape, and its backward pass adds
+        # up in any order.
         torch.backends.cuda.enable_cudnn_sdp(False)
         return
     if _installed:

@@ -1,4 +1,4 @@
-"""A 64-bit mixing function on int64 tensors: the sampler's random numbers and the fingerprint of weights."""
+"""A 64-bit mixing function on int64 tensors, for the sampler's random numbers and the fingerprint of weights."""
 
 from torch import Tensor
 
@@ -14,9 +14,9 @@ _MIX1, _MIX2 = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
 
 
 def mix64(x: Tensor) -> Tensor:
-    """The finaliser of SplitMix64, a bijection of int64 (wrapping) that spreads every bit over all others.
+    """The finaliser of SplitMix64: a bijection of int64 in which every bit affects all others. Products wrap around.
 
-    torch's >> is arithmetic, so the copies of the sign bit are masked off.
+    torch's >> is arithmetic, so copies of the sign bit are masked off.
     """
     x = (x ^ ((x >> 30) & (1 << 34) - 1)) * _MIX1
     x = (x ^ ((x >> 27) & (1 << 37) - 1)) * _MIX2

@@ -1,4 +1,4 @@
-"""How far something long is, and how long the rest will take."""
+"""Progress lines of long operations, with the time left."""
 
 import time
 
@@ -11,16 +11,18 @@ def clock(seconds: float) -> str:
 
 
 def gigabytes(size: float) -> str:
+    """A number of bytes in GB (10⁹)."""
     return f"{size / 1e9:.3g} GB"
 
 
-class Countdown:
-    """Says every 10 seconds how much is done, and how long the rest will take.
+class Progress:
+    """Prints every 10 seconds how much of an operation is done and how long the rest will take.
 
     Args:
-        total: of what `add` and `tick` count.
-        say: takes a line.
-        form: an amount in words.
+        what: the operation, as a past participle ("checked").
+        total: amount of work, in the unit of `add`.
+        say: receives each line.
+        form: turns an amount into words.
     """
 
     def __init__(self, what: str, total: float, say, form=str):
@@ -28,11 +30,11 @@ class Countdown:
         self.start = self.last = time.perf_counter()
 
     def tick(self, *unused) -> None:
-        """One more is done; a hook of modules, too."""
+        """Count one unit of work. The signature fits a forward hook."""
         self.add(1)
 
     def add(self, amount: float) -> None:
-        """So much more is done."""
+        """Count an amount of work."""
         self.done += amount
         now = time.perf_counter()
         if now - self.last > 10 and self.done < self.total:
@@ -41,5 +43,5 @@ class Countdown:
             self.say(f"{self.what} {self.form(self.done)} of {self.form(self.total)} | left {clock(left)}")
 
     def close(self) -> None:
-        """Says how long it took."""
+        """Print the total and the time it took."""
         self.say(f"{self.what} {self.form(self.total)} in {clock(time.perf_counter() - self.start)}")

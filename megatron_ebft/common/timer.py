@@ -11,7 +11,7 @@ class PhaseTimer:
     """Wall-clock seconds of the phases of a step.
 
     Args:
-        on_enter: called with the name of each phase that begins.
+        on_enter: called with the name of each phase when it begins.
     """
 
     def __init__(self, on_enter=lambda phase: None):

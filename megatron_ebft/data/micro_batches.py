@@ -1,7 +1,7 @@
-"""The rows of one step on one rank, and how they are cut into micro-batches.
+"""Cuts the rows of one step on one rank into micro-batches.
 
-A micro-batch is some of the rows with some of their blocks. Cutting differently changes memory, never the result. All
-micro-batches of a pass have the same shape where pipeline stages hand them on, and where no rollout is left out.
+A micro-batch holds some of the rows with some of their blocks. The cut changes memory, never the result. With pipeline
+stages, all micro-batches of a pass have the same shape.
 """
 
 from collections.abc import Iterator
@@ -24,16 +24,16 @@ from megatron_ebft.layout.strided import (
 
 @dataclass
 class GoldBatch:
-    """Gold rows of this rank. B rows, T tokens."""
+    """Gold rows of this rank: B rows of T tokens."""
 
     tokens_BT: Tensor
     """int64."""
     index_B: Tensor
-    """Global sample number of each row, int64: names the document in the sampler's random numbers."""
+    """int64. Global sample number of each row; the sampler's random numbers depend on it."""
     document_BT: Tensor | None = None
-    """Document number of each token, with a document mask."""
+    """Integers. Document number of each token; None without a document mask."""
     answer_BT: Tensor | None = None
-    """True on answer tokens, when only those are trained on."""
+    """bool. True on answer tokens; None if all tokens are trained on."""
 
     def rows(self, part: slice) -> "GoldBatch":
         """Some of the rows."""
@@ -41,9 +41,9 @@ class GoldBatch:
                          _rows_of(self.answer_BT, part))
 
     def gold_valid(self) -> Tensor:
-        """Gold tokens 1..T−1 that count in the cross entropy, bool [B, T−1].
+        """Which of the gold tokens 1..T−1 count in the cross entropy, bool [B, T−1].
 
-        With a document mask a document's first token does not: nothing in it predicts that token.
+        With a document mask the first token of a document does not count: nothing in the document predicts it.
         """
         valid = torch.ones_like(self.tokens_BT[:, 1:], dtype=torch.bool)
         if self.document_BT is not None:
@@ -53,7 +53,7 @@ class GoldBatch:
         return valid
 
     def valid_blocks(self, layout: StridedLayout) -> Tensor:
-        """Blocks that count, bool [B, K]."""
+        """Which blocks count, bool [B, NB]."""
         valid = layout.valid_blocks(self.document_BT, self.answer_BT)
         shape = (len(self.tokens_BT), layout.num_blocks)
         return torch.ones(shape, dtype=torch.bool, device=self.tokens_BT.device) if valid is True else valid
@@ -61,27 +61,28 @@ class GoldBatch:
 
 @dataclass
 class MicroBatch:
-    """Rows [rows] of a batch, packed with the blocks of `row`."""
+    """Some rows of a batch (`rows`), packed with the blocks of `row`. b rows of S tokens."""
 
     rows: slice
     row: RowLayout | None
-    """None: gold tokens only."""
+    """Layout of the packed rows. None: gold tokens only."""
     tokens: Tensor
     """int64 [b, S]."""
     positions: Tensor
     """int64 [b, S]."""
     document_BT: Tensor | None
-    """Rows' document numbers, with a document mask."""
+    """Document numbers of the rows; None without a document mask."""
     is_first_part: bool
-    """Whether this is the part of its rows in which gold tokens count."""
+    """Whether gold tokens count in this micro-batch. They count in one of those that hold the same rows."""
 
 
 @dataclass
 class MicroBatches:
-    """Micro-batches of gold rows packed with `steps` tokens of each rollout; rows outermost, parts of blocks inside.
+    """Micro-batches of gold rows packed with `steps` tokens of each rollout: for each group of rows, each part of its
+    blocks.
 
     Raises:
-        ValueError: when the rows do not divide into micro-batches.
+        ValueError: the micro-batch size does not divide the rows.
     """
 
     gold: GoldBatch
@@ -91,8 +92,8 @@ class MicroBatches:
     micro_batch_size: int
     blocks_per_microbatch: int
     needed_BKN: Tensor | None = None
-    """Rollouts that somebody needs, bool: each is in a row, identical ones of a block once. None: all, as they are.
-    Ranks that share a model must agree on it."""
+    """bool. Rollouts that are needed: rows hold only these, and identical rollouts of a block once. None: all rollouts,
+    with duplicates. Ranks that share a model must pass the same."""
 
     def __post_init__(self):
         _check_micro_batch_size(self.micro_batch_size, len(self.gold.tokens_BT))
@@ -105,7 +106,7 @@ class MicroBatches:
             self.rows = self._without_duplicates()
 
     def _without_duplicates(self) -> list[tuple[slice, RowLayout]]:
-        both = torch.stack([self.first_BKN, self.computed_BKN.long()]).cpu()  # the pass's one wait for a GPU
+        both = torch.stack([self.first_BKN, self.computed_BKN.long()]).cpu()  # the only wait for the GPU in a pass
         first_BKN, computed_BKN = both[0], both[1].bool()
         rooms = [part.room(computed_BKN[rows]) for rows, part in self.rows]
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
@@ -118,21 +119,21 @@ class MicroBatches:
 
     @property
     def row_length(self) -> int:
-        """S of the first micro-batch, and with pipeline stages of every one."""
+        """S of the first micro-batch. With pipeline stages all have the same."""
         return self.rows[0][1].length
 
     @property
     def is_here_BKN(self) -> Tensor:
-        """Rollouts that are needed, or equal to one that is, bool: the same however rows are cut and rounded."""
+        """Rollouts that are needed, or equal to one that is; bool [B, NB, n]. The cut does not change it."""
         if self.needed_BKN is None:
             return torch.ones_like(self.rollout_BKNG[..., 0], dtype=torch.bool)
         return self.computed_BKN.gather(-1, self.first_BKN)
 
     def saved_tokens(self) -> tuple[float, float]:
-        """Tokens of all rows, padding included, that leaving rollouts out has saved, and how many there would be."""
+        """Tokens saved by leaving rollouts out, and tokens without that saving, both with padding."""
         lengths = [row.length for _, row in self.rows]
-        whole = len(lengths) * self.parts[0].length
-        return float(whole - sum(lengths)) * self.micro_batch_size, float(whole) * self.micro_batch_size
+        full = len(lengths) * self.parts[0].length
+        return float(full - sum(lengths)) * self.micro_batch_size, float(full) * self.micro_batch_size
 
     def __iter__(self) -> Iterator[MicroBatch]:
         for rows, row in self.rows:
@@ -143,7 +144,7 @@ class MicroBatches:
                              is_first_part=row.first_block == 0)
 
     def join_blocks(self, values: list[Tensor]) -> Tensor:
-        """One tensor [B, NB, ...] from the micro-batches' [b, size, ...], in order, without slots past the end."""
+        """Join the micro-batches' values [b, size, ...], in order, to [B, NB, ...]; drops slots without a block."""
         count = len(self.parts)
         rows = [torch.cat(values[i : i + count], dim=1) for i in range(0, len(values), count)]
         return torch.cat(rows)[:, : self.layout.num_blocks]
@@ -151,10 +152,10 @@ class MicroBatches:
 
 @dataclass
 class GoldMicroBatches:
-    """Micro-batches of gold rows alone, for the cross entropy.
+    """Micro-batches of gold rows without rollouts, for the cross entropy.
 
     Raises:
-        ValueError: when the rows do not divide into micro-batches.
+        ValueError: the micro-batch size does not divide the rows.
     """
 
     gold: GoldBatch

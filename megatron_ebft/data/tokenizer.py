@@ -1,8 +1,8 @@
 """Tokenizers: text to ids and back, behind one interface and under Megatron's flag names.
 
 1. No ids are added around a text. The end-of-document id (eod) is appended to documents when a dataset is made.
-2. A tokenizer's fingerprint tells tokenizers apart by what they do, wherever their files lie, so that a dataset or a
-   checkpoint made with another one can be refused.
+2. The fingerprint of a tokenizer depends on what it does, not on where its files are. A dataset or a checkpoint that
+   was made with another tokenizer is refused.
 """
 
 import hashlib
@@ -12,8 +12,8 @@ from pathlib import Path
 
 TOKENIZER_TYPES = ("SentencePieceTokenizer", "HuggingFaceTokenizer", "NullTokenizer")
 
-# Its ids are part of a Hugging Face tokenizer's fingerprint: two tokenizers may share an id table and still split,
-# merge or normalise differently.
+# The ids of this text are part of the fingerprint of a Hugging Face tokenizer: two tokenizers with the same id table
+# may still split, merge or normalise differently.
 _PROBE = "Energy-Based Fine-Tuning: naïve café, 1234 + 5.67 = ¾?\n\tdef f(x):\n\t\treturn {'Ω': x ** 2}  # 你好 🙂"
 
 
@@ -22,7 +22,7 @@ class Tokenizer(ABC):
 
     Args:
         name: Megatron's name of the type.
-        num_ids: ids the tokenizer itself defines.
+        num_ids: number of ids that the tokenizer defines.
         vocab_size: --vocab-size, or None.
         eod: end-of-document id.
         fingerprint: sha256, hexadecimal, of what defines the tokenizer.
@@ -38,23 +38,23 @@ class Tokenizer(ABC):
         self.name = name
         self.num_ids = num_ids
         self.vocab_size: int = num_ids if vocab_size is None else vocab_size
-        """Every id is below this. Larger than `num_ids` where --vocab-size says so (a model's padded vocabulary)."""
+        """Upper bound of the ids. --vocab-size may make it larger than `num_ids` (a model with a padded vocabulary)."""
         self.eod = eod
         """The id that ends a document."""
         self.fingerprint = fingerprint
-        """sha256, hexadecimal; equal for tokenizers that do the same."""
+        """sha256, hexadecimal. Equal for tokenizers that do the same."""
 
     @property
     def unique_identifiers(self) -> dict[str, str]:
-        """What Megatron-Core's dataset cache knows the tokenizer by."""
+        """The tokenizer's part of the key of Megatron-Core's dataset cache."""
         return {"class": self.name, "fingerprint": self.fingerprint}
 
     @abstractmethod
     def tokenize(self, text: str) -> list[int]:
-        """The ids of a text, without any added ones."""
+        """The ids of a text, without special ids around it."""
 
     def detokenize(self, ids: list[int]) -> str:
-        """The text of ids; those that are no id of the tokenizer (padding, a padded vocabulary's) are left out."""
+        """The text of ids. Ids that the tokenizer does not define (padding, a padded vocabulary) are left out."""
         return self._decode([int(i) for i in ids if 0 <= i < self.num_ids])
 
     @abstractmethod
@@ -121,7 +121,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 class NullTokenizer(Tokenizer):
-    """Ids written out in decimal, separated by spaces; the last id ends documents. For tests and benchmarks."""
+    """For tests and benchmarks: the text is a list of decimal ids, separated by spaces. The last id ends documents."""
 
     def __init__(self, vocab_size: int):
         super().__init__("NullTokenizer", vocab_size, vocab_size, vocab_size - 1,
@@ -143,10 +143,11 @@ def build_tokenizer(tokenizer_type: str, tokenizer_model: str | None, vocab_size
     Args:
         tokenizer_type: SentencePieceTokenizer, HuggingFaceTokenizer or NullTokenizer.
         tokenizer_model: the .model file, or the local folder; None for NullTokenizer.
-        vocab_size: NullTokenizer's size. For the others the model's, where it is larger than the tokenizer's.
+        vocab_size: number of ids. Required by NullTokenizer; for the others the model's, if it is larger than the
+            tokenizer's.
 
     Raises:
-        ValueError: naming the flag, where one is missing or wrong.
+        ValueError: a flag is missing or wrong; names the flag.
     """
     if tokenizer_type == "NullTokenizer":
         if tokenizer_model is not None:

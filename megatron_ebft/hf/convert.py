@@ -1,11 +1,12 @@
-"""Conversion of checkpoints between Hugging Face and Megatron-Core, one tensor at a time.
+"""Converts checkpoints between Hugging Face and Megatron-Core one tensor at a time.
 
-1. Neither side is ever in memory as a whole: a Megatron-Core tensor is made of its Hugging Face parts when it is
-   written, and taken apart when it is read. torch's checkpointing is given a planner that does so; no model is built.
-2. What is converted is a checkpoint like those that training saves, at iteration 0, without an optimizer: its record
-   has the architecture, its folder the companions (hf/files.py), its manifest the checksums.
-3. What can be found wrong is found from the headers, before a tensor is written. Output is written beside its place,
-   verified there if that is wanted, and moved by a rename; where anything fails, nothing stays.
+1. Neither model is ever in memory as a whole. A Megatron-Core tensor is made from its Hugging Face parts when it is
+   written, and split into them when it is read. No model is built: torch's checkpointing gets a planner that asks for
+   each tensor when its turn comes.
+2. The result looks like a checkpoint that training saved at iteration 0 without an optimizer: the record has the
+   architecture, the folder the companions, the manifest the checksums.
+3. Errors that the headers reveal are raised before a tensor is written. Output is written into a temporary folder
+   beside its place, verified there if asked, and renamed. After a failure nothing stays.
 """
 
 import json
@@ -24,42 +25,34 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
-from megatron_ebft.checkpointing.files import (
-    FORMAT,
-    POINTER,
-    RECORD,
-    clear_leftovers,
-    publish,
-    seal,
-    sync,
-    temporary_name,
-    write_json,
-    writing,
-)
-from megatron_ebft.checkpointing.reader import CheckpointReader
-from megatron_ebft.common.progress import Countdown, gigabytes
-from megatron_ebft.data.tokenizer import build_tokenizer
-from megatron_ebft.hf.families import CONFIG, HFModel, describe, parse_config, read_config, read_model, write_config
-from megatron_ebft.hf.files import (
+from megatron_ebft.checkpointing.companions import (
     COMPANIONS,
+    CONFIG,
     GENERATION_CONFIG,
-    INDEX,
     SENTENCEPIECE,
-    SINGLE,
     TOKENIZER_FILES,
-    HFWeights,
-    SafetensorsWriter,
     read_companions,
-    tensor_bytes,
     write_companions,
 )
+from megatron_ebft.checkpointing.errors import writing
+from megatron_ebft.checkpointing.folders import POINTER, RECORD, clear_leftovers, publish, temporary_name
+from megatron_ebft.checkpointing.manifest import seal
+from megatron_ebft.checkpointing.reader import CheckpointReader
+from megatron_ebft.checkpointing.record import FORMAT
+from megatron_ebft.common.disk import sync, write_json
+from megatron_ebft.common.progress import Progress, gigabytes
+from megatron_ebft.common.safetensors_writer import SafetensorsWriter, tensor_bytes
+from megatron_ebft.data.tokenizer import build_tokenizer
+from megatron_ebft.hf.config import describe, parse_config, read_config, read_model, write_config
+from megatron_ebft.hf.families import VOCABULARY, HFModel
+from megatron_ebft.hf.weights import INDEX, SINGLE, HFWeights
 from megatron_ebft.model.architecture import free_fields
 
 NOTHING_STAYS = "Nothing was left there"
 
 
-class _AsWritten(DefaultSavePlanner):
-    """Saves tensors that are only promised: `make(key)` is asked for each when it is written."""
+class _LazyPlanner(DefaultSavePlanner):
+    """Saves tensors that do not exist yet: calls `make(key)` for each when it is written."""
 
     def __init__(self, make):
         super().__init__(flatten_state_dict=False)
@@ -73,19 +66,19 @@ def hf_to_megatron(hf_folder: str, output: str, dtype: torch.dtype | None = None
     """Convert a Hugging Face folder to a torch_dist checkpoint of iteration 0; returns its folder.
 
     Args:
-        output: a directory without checkpoints; made where there is none.
-        dtype: of all weights; None: as they are.
-        say: takes lines about progress.
-        verify: called with what was read and what was written before that is moved to its place; may raise.
+        output: a directory without checkpoints. It is created if it is missing.
+        dtype: of all weights; None keeps the dtype of each.
+        say: receives progress lines.
+        verify: called as verify(hf_folder, HFWeights, CheckpointReader) before the output appears; may raise.
 
     Raises:
-        ValueError: naming --hf-model and the file, key or tensor that is wrong, or --output.
+        ValueError: names --hf-model and the file, key or tensor that is wrong, or --output.
     """
     model = read_model(hf_folder, "--hf-model")
     weights = HFWeights(hf_folder, "--hf-model")
     weights.check(model)
-    promised = _promise(model, weights, dtype)
-    total = sum(tensor.nbytes for tensor in promised.values())
+    templates = _templates(model, weights, dtype)
+    total = sum(tensor.nbytes for tensor in templates.values())
     if os.path.isdir(output) and any(name == POINTER or re.match(r"iter_\d+(?!.*\.tmp\.)", name)
                                      for name in os.listdir(output)):
         raise ValueError(f"--output {output}: holds checkpoints already; name a new folder")
@@ -95,27 +88,27 @@ def hf_to_megatron(hf_folder: str, output: str, dtype: torch.dtype | None = None
                 "converted_from": {"hf_model": os.path.abspath(hf_folder), "family": model.family.architecture}}
     record = {"format": FORMAT, "train_state": {"iteration": 0, "consumed_samples": 0}, "layout": None,
               "optimizer": None, "metadata": metadata}
-    countdown = Countdown("converted", total, say, gigabytes)
+    progress = Progress("converted", total, say, gigabytes)
 
     def make(key: str) -> Tensor:
         entry = model.entries[key]
-        tensor = entry.join([weights.read(name).to(promised[key].dtype) for name in entry.names])
-        assert (tensor.dtype, tensor.shape) == (promised[key].dtype, promised[key].shape), key
-        countdown.add(tensor.nbytes)
+        tensor = entry.join([weights.read(name).to(templates[key].dtype) for name in entry.names])
+        assert (tensor.dtype, tensor.shape) == (templates[key].dtype, templates[key].shape), key
+        progress.add(tensor.nbytes)
         return tensor
 
     temporary = os.path.join(output, temporary_name(0))
-    with writing(output, "--output", NOTHING_STAYS), _gone_on_failure(temporary):
+    with writing(output, "--output", NOTHING_STAYS), _removed_on_failure(temporary):
         clear_leftovers(output)
-        # One file a tensor: torch keeps what it writes to a file in memory until the file is closed.
+        # One file per tensor: torch keeps the content of a file in memory until the file is closed.
         writer = FileSystemWriter(temporary, single_file_per_rank=False, thread_count=1)
-        checkpoint.save(promised, storage_writer=writer, planner=_AsWritten(make), no_dist=True)
+        checkpoint.save(templates, storage_writer=writer, planner=_LazyPlanner(make), no_dist=True)
         save_config(CheckpointingConfig("torch_dist"), temporary)
         torch.save({}, os.path.join(temporary, "common.pt"))
         write_companions(os.path.join(temporary, COMPANIONS), companions)
         write_json(os.path.join(temporary, RECORD), record)
         seal(temporary)
-        countdown.close()
+        progress.close()
         if verify is not None:
             verify(hf_folder, weights, CheckpointReader(temporary, "--output", is_whole=True))
         publish(output, temporary, 0)
@@ -127,13 +120,13 @@ def megatron_to_hf(load: str, output: str, template: str | None = None, max_shar
     """Convert a checkpoint (the latest of a directory, or an iter_* folder itself) to a Hugging Face folder.
 
     Args:
-        output: a folder that is not there yet, or empty.
-        template: a Hugging Face folder whose configuration and tokenizer replace those that the checkpoint carries.
-        max_shard_size: bytes of a safetensors file, unless one tensor has more.
-        say, verify: as hf_to_megatron.
+        output: a new or empty folder.
+        template: a Hugging Face folder whose configuration and tokenizer replace those of the checkpoint.
+        max_shard_size: bytes of a safetensors file. A file with a single tensor may be larger.
+        say, verify: as `hf_to_megatron`.
 
     Raises:
-        ValueError: naming --load, --output or --hf-template and what is wrong.
+        ValueError: names --load, --output or --hf-template and what is wrong.
     """
     output = os.path.realpath(output)
     if os.path.isdir(output) and os.listdir(output):
@@ -141,7 +134,7 @@ def megatron_to_hf(load: str, output: str, template: str | None = None, max_shar
     reader = CheckpointReader(load, "--load", say=say)
     companions = _companions(reader, template)
     model = _family_of(reader, companions, f"--hf-template {template}" if template else f"--load {reader.folder}")
-    reader.check(model)
+    _check_weights(reader, model)
     tensors = {name: (reader.dtypes[key], shape) for key, entry in model.entries.items()
                for name, shape in zip(entry.names, entry.shapes)}
     total = sum(tensor_bytes(*tensor) for tensor in tensors.values())
@@ -149,37 +142,37 @@ def megatron_to_hf(load: str, output: str, template: str | None = None, max_shar
     companions = _configured(companions, model, next(iter(tensors.values()))[0], reader)
 
     temporary = f"{output}.tmp.{secrets.token_hex(4)}"
-    with writing(output, "--output", NOTHING_STAYS), _gone_on_failure(temporary):
+    with writing(output, "--output", NOTHING_STAYS), _removed_on_failure(temporary):
         os.makedirs(temporary)
         write_companions(temporary, companions)
         _write_shards(temporary, tensors, _parts(reader, model), max_shard_size,
-                      Countdown("converted", total, say, gigabytes))
+                      Progress("converted", total, say, gigabytes))
         for name in os.listdir(temporary):
             sync(os.path.join(temporary, name))
         sync(temporary)
         if verify is not None:
             verify(temporary, HFWeights(temporary, "--output"), reader)
-        os.rename(temporary, output)  # over an empty folder, too
+        os.rename(temporary, output)  # replaces an empty folder too
         sync(os.path.dirname(output))
 
 
-def _promise(model: HFModel, weights: HFWeights, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Shapes and dtypes of the Megatron-Core tensors, without data."""
-    promised = {}
+def _templates(model: HFModel, weights: HFWeights, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Meta tensors with the shapes and dtypes of the Megatron-Core tensors."""
+    templates = {}
     for key, entry in model.entries.items():
-        found = {weights.dtypes[name] for name in entry.names}
-        if dtype is None and torch.float16 in found:
-            raise ValueError(f"{weights.where}: the weights are float16 ({entry.names[0]}), which is not trained here; "
-                             "give --dtype bf16 (which rounds them) or --dtype fp32 (which does not)")
-        if dtype is None and len(found) > 1:
-            raise ValueError(f"{weights.where}: {', '.join(entry.names)} have several dtypes, and become one tensor; "
+        dtypes = {weights.dtypes[name] for name in entry.names}
+        if dtype is None and torch.float16 in dtypes:
+            raise ValueError(f"{weights.where}: the weights are float16 ({entry.names[0]}), which training does not "
+                             "support; give --dtype bf16 (which rounds them) or --dtype fp32 (which does not)")
+        if dtype is None and len(dtypes) > 1:
+            raise ValueError(f"{weights.where}: {', '.join(entry.names)} have several dtypes, but become one tensor; "
                              "give --dtype")
-        promised[key] = torch.empty(entry.shape, dtype=dtype or found.pop(), device="meta")
-    return promised
+        templates[key] = torch.empty(entry.shape, dtype=dtype or dtypes.pop(), device="meta")
+    return templates
 
 
 def _tokenizer(folder: str, companions: dict, model: HFModel, say) -> dict | None:
-    """What the record says of the tokenizer; None where none travels with the model."""
+    """The record's entry about the tokenizer; None if the model has no tokenizer files."""
     if not companions.keys() & set(TOKENIZER_FILES):
         say(f"--hf-model {folder}: no tokenizer files there; training will need --tokenizer-model")
         return None
@@ -193,7 +186,27 @@ def _tokenizer(folder: str, companions: dict, model: HFModel, say) -> dict | Non
     return {"type": tokenizer.name, "fingerprint": tokenizer.fingerprint}
 
 
+def _check_weights(reader: CheckpointReader, model: HFModel) -> None:
+    """ValueError unless the checkpoint holds exactly the model's tensors in their shapes, apart from padding rows."""
+    where = f"{reader.flag} {reader.folder}"
+    differ = reader.shapes.keys() ^ model.entries.keys()
+    if differ:
+        raise ValueError(f"{where}: only one of the checkpoint and {model.family.architecture} has "
+                         f"{', '.join(sorted(differ)[:8])}; the conversion would lose it")
+    for key, entry in model.entries.items():
+        rows, *rest = reader.shapes[key]
+        is_padded = key in VOCABULARY and rows > entry.shape[0]
+        if rest != [*entry.shape[1:]] or not (rows == entry.shape[0] or is_padded):
+            raise ValueError(f"{where}: {key} has the shape {reader.shapes[key]}, but the architecture says "
+                             f"{entry.shape}")
+
+
 def _check_place(output: str, needed: int) -> None:
+    """ValueError unless there is a place for the output and enough room.
+
+    Args:
+        needed: bytes.
+    """
     parent = os.path.abspath(output)
     while not os.path.exists(parent):
         parent = os.path.dirname(parent)
@@ -207,8 +220,8 @@ def _check_place(output: str, needed: int) -> None:
 
 
 @contextmanager
-def _gone_on_failure(folder: str):
-    """Whatever ends the block early, the folder is removed."""
+def _removed_on_failure(folder: str):
+    """Remove the folder if anything ends the block early."""
     try:
         yield
     except BaseException:
@@ -217,19 +230,19 @@ def _gone_on_failure(folder: str):
 
 
 def _companions(reader: CheckpointReader, template: str | None) -> dict[str, bytes]:
-    """Configuration and tokenizer that go with the weights."""
-    found = read_companions(os.path.join(reader.folder, COMPANIONS))
+    """Configuration and tokenizer for the weights: the checkpoint's, overridden by the template's."""
+    companions = read_companions(os.path.join(reader.folder, COMPANIONS))
     if template is None:
-        return found
+        return companions
     read_config(template, "--hf-template")
-    given = read_companions(template)
-    if given.keys() & set(TOKENIZER_FILES):  # never the files of two tokenizers
-        found = {name: content for name, content in found.items() if name not in TOKENIZER_FILES}
-    return found | given
+    overriding = read_companions(template)
+    if overriding.keys() & set(TOKENIZER_FILES):  # never mix the files of two tokenizers
+        companions = {name: content for name, content in companions.items() if name not in TOKENIZER_FILES}
+    return companions | overriding
 
 
 def _family_of(reader: CheckpointReader, companions: dict, where: str) -> HFModel:
-    """The model as the configuration at hand describes it, or by the checkpoint's architecture alone."""
+    """The model as config.json describes it or, without one, as the checkpoint's architecture does."""
     if CONFIG not in companions:
         return describe(reader.architecture, f"{reader.flag} {reader.folder}")
     model = parse_config(json.loads(companions[CONFIG]), f"{where}: {CONFIG}")
@@ -237,12 +250,12 @@ def _family_of(reader: CheckpointReader, companions: dict, where: str) -> HFMode
               for name, value in vars(model.architecture).items()
               if name not in free_fields(vars(reader.architecture)) and value != vars(reader.architecture)[name]]
     if differ:
-        raise ValueError(f"{where}: {CONFIG} describes another model than the checkpoint: {', '.join(differ)}")
+        raise ValueError(f"{where}: {CONFIG} does not describe the checkpoint's model: {', '.join(differ)}")
     return model
 
 
 def _configured(companions: dict, model: HFModel, dtype: torch.dtype, reader: CheckpointReader) -> dict:
-    """Companions whose config.json names the dtype of the weights, and a generation_config.json."""
+    """The companions with the dtype of the weights in config.json, and with a generation_config.json."""
     config = json.loads(companions[CONFIG]) if CONFIG in companions else write_config(model, dtype, _eos(reader))
     key, name = "dtype" if "dtype" in config else "torch_dtype", str(dtype).removeprefix("torch.")
     made = {}
@@ -255,7 +268,7 @@ def _configured(companions: dict, model: HFModel, dtype: torch.dtype, reader: Ch
 
 
 def _eos(reader: CheckpointReader) -> int | None:
-    """The id that ends a document, of the tokenizer that the checkpoint carries."""
+    """The id that ends a document, according to the checkpoint's tokenizer; None if it has none."""
     folder, tokenizer = os.path.join(reader.folder, COMPANIONS), reader.metadata["tokenizer"]
     paths = {"HuggingFaceTokenizer": folder, "SentencePieceTokenizer": os.path.join(folder, SENTENCEPIECE)}
     if tokenizer is None or tokenizer["type"] not in paths or not os.path.isdir(folder):
@@ -264,12 +277,17 @@ def _eos(reader: CheckpointReader) -> int | None:
 
 
 def _parts(reader: CheckpointReader, model: HFModel) -> Iterator[tuple[str, Tensor]]:
-    """Every Hugging Face tensor, in the order of the model's entries."""
+    """Every Hugging Face tensor by name, in the order of the model's entries."""
     for key, entry in model.entries.items():
         yield from zip(entry.names, entry.split(reader.read(key)), strict=True)
 
 
-def _write_shards(folder: str, tensors: dict, parts: Iterator, max_shard_size: int, countdown: Countdown) -> None:
+def _write_shards(folder: str, tensors: dict, parts: Iterator, max_shard_size: int, progress: Progress) -> None:
+    """Write the parts into safetensors files, and an index if there are several.
+
+    Args:
+        tensors: dtype and shape by name, in the order of `parts`.
+    """
     shards, size = [{}], 0
     for name, tensor in tensors.items():
         if shards[-1] and size + tensor_bytes(*tensor) > max_shard_size:
@@ -284,9 +302,9 @@ def _write_shards(folder: str, tensors: dict, parts: Iterator, max_shard_size: i
             for _ in shard:
                 name, tensor = next(parts)
                 writer.write(name, tensor)
-                countdown.add(tensor.nbytes)
+                progress.add(tensor.nbytes)
     if len(shards) > 1:
         write_json(os.path.join(folder, INDEX), {
-            "metadata": {"total_size": countdown.total},
+            "metadata": {"total_size": progress.total},
             "weight_map": {name: file for file, shard in zip(names, shards) for name in shard}})
-    countdown.close()
+    progress.close()

@@ -1,4 +1,4 @@
-"""An error on one rank becomes an error on every rank."""
+"""An error on one rank becomes an error on every rank, so that no rank waits for another forever."""
 
 import contextlib
 
@@ -6,17 +6,21 @@ import torch.distributed as dist
 
 
 @contextlib.contextmanager
-def together():
-    """Run the block on every rank; a ValueError on any becomes one on all, and what else is raised on one rank a
-    RuntimeError on the others. Also a barrier."""
+def collective_errors():
+    """Run a block on every rank; an error on one rank is raised on all. Also a barrier.
+
+    Raises:
+        ValueError: on every rank, if any rank raised one.
+        RuntimeError: on the other ranks, if a rank raised anything else (which continues there).
+    """
     problem = None
     try:
         yield
-    except Exception as error:  # none may leave the others waiting
+    except Exception as error:
         problem = error
-    found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, problem and (isinstance(problem, ValueError), f"{problem}"))
-    problems = [(rank, *each) for rank, each in enumerate(found) if each]
+    reports = [None] * dist.get_world_size()
+    dist.all_gather_object(reports, problem and (isinstance(problem, ValueError), f"{problem}"))
+    problems = [(rank, *report) for rank, report in enumerate(reports) if report]
     unexpected = [f"rank {rank}: {text}" for rank, is_expected, text in problems if not is_expected]
     if problem is not None and not isinstance(problem, ValueError):
         raise problem

@@ -1,9 +1,9 @@
-"""Process groups of a run. Megatron's groups (tensor, pipeline, data), and two more:
+"""The process groups of a run: Megatron's (tensor, pipeline, data) and two more.
 
-1. Sample groups: `--ebft-sample-parallel-size` S consecutive data-parallel ranks take the same documents and n/S
-   rollouts each. Rows of data are dealt out by `document_rank`, of which there are data-parallel size / S.
-2. Wrap links: the last and the first stage of a pipeline, a communicator of their own. Sampled tokens travel back on it
-   while hidden states travel forward on the pipeline's, so that neither waits for the other.
+1. Sample groups: `--ebft-sample-parallel-size` S consecutive data-parallel ranks take the same rows and n/S rollouts
+   of each block. Rows are dealt out by `document_rank`, of which there are data-parallel size / S.
+2. Wrap groups: the last and the first stage of a pipeline share a communicator. Sampled tokens travel back on it while
+   hidden states travel forward on the pipeline's, so that neither waits for the other.
 """
 
 import datetime
@@ -24,13 +24,16 @@ _wrap_group: dist.ProcessGroup | None = None
 def init_parallel(tensor_model_parallel_size: int, pipeline_model_parallel_size: int, seed: int,
                   timeout_minutes: int = 10, *, virtual_pipeline_model_parallel_size: int | None = None,
                   sample_parallel_size: int = 1, is_deterministic: bool = False) -> None:
-    """Start torch.distributed (from torchrun's environment, or alone, unless it runs already) and all process groups.
+    """Start torch.distributed, unless it runs already, and all process groups.
+
+    torch.distributed starts from torchrun's environment, or as a world of one rank without it.
 
     Args:
+        timeout_minutes: of every collective.
         is_deterministic: see `device.be_deterministic`.
 
     Raises:
-        ValueError: naming the flag, when the world size does not divide.
+        ValueError: the sizes do not divide the world size; names the flag.
     """
     world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     model_parallel = tensor_model_parallel_size * pipeline_model_parallel_size
@@ -65,17 +68,17 @@ def _init_groups(tp: int, pp: int, samples: int, timeout) -> None:
 
 
 def _new_groups(groups: list[list[int]], timeout) -> dist.ProcessGroup | None:
-    """Make all groups, in which every rank takes part; this rank's one."""
-    mine = None
+    """Make all groups on every rank, as torch requires; returns the group of this rank."""
+    own = None
     for members in groups:
         group = dist.new_group(members, timeout=timeout)
         if dist.get_rank() in members:
-            mine = group
-    return mine
+            own = group
+    return own
 
 
 def set_seed(seed: int) -> None:
-    """Seed every generator: weights differ over tensor and pipeline ranks, and agree over data-parallel ranks."""
+    """Seed every generator. Tensor and pipeline ranks get different numbers, data-parallel ranks the same."""
     seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -93,88 +96,90 @@ def dp_sum(values: Tensor) -> Tensor:
 
 
 def tp_group() -> dist.ProcessGroup:
-    """Ranks that share every layer."""
+    """The ranks that split each layer among them."""
     return parallel_state.get_tensor_model_parallel_group()
 
 
 def pp_group() -> dist.ProcessGroup:
-    """Ranks that share the layers, in the order of the stages."""
+    """The ranks that hold the stages of one pipeline, in their order."""
     return parallel_state.get_pipeline_model_parallel_group()
 
 
 def sample_group() -> dist.ProcessGroup | None:
-    """Data-parallel ranks that roll out the same documents; None for S = 1."""
+    """The data-parallel ranks that roll out the same rows; None for S = 1."""
     return _sample_group
 
 
 def sample_rank() -> int:
-    """This rank's place in its sample group: it draws samples [rank · n/S, (rank + 1) · n/S)."""
+    """This rank's place in its sample group. It draws samples [rank · n/S, (rank + 1) · n/S)."""
     return 0 if _sample_group is None else dist.get_rank(_sample_group)
 
 
 def sample_size() -> int:
-    """S, ranks of a sample group."""
+    """S, the number of ranks in a sample group."""
     return 1 if _sample_group is None else dist.get_world_size(_sample_group)
 
 
 def wrap_group() -> dist.ProcessGroup | None:
-    """The link between the first and the last stage of this rank's pipeline; None on the stages between."""
+    """The first and the last stage of this rank's pipeline; None on the stages between."""
     return _wrap_group
 
 
 def document_rank() -> int:
-    """This rank's place among those that take different documents."""
+    """This rank's place among those that take different rows."""
     return parallel_state.get_data_parallel_rank() // sample_size()
 
 
 def document_size() -> int:
-    """Number of ranks, or sample groups, that take different documents."""
+    """Number of sample groups (ranks, for S = 1), each of which takes different rows."""
     return dp_size() // sample_size()
 
 
 def is_first_stage() -> bool:
+    """Whether this rank holds the first pipeline stage."""
     return parallel_state.is_pipeline_first_stage()
 
 
 def is_last_stage() -> bool:
+    """Whether this rank holds the last pipeline stage."""
     return parallel_state.is_pipeline_last_stage()
 
 
 def from_last_stage(values: Tensor) -> Tensor:
-    """The last stage's values, on every stage, in place."""
+    """Broadcast the last stage's values to every stage, in place."""
     if dist.get_world_size(pp_group()) > 1:
         dist.broadcast(values, parallel_state.get_pipeline_model_parallel_last_rank(), group=pp_group())
     return values
 
 
 def from_first_tensor_rank(values: Tensor) -> Tensor:
-    """The first tensor rank's values, on every rank that shares its layers, in place."""
+    """Broadcast the first tensor rank's values to its tensor group, in place."""
     if dist.get_world_size(tp_group()) > 1:
         dist.broadcast(values, parallel_state.get_tensor_model_parallel_src_rank(), group=tp_group())
     return values
 
 
 def all_samples(values_BKN: Tensor) -> Tensor:
-    """Values of all n rollouts of a block [B, K, n, ...], from those of each rank of a sample group."""
-    return values_BKN if sample_group() is None else torch.cat(_everyones(values_BKN, sample_group()), dim=2)
+    """Gather the rollouts of all ranks of a sample group: [B, K, n/S, ...] to [B, K, n, ...]."""
+    return values_BKN if sample_group() is None else torch.cat(_all_gather(values_BKN, sample_group()), dim=2)
 
 
 def all_documents(values_B: Tensor) -> Tensor:
-    """Values of the rows of the global batch [ΣB, ...] in their order, from those of each rank's rows."""
-    return torch.cat(_everyones(values_B, parallel_state.get_data_parallel_group())[:: sample_size()])
+    """Gather the rows of the global batch in their order: [B, ...] to [global batch size, ...]."""
+    return torch.cat(_all_gather(values_B, parallel_state.get_data_parallel_group())[:: sample_size()])
 
 
-def _everyones(values: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-    """The tensors, of one shape, of all ranks of a group."""
+def _all_gather(values: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    """The tensors of all ranks of a group. They must have the same shape."""
     parts = [torch.empty_like(values, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, values.contiguous(), group=group)
     return parts
 
 
 def shut_down() -> None:
-    """Leave the process groups in order."""
+    """Destroy all process groups."""
     global _sample_group, _wrap_group
     _sample_group = _wrap_group = None
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
-    gc.collect()  # models nobody uses hold groups, and each group of gloo has a thread that never sleeps for long
+    gc.collect()  # unused models hold groups, and each gloo group has a thread that polls

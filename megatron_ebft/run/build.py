@@ -4,10 +4,10 @@ import argparse
 import dataclasses
 import os
 
-from megatron_ebft.checkpointing.checkpoint import TrainState, load_checkpoint, newest_whole
-from megatron_ebft.checkpointing.files import read_metadata, read_record
 from megatron_ebft.checkpointing.fingerprint import weights_fingerprint
-from megatron_ebft.data.rows import build_datasets
+from megatron_ebft.checkpointing.loader import load_checkpoint, newest_whole
+from megatron_ebft.checkpointing.record import TrainState, read_metadata, read_record
+from megatron_ebft.data.datasets import build_datasets
 from megatron_ebft.data.tokenizer import build_tokenizer
 from megatron_ebft.model.architecture import ModelArgs
 from megatron_ebft.parallel.groups import document_size

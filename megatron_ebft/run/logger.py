@@ -1,4 +1,7 @@
-"""Seeing a run: a console line a step, TensorBoard, rollouts beside gold text. Rank 0 writes, others do nothing."""
+"""The log of a run: one console line per step, TensorBoard, and samples of rollouts beside gold text.
+
+Rank 0 writes; on other ranks every call does nothing.
+"""
 
 import contextlib
 import time
@@ -7,7 +10,7 @@ from collections.abc import Iterator
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_ebft.common.progress import Countdown, clock
+from megatron_ebft.common.progress import Progress, clock
 from megatron_ebft.method.evaluation import EvaluationRollouts
 
 CONSOLE = {"loss": "loss {:.4f}", "ce_loss": "ce {:.4f}", "reward": "reward {:+.4f}", "alignment": "align {:.4f}",
@@ -16,15 +19,16 @@ CONSOLE = {"loss": "loss {:.4f}", "ce_loss": "ce {:.4f}", "reward": "reward {:+.
 EVALUATION = {"ce_loss": "ce {:.4f}", "cfm": "cfm {:.4f}", "alignment": "align {:.4f}", "kl_to_start": "kl {:.4f}",
               "entropy": "H {:.2f}"}
 SHOWN_BLOCKS, SHOWN_CONTEXT = 3, 32
+"""Blocks shown at an evaluation, and tokens of context before each."""
 
 
 class Logger:
-    """Console and TensorBoard of one run.
+    """Console and TensorBoard log of one run.
 
     Args:
-        directory: TensorBoard's; what an interrupted run left there beyond `iteration` is dropped.
+        directory: folder for TensorBoard. Values that an interrupted run wrote after `iteration` are dropped.
         tokens_per_step: gold tokens of a global batch.
-        rollout_length: G, the completion length whose CFM is "the" CFM of an evaluation.
+        rollout_length: G. Evaluations report CFM and alignment at this completion length.
     """
 
     def __init__(self, directory: str, iteration: int, train_iters: int, tokens_per_step: int, rollout_length: int,
@@ -41,13 +45,13 @@ class Logger:
             raise ValueError(f"--tensorboard-dir {directory}: cannot be written ({error})") from error
 
     def print(self, line: str) -> None:
-        """A line on rank 0's console."""
+        """Print a line on rank 0's console."""
         if self.is_main:
             print(line, flush=True)
 
     def _record(self, iteration: int = 0, scalars: dict[str, float] | None = None, text: str | None = None,
                 flush: bool = False) -> None:
-        """To TensorBoard. A full disk costs a warning and what could not be written, not the run."""
+        """Write to TensorBoard. On a full disk values are lost with a warning, and the run goes on."""
         try:
             if self.writer is None:
                 self.writer = SummaryWriter(self.directory)
@@ -60,20 +64,26 @@ class Logger:
             self.is_warned = False
         except OSError as error:
             if not self.is_warned:
-                self.print(f"warning: --tensorboard-dir {self.directory}: cannot be written ({error}); until "
-                           "there is room again, values are lost. Training goes on")
+                self.print(f"warning: --tensorboard-dir {self.directory}: cannot be written ({error}); values are "
+                           "lost until there is room again. Training goes on")
             self.is_warned, self.writer = True, None
 
     def progress(self, what: str, items: list) -> Iterator:
-        """The items, with a line and the time left every 10 seconds."""
-        countdown = Countdown(what, len(items), self.print)
+        """Iterate over the items, and print a line with the time left every 10 seconds."""
+        progress = Progress(what, len(items), self.print)
         for item in items:
             yield item
-            countdown.tick()
+            progress.tick()
 
     def step(self, iteration: int, metrics: dict[str, float], seconds: dict[str, float], duration: float,
              totals: dict[str, float]) -> None:
-        """Log one training step. seconds: by phase; duration: of the whole step; totals: of the run so far."""
+        """Log one training step.
+
+        Args:
+            seconds: by phase.
+            duration: seconds of the whole step.
+            totals: of the run so far.
+        """
         if not self.is_main:
             return
         self.durations = [*self.durations[-19:], duration]
@@ -90,7 +100,11 @@ class Logger:
 
     def evaluation(self, iteration: int, metrics: dict[str, float], shown: EvaluationRollouts | None,
                    seconds: float) -> None:
-        """Log one evaluation."""
+        """Log one evaluation, which took `seconds`.
+
+        Args:
+            shown: rollouts to print beside the gold text, or None.
+        """
         if not self.is_main:
             return
         for name in ("cfm", "cfm_biased", "alignment"):
@@ -103,17 +117,17 @@ class Logger:
         self.print(f"eval {iteration}/{self.train_iters} | {numbers} | {clock(seconds)}")
 
     def flush(self) -> None:
-        """Leave nothing in memory: what a checkpoint has behind it must not be lost with the process."""
+        """Write all values to disk: those before a checkpoint must not be lost with the process."""
         if self.is_main:
             self._record(flush=True)
 
     def saved(self, folder: str | None) -> None:
-        """Say that a checkpoint is whole, if one is."""
+        """Print that a checkpoint is complete, if one is."""
         if folder is not None:
             self.print(f"saved {folder}")
 
     def _rollout_text(self, shown: EvaluationRollouts) -> str:
-        """Context, gold completion and rollouts of a few blocks of the first row, as Markdown."""
+        """Markdown of context, gold completion and rollouts, for a few blocks of the first row."""
         layout, tokens = shown.layout, shown.gold.tokens_BT[0]
         blocks = range(0, layout.num_blocks, max(1, layout.num_blocks // SHOWN_BLOCKS))
         completions = layout.completion_index()
@@ -130,9 +144,13 @@ class Logger:
         return "\n```\n" + self.tokenizer.detokenize(ids.tolist()) + "\n```"
 
     def close(self, start: float, is_done: bool = True) -> None:
-        """Last line and files closed. start: time.perf_counter() at the run's start."""
+        """Print the last line and close the files.
+
+        Args:
+            start: time.perf_counter() at the start of the run.
+        """
         if self.is_main:
             if self.writer is not None:
-                with contextlib.suppress(OSError):  # was reported
+                with contextlib.suppress(OSError):  # it was reported before
                     self.writer.close()
             self.print(f"{'done' if is_done else 'stopped'} in {clock(time.perf_counter() - start)}")

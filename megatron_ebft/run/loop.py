@@ -7,7 +7,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_ebft.checkpointing.checkpoint import TrainState
+from megatron_ebft.checkpointing.record import TrainState
 from megatron_ebft.common.device import upload
 from megatron_ebft.common.errors import StepFailed
 from megatron_ebft.common.timer import PhaseTimer

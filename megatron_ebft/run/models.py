@@ -10,7 +10,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_ebft.checkpointing.checkpoint import load_weights
+from megatron_ebft.checkpointing.loader import load_weights
 from megatron_ebft.method.config import EBFTConfig
 from megatron_ebft.model.architecture import ModelArgs, free_fields
 from megatron_ebft.model.build import build_encoder, build_policy, build_start

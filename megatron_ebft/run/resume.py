@@ -7,15 +7,9 @@ trained with are recorded in it by content hash, and must be the ones at hand.
 
 import os
 
-from megatron_ebft.checkpointing.files import (
-    POINTER,
-    RECORD,
-    complete_iterations,
-    first_readable,
-    read_metadata,
-    resolve,
-)
-from megatron_ebft.hf.files import COMPANIONS, SENTENCEPIECE, TOKENIZER_FILES, read_companions
+from megatron_ebft.checkpointing.companions import COMPANIONS, SENTENCEPIECE, TOKENIZER_FILES, read_companions
+from megatron_ebft.checkpointing.folders import POINTER, RECORD, complete_iterations, resolve
+from megatron_ebft.checkpointing.record import first_readable, read_metadata
 from megatron_ebft.model.architecture import free_fields
 
 

@@ -3,7 +3,7 @@
 import time
 from contextlib import contextmanager
 
-from megatron_ebft.checkpointing.checkpoint import Saver
+from megatron_ebft.checkpointing.saver import Saver
 from megatron_ebft.run.watchdog import PATIENCE
 
 

@@ -1,9 +1,9 @@
-"""Steps of a training run written to files, and taken from there again (the format: step_file.py).
+"""Dumps steps of a training run to files and replays them (the format: step_file.py).
 
-1. `--ebft-dump-steps` writes a step when its turn has come, and whenever it fails after its gradient was computed: that
-   is the step one wants to look at.
-2. `--ebft-replay-steps` holds documents and rollouts fixed: on the same layout of ranks the run is the same to the last
-   bit, on another one the difference is that of the layout.
+1. `--ebft-dump-steps` dumps every `--ebft-dump-interval`-th step, and every step that fails after its gradient was
+   computed.
+2. `--ebft-replay-steps` takes rows and rollouts from dumped steps. On the same layout of ranks the run is then the same
+   to the last bit. On another layout all differences come from the layout.
 """
 
 import os
@@ -12,29 +12,32 @@ import torch.distributed as dist
 
 from megatron_ebft.common.errors import StepFailed
 from megatron_ebft.method.step import EBFTStep
-from megatron_ebft.parallel.errors import together
+from megatron_ebft.parallel.errors import collective_errors
 from megatron_ebft.run.step_file import Step, gather_results, gather_step, read_step, step_writer
 
 DUMP, REPLAY = "--ebft-dump-steps", "--ebft-replay-steps"
 FAILED = "failed_steps"
-"""Folder in --save for steps that failed, where no other is named."""
+"""Folder in --save for failed steps, if --ebft-dump-steps names no other."""
 MUST_AGREE = ("seq_length", "global_batch_size", "ebft_num_samples", "ebft_stride", "ebft_context_length",
               "ebft_rollout_length", "ebft_temperature", "ebft_document_mask", "ebft_answer_only")
-"""Flags that rollouts were drawn by. Others may differ: what would another whitening have made of this step?"""
+"""Flags that decide what the rollouts are. Other flags may differ, for example to try another whitening."""
 
 
 class StepDump:
-    """At the end of its context, dumps the step that was held: if its turn has come, or it failed.
+    """A context manager around one step. At its end it dumps the step if it is due or has failed.
+
+    Args:
+        iteration: number of the step, counted from 1.
 
     Raises:
-        ValueError: naming the flag, when the file cannot be written.
+        ValueError: the file cannot be written; names the flag.
     """
 
     def __init__(self, args, iteration: int):
         self.args, self.iteration, self.held = args, iteration, None
 
     def hold(self, step: EBFTStep) -> None:
-        """The step that may have to be written; this rank's part."""
+        """Keep this rank's part of the step for the dump."""
         if self.args.ebft_dump_steps or self.args.save:
             self.held = step
 
@@ -48,7 +51,7 @@ class StepDump:
         if kind is StepFailed:
             try:
                 self._write(folder or os.path.join(self.args.save, FAILED))
-            except ValueError as error:  # must not hide why the step failed
+            except ValueError as error:  # must not hide the reason why the step failed
                 if dist.get_rank() == 0:
                     print(error, flush=True)
         elif kind is None and folder and self.iteration % self.args.ebft_dump_interval == 0:
@@ -58,21 +61,22 @@ class StepDump:
         held = self.held
         step = gather_step(self.args, self.iteration, held.gold, held.rollouts)
         results = gather_results(step, held.rewards, held.advantage_BKN, held.scores, held.means.reduce())
-        with together():
+        with collective_errors():
             if dist.get_rank() == 0:
                 with step_writer(step_path(folder, self.iteration), DUMP, step, results, {}):
-                    pass  # gradients are spread over the ranks
+                    pass  # no gradients: they are spread over the ranks
 
 
 def step_path(folder: str, iteration: int) -> str:
+    """The file of a step in a folder of dumped steps."""
     return os.path.join(folder, f"step_{iteration:07d}.safetensors")
 
 
 def replayed_step(args, iteration: int, vocab_size: int) -> Step:
-    """The step of that number in --ebft-replay-steps.
+    """Read a step from --ebft-replay-steps.
 
     Raises:
-        ValueError: naming the file: it is missing or damaged, or does not belong to a run with these flags.
+        ValueError: the file is missing or damaged, or does not fit a run with these flags; names the file.
     """
     path = step_path(args.ebft_replay_steps, iteration)
     step = read_step(path, REPLAY, vocab_size)
@@ -89,8 +93,8 @@ def replayed_step(args, iteration: int, vocab_size: int) -> Step:
 
 
 def check_replay(args, done: int, vocab_size: int) -> None:
-    """Read every step that a run will replay after `done` steps, on rank 0; raises as `replayed_step`, everywhere."""
-    with together():
+    """Check every step that a run will replay after `done` steps: rank 0 reads, all raise as `replayed_step`."""
+    with collective_errors():
         if dist.get_rank() == 0:
             for iteration in range(done + 1, args.train_iters + 1):
                 replayed_step(args, iteration, vocab_size)

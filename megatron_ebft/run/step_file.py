@@ -1,24 +1,30 @@
-"""One EBFT step in a file: its documents, its rollouts, and what became of them.
+"""One EBFT step in a safetensors file: its rows, its rollouts, and the results computed from them.
 
-1. A safetensors file of the global batch, in the order of rows; layout/step_major.py knows the order. B documents, n
-   samples, NB blocks of G tokens, D = feature dimension; what is in brackets need not be there:
+1. The file holds the global batch in the order of its rows. layout/step_major.py defines the order of the tokens.
+   B rows, n samples, NB blocks of G tokens, D feature dimension. Tensors in brackets are optional:
 
-       docs [B, T]                                 sequences, [position_ids] [B·n, T + NB·G]
+       docs [B, T]                                 gold tokens
+       sequences, [position_ids] [B·n, T + NB·G]   gold tokens, then rollout tokens
        [index] [B]                                 global sample numbers
        [document_ids], [answer_mask] [B, T]        with --ebft-document-mask, --ebft-answer-only
        [sampler_log_probs], [entropy] [B·n, NB·G]  of the rollout tokens, from the sampler
-       features_gold [B, NB, D], features_rollout [B, n, NB, D]        only tools/replay.py makes these
+       features_gold [B, NB, D], features_rollout [B, n, NB, D]        written by tools/replay.py only
        alignment, diversity, reward, advantage [B·n, NB]
        log_probs [B·n, T + NB·G − 1]               of the training pass: gold tokens at τ = 1, rollout tokens at τ; in
-                                                   a failed step NaN for rollouts that the pass left out (ebft.py)
-       rl_loss, ce_loss, kl_loss                   kl_loss with a KL coefficient; not multiplied by coefficients
-       grad.<Hugging Face name>                    of the whole loss; only tools/replay.py makes these
+                                                   a failed step NaN for rollouts that the pass skipped
+       rl_loss, ce_loss, kl_loss                   not multiplied by coefficients; kl_loss with a KL coefficient only
+       grad.<Hugging Face name>                    of the whole loss; written by tools/replay.py only
 
-   Integers are int64, numbers float32. The metadata say with which flags (step_metadata.py).
-2. A file appears whole or not at all, and is checked before it is believed.
+   Integers are int64, other numbers float32.
+2. The metadata are strings of two kinds. The keys of GOLDEN and `blocks` are also in the files of other programs
+   (tests/golden) and mean the same there. `flags` (JSON) has all flags of the method, and the iteration. A file without
+   `flags` has training's defaults for everything that the other keys do not say; these are the released code's choices.
+   The two kinds must not contradict each other.
+3. A file appears whole or not at all. `read_step` checks every tensor.
 """
 
 import argparse
+import json
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,8 +35,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_ebft.common.device import device
+from megatron_ebft.common.safetensors_writer import SafetensorsWriter
 from megatron_ebft.data.micro_batches import GoldBatch
-from megatron_ebft.hf.files import SafetensorsWriter
 from megatron_ebft.layout.step_major import from_step_major, step_major_positions, to_step_major
 from megatron_ebft.layout.strided import StridedLayout, document_starts
 from megatron_ebft.method.gradient import Scores
@@ -44,25 +50,36 @@ from megatron_ebft.parallel.groups import (
     sample_size,
 )
 from megatron_ebft.rollout.sampler import Rollouts
-from megatron_ebft.run.step_metadata import read_flags, step_layout, write_flags
+from megatron_ebft.run.arguments import build_parser, check_args, method_flags
 
 INPUTS = ("docs", "sequences", "position_ids", "index", "document_ids", "answer_mask", "sampler_log_probs", "entropy")
+"""Tensors that `read_step` reads. The others are results."""
+GOLDEN = {"prompt_len": "seq_length", "docs": "global_batch_size", "samples": "ebft_num_samples",
+          "stride": "ebft_stride", "context": "ebft_context_length", "gen_len": "ebft_rollout_length",
+          "temperature": "ebft_temperature", "whitening": "ebft_whitening", "embed_method": "ebft_feature_pooling",
+          "diversity_coef": "ebft_diversity_coef", "ce_coef": "ebft_ce_coef", "seed": "seed"}
+"""Keys of the metadata and the flags they stand for. `seed` is optional. `blocks`, NB, follows from the others."""
+SPELLING = {"whitening": {"False": "none", "True": "released", "paper": "paper"},
+            "embed_method": {"last_token": "last_token", "mean_pooling": "mean"}}
+"""Values of these keys, and those of the flags. The released code has no `paper`."""
+MASKS = {"document_ids": "--ebft-document-mask", "answer_mask": "--ebft-answer-only"}
+"""Tensors that exist if the flags were given."""
 
 
 @dataclass
 class Step:
-    """What goes into a step, of the global batch."""
+    """The inputs of a step, of the global batch."""
 
     args: argparse.Namespace
-    """Flags of training; those of the method, the batch size and the masks are the step's."""
+    """Flags of training. Those of the method, the batch size and the masks are the step's."""
     iteration: int | None
-    """Its number, counted from 1; None: not of a training run."""
+    """Its number, counted from 1. None: it does not belong to a training run."""
     gold: GoldBatch
     rollouts: Rollouts
 
     @property
     def layout(self) -> StridedLayout:
-        return step_layout(self.args)
+        return _layout(self.args)
 
     def mine(self) -> tuple[GoldBatch, Rollouts]:
         """This rank's rows, and its samples of them, on its device."""
@@ -85,18 +102,13 @@ def gather_step(args: argparse.Namespace, iteration: int | None, gold: GoldBatch
                 Rollouts(*(_map(lambda x: all_documents(all_samples(x)), x) for x in _fields(rollouts))))
 
 
-def _fields(rollouts: Rollouts) -> tuple[Tensor | None, ...]:
-    return rollouts.tokens_BKNG, rollouts.log_probs_BKNG, rollouts.entropy_BKNG
-
-
-def _map(function, value: Tensor | None) -> Tensor | None:
-    """The function of what may not be there."""
-    return None if value is None else function(value)
-
-
 def gather_results(step: Step, rewards: Rewards, advantage_BKN: Tensor, scores: Scores,
                    losses: dict[str, float]) -> dict[str, Tensor]:
-    """What became of a step, from every rank's part, in the file's order: all but features and gradients."""
+    """The results of a step except features and gradients, from the parts of every rank, in the file's order.
+
+    Args:
+        losses: reduced means by name. A loss without valid tokens is missing there and 0 in the file.
+    """
     args, layout = step.args, step.layout
     alignment, diversity = rewards.alignment_BKn.float(), rewards.diversity_BKn.float()
     reward = args.ebft_alignment_coef * alignment - args.ebft_diversity_coef * diversity
@@ -106,24 +118,29 @@ def gather_results(step: Step, rewards: Rewards, advantage_BKN: Tensor, scores: 
     rollout_BKNG, gold_BT = all_documents(all_samples(scores.rollout_BKNG)), all_documents(scores.gold_BT)
     results["log_probs"] = to_step_major(layout, rollout_BKNG, gold_BT)
     names = ["rl_loss", "ce_loss", *(["kl_loss"] if args.ebft_kl_coef else [])]
-    return results | {key: torch.tensor(losses.get(key, 0.0)) for key in names}  # 0: no token counts
+    return results | {key: torch.tensor(losses.get(key, 0.0)) for key in names}
+
+
+# ---------------------------------------------------------------- writing
 
 
 @contextmanager
 def step_writer(path: str, flag: str, step: Step, results: dict[str, Tensor],
                 gradients: dict[str, tuple[int, ...]]):
-    """Writes a step's file up to the gradients, of which names and shapes are given: the block writes them, in this
-    order, with the SafetensorsWriter it gets.
+    """Write a step's inputs and results; the block then writes the gradients with the SafetensorsWriter it gets.
+
+    Args:
+        gradients: shapes by name, in the order in which the block writes them.
 
     Raises:
-        ValueError: naming `flag`: the file cannot be written.
+        ValueError: the file cannot be written; names `flag`.
     """
     tensors = {**_inputs(step), **results}
     header = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     header |= {name: (torch.float32, shape) for name, shape in gradients.items()}
     try:
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        with SafetensorsWriter(path, header, write_flags(step.args, step.iteration)) as writer:
+        with SafetensorsWriter(path, header, _metadata(step.args, step.iteration)) as writer:
             for name, tensor in tensors.items():
                 writer.write(name, tensor)
             yield writer
@@ -142,14 +159,26 @@ def _inputs(step: Step) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in tensors.items() if tensor is not None}
 
 
+def _metadata(args: argparse.Namespace, iteration: int | None) -> dict[str, str]:
+    """The metadata of a step that was made with these flags."""
+    entries = {key: vars(args)[name] for key, name in GOLDEN.items()}
+    for key, spelling in SPELLING.items():
+        entries[key] = next(word for word, value in spelling.items() if value == entries[key])
+    return {**{key: str(value) for key, value in entries.items()}, "blocks": str(_layout(args).num_blocks),
+            "flags": json.dumps({"iteration": iteration, **method_flags(args)})}
+
+
+# ---------------------------------------------------------------- reading
+
+
 def read_step(path: str, flag: str, vocab_size: int) -> Step:
-    """A step's file, checked.
+    """Read the inputs of a step and check them.
 
     Args:
-        vocab_size: ids that the model knows.
+        vocab_size: number of ids that the model knows.
 
     Raises:
-        ValueError: naming `flag`, the file and what is wrong with it.
+        ValueError: the file is missing, damaged or contradicts itself; names `flag` and the file.
     """
     where = f"{flag} {path}"
     if not os.path.isfile(path):
@@ -160,17 +189,64 @@ def read_step(path: str, flag: str, vocab_size: int) -> Step:
             tensors = {key: file.get_tensor(key) for key in file.keys() if key in INPUTS}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{where}: no whole safetensors file ({error}); copy it again") from error
-    args, iteration = read_flags(metadata, tensors, where)
+    args, iteration = _flags(metadata, tensors, where)
     _check_tensors(tensors, args, vocab_size, where)
-    layout, documents = step_layout(args), tensors.get("document_ids")
+    layout, documents = _layout(args), tensors.get("document_ids")
     gold = GoldBatch(tensors["docs"], tensors.get("index", torch.arange(args.global_batch_size)), documents,
                      _map(Tensor.bool, tensors.get("answer_mask")))
     drawn = (tensors["sequences"][:, args.seq_length:], tensors.get("sampler_log_probs"), tensors.get("entropy"))
     return Step(args, iteration, gold, Rollouts(*(_map(partial(from_step_major, layout), x) for x in drawn)))
 
 
+def _flags(metadata: dict[str, str], tensors: dict, where: str) -> tuple[argparse.Namespace, int | None]:
+    """Training's flags, with those of the method, the batch size and the masks taken from the file; the iteration.
+
+    Args:
+        tensors: by name; their presence tells which masks there are.
+
+    Raises:
+        ValueError: beginning with `where`: a key is missing, has no valid value, or contradicts another.
+    """
+    missing = [key for key in (*GOLDEN, "blocks") if key not in metadata and key != "seed"]
+    if missing:
+        raise ValueError(f"{where}: the metadata have no {', '.join(missing)}; is it a step's file?")
+    for key, spelling in SPELLING.items():
+        if metadata[key] not in spelling:
+            raise ValueError(f"{where}: the metadata say {key} = {metadata[key]}; it must be one of "
+                             f"{', '.join(spelling)}")
+    entries = _argv({name: SPELLING.get(key, {}).get(metadata[key], metadata[key])
+                     for key, name in GOLDEN.items() if key in metadata})
+    masks = [flag for key, flag in MASKS.items() if key in tensors]
+    try:
+        flags = json.loads(metadata.get("flags", "{}"))
+        iteration = flags.pop("iteration", None)
+        from_entries = build_parser().parse_args(["--train-iters=1", *entries])
+        args = check_args(build_parser().parse_args(["--train-iters=1", *entries, *_argv(flags), *masks]))
+    except (ValueError, AttributeError, TypeError) as error:  # the last two: `flags` is JSON, but not an object
+        raise ValueError(f"{where}: its metadata cannot be right: {error}") from error
+    for key, name in GOLDEN.items():
+        if vars(from_entries)[name] != vars(args)[name]:
+            raise ValueError(f"{where}: the metadata contradict themselves: {key} is {metadata[key]}, and flags say "
+                             f"{_flag(name)} {vars(args)[name]}")
+    blocks = _layout(args).num_blocks
+    if metadata["blocks"] != str(blocks):
+        raise ValueError(f"{where}: the metadata contradict themselves: blocks is {metadata['blocks']}, but there are "
+                         f"{blocks} blocks of this stride and context in {args.seq_length} tokens")
+    return args, iteration
+
+
+def _argv(flags: dict) -> list[str]:
+    """A command line that sets these flags."""
+    return [word for name, value in flags.items()
+            for word in ([_flag(name), *map(str, value)] if isinstance(value, list) else [f"{_flag(name)}={value}"])]
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def _check_tensors(tensors: dict[str, Tensor], args: argparse.Namespace, vocab_size: int, where: str) -> None:
-    layout, rows, length = step_layout(args), args.global_batch_size, args.seq_length
+    layout, rows, length = _layout(args), args.global_batch_size, args.seq_length
     samples, tokens = rows * layout.num_samples, layout.num_blocks * layout.rollout_length
     shapes = {"docs": (rows, length), "sequences": (samples, length + tokens),
               "position_ids": (samples, length + tokens), "index": (rows,), "document_ids": (rows, length),
@@ -198,3 +274,18 @@ def _check_tensors(tensors: dict[str, Tensor], args: argparse.Namespace, vocab_s
     if not torch.equal(tensors.get("position_ids", positions), positions):
         raise ValueError(f"{where}: position_ids are not those of {layout.num_blocks} blocks of this stride and context"
                          f"{'' if documents is None else ' that restart at documents'}")
+
+
+def _layout(args: argparse.Namespace) -> StridedLayout:
+    """The layout of all n samples, without padding."""
+    return StridedLayout(args.seq_length, args.ebft_context_length, args.ebft_stride, args.ebft_rollout_length,
+                         args.ebft_num_samples)
+
+
+def _fields(rollouts: Rollouts) -> tuple[Tensor | None, ...]:
+    return rollouts.tokens_BKNG, rollouts.log_probs_BKNG, rollouts.entropy_BKNG
+
+
+def _map(function, value: Tensor | None) -> Tensor | None:
+    """Apply a function to an optional tensor."""
+    return None if value is None else function(value)

@@ -1,12 +1,12 @@
-"""Finds the rank that others wait for, when one hangs: a collective's timeout alone says only that somebody waited.
+"""Names the rank that hangs. The timeout of a collective alone says only that some rank waited.
 
-1. Every rank reports into a store that rank 0 keeps, from a thread of its own: the number and name of its phase, when
-   it last moved (a phase began, a model was called), and where its main thread is.
-2. When a rank has not moved for nine tenths of --distributed-timeout-minutes (while starting or saving, PATIENCE times
-   as long: large files are read and written there, by some ranks alone), a rank that is alive prints who is to blame,
-   and all exit; the collectives' own timeout comes later. To blame are ranks whose thread is silent as well (stopped,
-   swapped out, their node lost), else those in the earliest phase, else those that are in no collective while others
-   are, else the one that stood still first.
+1. A thread of every rank reports into a store that rank 0 keeps: number and name of its phase, the time of its last
+   move (a phase began, a model was called), and the line where its main thread is.
+2. A rank hangs if it has not moved for nine tenths of --distributed-timeout-minutes. While starting or saving the limit
+   is PATIENCE times as long, since some ranks read or write large files alone. A rank that is alive then prints which
+   ranks are to blame, and all ranks exit before the collectives time out.
+3. To blame are the ranks whose thread is silent too (stopped, swapped out, their node lost). If there are none, those
+   in the earliest phase; then those in no collective while others are in one; then the one that stood still first.
 """
 
 import json
@@ -25,7 +25,7 @@ import torch.distributed as dist
 from megatron_ebft.run.stopping import EXIT_HUNG
 
 PATIENCE = 6
-"""Times as long as in a step that a rank may stand still while it starts or saves."""
+"""How many times longer than in a step a rank may stand still while it starts or saves."""
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Report:
     """Where a rank is."""
 
     number: int
-    """Phases begun."""
+    """Number of phases begun."""
     phase: str
     host: str
     place: str
@@ -47,10 +47,10 @@ class Report:
 
 
 class Watchdog(threading.Thread):
-    """Watches this rank from `watch` on; does nothing in a run of one.
+    """Watches this rank once `watch` is called. In a run of one rank it does nothing.
 
     Args:
-        timeout: seconds without a move after which a rank hangs, in a step.
+        timeout: seconds without a move, within a step, after which a rank counts as hanging.
     """
 
     def __init__(self, timeout: float = math.inf):
@@ -60,10 +60,10 @@ class Watchdog(threading.Thread):
         self._is_over = threading.Event()
 
     def watch(self) -> None:
-        """Begin, on all ranks, once the process groups have started."""
+        """Start watching. All ranks call this once the process groups have started."""
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         if self.world_size > 1:
-            # A store of its own: the main thread may be waiting on that of the process groups.
+            # A separate store: the main thread may be waiting on the one of the process groups.
             host, usual = os.environ.get("MASTER_ADDR", "localhost"), timedelta(seconds=60)
             if self.rank == 0:
                 self.store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=usual)
@@ -71,38 +71,38 @@ class Watchdog(threading.Thread):
             dist.broadcast_object_list(port)
             if self.rank > 0:
                 self.store = dist.TCPStore(host, port[0], is_master=False, timeout=usual)
-            dist.barrier()  # a rank 0 that ends at once would leave the others looking for its store
+            dist.barrier()  # if rank 0 ended at once, the others would look for its store in vain
             self.store.set_timeout(timedelta(seconds=self.period))
             self._report()
             self.start()
 
     def enter(self, phase: str, patience: int = 1) -> None:
-        """A phase begins, on every rank in the same order.
+        """Begin a phase. Every rank enters the same phases in the same order.
 
         Args:
-            patience: times the timeout that a rank may stand still in it.
+            patience: factor on the timeout during this phase.
         """
         self._number, self._phase, self._moved = self._number + 1, phase, time.time()
         self._limit = patience * self.timeout
 
     def move(self, *_) -> None:
-        """Something happened; a forward hook of models."""
+        """Note that this rank is moving. The signature fits a forward hook."""
         self._moved = time.time()
 
     def run(self) -> None:
         while not self._is_over.wait(self.period):
             try:
                 self._report()
-            except (RuntimeError, dist.DistError):  # the store has gone, or its rank hangs
+            except (RuntimeError, dist.DistError):  # the store is gone, or its rank hangs
                 pass
             if time.time() - self._moved > self._limit:
                 self._give_up()
 
     def stop(self) -> None:
-        """No more watching: an interpreter that ends while a thread is in torch's store aborts."""
+        """Stop watching: an interpreter that ends while a thread uses torch's store aborts."""
         self._is_over.set()
         if self.is_alive():
-            self.join(timeout=1.0)  # it may be waiting for a store that is gone
+            self.join(timeout=1.0)  # the thread may be waiting for a store that is gone
 
     def _report(self) -> None:
         place, is_waiting = _main_thread()
@@ -118,12 +118,12 @@ class Watchdog(threading.Thread):
         if self.rank == speaker:
             print(f"error: no progress for {self._limit:.0f} s: {text}", file=sys.stderr, flush=True)
         else:
-            time.sleep(2 * self.period)  # the speaker first
+            time.sleep(2 * self.period)  # the speaker prints first
         os._exit(EXIT_HUNG)
 
 
 def _main_thread() -> tuple[str, bool]:
-    """Where it is, outside of libraries where that is known, and whether it waits in torch.distributed."""
+    """Innermost line of the main thread outside of libraries, and whether it waits in torch.distributed."""
     stack = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident])
     own = [frame for frame in stack if "site-packages" not in frame.filename] or stack
     where = f"{os.path.basename(own[-1].filename)}:{own[-1].lineno} {own[-1].name}"
@@ -131,10 +131,11 @@ def _main_thread() -> tuple[str, bool]:
 
 
 def diagnose(reports: dict[int, Report], now: float, silence: float) -> tuple[str, int]:
-    """Who is to blame, in words, and the rank that is to say it.
+    """Who is to blame, in words, and the rank that prints it.
 
     Args:
-        silence: seconds without a report after which a rank does not answer.
+        now: Unix time.
+        silence: seconds without a report after which a rank counts as silent.
     """
     silent = [rank for rank, report in reports.items() if now - report.reported > silence]
     earliest = min(report.number for report in reports.values())

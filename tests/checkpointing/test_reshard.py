@@ -6,108 +6,30 @@ step and holds loss, gradient norm and the new state against those of the run th
 two ranks does so from the first checkpoint. The padding of the vocabulary changes with the layout.
 """
 
-import dataclasses
 import gc
-import itertools
 
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.mapping import is_main_replica
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from checkpoint_runs import META, MODELS, VOCAB, StepRun, padded_vocabulary
 from ranks import enter_world, run_ranks
-from test_checkpoint import ARGS, META, Run
 
-from megatron_ebft.checkpointing import checkpoint
-from megatron_ebft.checkpointing.checkpoint import Saver, TrainState, load_checkpoint, load_weights
-from megatron_ebft.checkpointing.fingerprint import sharded_tensors, weights_fingerprint
-from megatron_ebft.common.device import device
-from megatron_ebft.model.attention import CausalPattern, as_mask
+from megatron_ebft.checkpointing.fingerprint import weights_fingerprint
+from megatron_ebft.checkpointing.loader import load_checkpoint, load_weights
+from megatron_ebft.checkpointing.record import TrainState
+from megatron_ebft.checkpointing.saver import Saver
 from megatron_ebft.model.build import build_encoder, build_start
 from megatron_ebft.parallel import groups
 
-ROWS, T, VOCAB, STEPS = 4, 12, 50, 3
+STEPS = 3
 FIRST, VIRTUAL = "TP 2 × PP 2", "PP 2 × VP 2 × DP 2"
 LAYOUTS = {  # tensor-parallel size, pipeline-parallel size, virtual stages; where the checkpoint to load was saved
     FIRST: (2, 2, None, None), VIRTUAL: (1, 2, 2, FIRST), "TP 4": (4, 1, None, FIRST), "PP 4": (1, 4, None, VIRTUAL),
     "DP 4": (1, 1, None, VIRTUAL), "TP 2 × PP 2 again": (2, 2, None, VIRTUAL),
     "DP 2": (1, 1, None, FIRST)}  # the last of two ranks, the others of four
-MODELS = {"untied": {}, "tied": {}, "bf16": {"bf16": True, "params_dtype": torch.bfloat16}}
 
 
 # ---------------------------------------------------------------- what the ranks do
-
-
-def padded_vocabulary(tp: int) -> int:
-    return VOCAB + -VOCAB % (10 * tp)
-
-
-class StepRun(Run):
-    """A run at the present layout; its data depend on the step alone."""
-
-    def __init__(self, name: str):
-        tp, pp = (f() for f in (parallel_state.get_tensor_model_parallel_world_size,
-                                parallel_state.get_pipeline_model_parallel_world_size))
-        self.args = dataclasses.replace(ARGS, vocab_size=VOCAB, padded_vocab_size=padded_vocabulary(tp),
-                                        untie_embeddings_and_output_weights=not name.startswith("tied"))
-        self.config = dict(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp,
-                           pipeline_dtype=torch.bfloat16 if "bf16" in name else torch.float32, **MODELS[name])
-        virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size()
-        super().__init__(args=self.args, virtual_pipeline_model_parallel_size=virtual, **self.config)
-
-    def step(self, number: int) -> dict[str, float]:
-        """One next-token step; loss and gradient norm of the global batch."""
-        tokens = torch.randint(VOCAB, (ROWS, T), generator=torch.Generator().manual_seed(number)).to(device())
-        tokens = tokens.chunk(groups.dp_size())[parallel_state.get_data_parallel_rank()]
-        loss = torch.zeros((), device=device())
-
-        def forward_step(iterator, chunk):
-            row = next(iterator)
-
-            def loss_func(losses):
-                mean = losses.sum() / (ROWS * (T - 1))
-                loss.add_(mean.detach())
-                return mean, torch.zeros((), dtype=torch.int), {}
-
-            positions = torch.arange(T, device=device()).expand(1, T)
-
-            def readout(hidden, model):
-                logits = model.head(hidden)[:-1].float()
-                is_padding = torch.arange(logits.shape[-1], device=logits.device) >= model.num_real_ids
-                return vocab_parallel_cross_entropy(logits.masked_fill(is_padding, -torch.inf), row.t()[1:])
-
-            return chunk(row, positions, as_mask(CausalPattern()), readout=readout), loss_func
-
-        for chunk in self.model:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        get_forward_backward_func()(
-            forward_step_func=forward_step, data_iterator=[iter(tokens.split(1)) for _ in self.model],
-            model=self.model, num_microbatches=len(tokens), seq_length=T, micro_batch_size=1, forward_only=False)
-        _, norm, _ = self.optimizer.step()
-        self.scheduler.step(1)
-        dist.all_reduce(loss)  # the tensor ranks of the last stage have it each
-        return {"loss": loss.item() / parallel_state.get_tensor_model_parallel_world_size(), "norm": float(norm)}
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """Every tensor of a checkpoint, put together from all ranks."""
-        mine = [(tensor.key, tensor.global_shape, tensor.global_offset, tensor.data.detach().cpu())
-                for tensor in sharded_tensors(checkpoint._sharded_state(*self.parts, with_rng=False))
-                if is_main_replica(tensor.replica_id)]
-        whole = {}
-        for key, shape, offset, data in itertools.chain(*gather(mine)):
-            place = tuple(slice(first, first + size) for first, size in zip(offset, data.shape, strict=True))
-            whole.setdefault(key, torch.full(shape, torch.nan, dtype=data.dtype))[place] = data
-        assert not any(x.isnan().any() for x in whole.values())
-        return whole
-
-
-def gather(value) -> list:
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def enter(layout: str) -> None:

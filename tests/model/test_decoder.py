@@ -10,7 +10,7 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 
-from megatron_ebft.checkpointing.fingerprint import SHARDING
+from megatron_ebft.checkpointing.sharded_weights import SHARDING
 from megatron_ebft.common.device import device
 from megatron_ebft.model.architecture import ModelArgs
 from megatron_ebft.model.attention import CausalPattern, as_mask

@@ -12,6 +12,7 @@ from small_run import scalars, start
 from toy import TEMPERATURE, T, Toy
 
 from megatron_ebft.common.device import device
+from megatron_ebft.common.errors import StepFailed
 from megatron_ebft.method import energy, gradient
 from megatron_ebft.method.means import Means
 from megatron_ebft.model import fp8
@@ -19,7 +20,6 @@ from megatron_ebft.model.fp8 import FP8, quantised
 from megatron_ebft.rollout.sampler import Rollouts, sample_rollouts
 from megatron_ebft.run import loop, self_check
 from megatron_ebft.run.arguments import method_flags
-from megatron_ebft.run.stopping import StepFailed
 
 BLOCKWISE, TENSORWISE = FP8("blockwise", emulate=True), FP8("tensorwise", emulate=True)
 

@@ -13,7 +13,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 
 from megatron_ebft.common.device import device
 from megatron_ebft.data.micro_batches import MicroBatches
-from megatron_ebft.method import ebft, sft
+from megatron_ebft.method import sft
 from megatron_ebft.method.means import Means
 from megatron_ebft.model.architecture import ModelArgs
 from megatron_ebft.model.attention import CausalPattern, as_mask
@@ -79,7 +79,7 @@ def log_probs_alone(model, tokens_T, temperature: float):
 
 def test_log_probabilities_of_rollouts(case):
     """The sampler's, step by step from its cache, and those of one pass over the packed row."""
-    scores = ebft.score(case.policy[0], case.gold, case.rollouts, case.method)
+    scores = gradient.score(case.policy[0], case.gold, case.rollouts, case.method)
     completions = list(case.completions())
     assert len({start for documents in DOCUMENTS for start, _ in documents}) > 3 and len(completions) > 10
     for b, k, j, context in completions:
@@ -91,7 +91,7 @@ def test_log_probabilities_of_rollouts(case):
 
 def test_log_probabilities_of_gold(case):
     """Those of the packed row, and the mean of plain next-token training."""
-    gold_BT = ebft.score(case.policy[0], case.gold, case.rollouts, case.method).gold_BT
+    gold_BT = gradient.score(case.policy[0], case.gold, case.rollouts, case.method).gold_BT
     losses = []
     for b, documents in enumerate(DOCUMENTS):
         for start, end in documents:

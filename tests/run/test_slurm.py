@@ -14,8 +14,9 @@ import pytest
 from preprocess_data import main as preprocess
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_ebft.checkpointing.checkpoint import Saver
-from megatron_ebft.checkpointing.files import MANIFEST, first_readable, resolve
+from megatron_ebft.checkpointing.folders import MANIFEST, resolve
+from megatron_ebft.checkpointing.record import first_readable
+from megatron_ebft.checkpointing.saver import Saver
 from megatron_ebft.parallel.groups import init_parallel, shut_down
 from megatron_ebft.run.arguments import parallel_sizes, parse_args
 from megatron_ebft.run.build import build_run, check_batch

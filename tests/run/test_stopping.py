@@ -17,8 +17,9 @@ from small_run import dataset, scalars
 from small_run import start as start_run
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_ebft.checkpointing.checkpoint import Saver
-from megatron_ebft.checkpointing.files import latest_iteration
+from megatron_ebft.checkpointing.folders import latest_iteration
+from megatron_ebft.checkpointing.saver import Saver
+from megatron_ebft.common import signals
 from megatron_ebft.common.errors import StepFailed
 from megatron_ebft.method import step as method_step
 from megatron_ebft.model.weights import unwrap
@@ -38,7 +39,7 @@ def start(args) -> tuple:
 
 @pytest.fixture(autouse=True)
 def no_requests(monkeypatch):
-    monkeypatch.setattr(stopping, "_received", [])
+    monkeypatch.setattr(signals, "received", [])
 
 
 def test_kills(tmp_path):
@@ -60,7 +61,7 @@ def ask_at(patch, target, name: str, call: int) -> None:
     def asked(*args, **kwargs):
         calls.append(1)
         if len(calls) == call:
-            stopping._received.append("SIGUSR1")
+            signals.received.append("SIGUSR1")
         return original(*args, **kwargs)
 
     patch.setattr(target, name, asked)
@@ -94,7 +95,7 @@ def test_a_request_stops_and_the_run_goes_on(arguments, tmp_path, one_rank, monk
     assert (run.state.iteration, run.state.evaluated) == (step, evaluated)
     assert f"stopping after step {step}/6: SIGUSR1" in capsys.readouterr().out
     assert latest_iteration(str(tmp_path / "broken")) == (step or None)
-    stopping._received.clear()
+    signals.received.clear()
     run, log = start(flags("broken"))
     assert loop.train(run, log) and run.state.restarts == (step > 0)
     log.close(0.0)
@@ -107,7 +108,7 @@ def test_a_stop_file_and_a_deadline(one_rank, tmp_path, monkeypatch):
     file.write_text("")
     with pytest.raises(StopAsked, match=f"--ebft-stop-file {file}"):
         Stopper(None, str(file)).check()
-    monkeypatch.setattr(stopping, "_begun", time.monotonic() - 100)
+    monkeypatch.setattr(stopping, "_process_start", time.monotonic() - 100)
     stopper = Stopper(minutes=2.0)  # 20 seconds are left
     stopper.check()
     stopper.longest_step, stopper.longest_save = 8.0, 4.0
@@ -126,7 +127,7 @@ def test_a_slice_shorter_than_the_save_interval_makes_progress(arguments, tmp_pa
         with monkeypatch.context() as patch:
             ask_at(patch, method_step, "update", 2)
             assert not loop.train(run, log)
-        stopping._received.clear()
+        signals.received.clear()
         assert latest_iteration(str(tmp_path)) == run.state.iteration == done
 
 

@@ -12,7 +12,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.distributed import DistributedDataParallelConfig
 from torch import Tensor
 
-from megatron_ebft.checkpointing.fingerprint import SHARDING, sharded_tensors
+from megatron_ebft.checkpointing.sharded_weights import SHARDING, sharded_tensors
 from megatron_ebft.common.device import device
 from megatron_ebft.data.micro_batches import GoldBatch, MicroBatch
 from megatron_ebft.data.rows import document_ids

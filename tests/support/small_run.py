@@ -11,8 +11,9 @@ from preprocess_data import main as preprocess
 from ranks import free_port
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_ebft.checkpointing.checkpoint import Saver, load_weights
-from megatron_ebft.checkpointing.files import read_metadata
+from megatron_ebft.checkpointing.loader import load_weights
+from megatron_ebft.checkpointing.record import read_metadata
+from megatron_ebft.checkpointing.saver import Saver
 from megatron_ebft.model.architecture import ModelArgs
 from megatron_ebft.model.build import build_start
 from megatron_ebft.model.weights import unwrap

@@ -7,12 +7,13 @@ import fake_te
 import models
 import plain_llama
 import torch
+from checkpoint_runs import ARGS, META, SmallRun, seed_all
 from golden import GOLDEN, Case
 from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear
-from test_checkpoint import ARGS, META, Run, seed_all
 
-from megatron_ebft.checkpointing.checkpoint import load_checkpoint
-from megatron_ebft.checkpointing.fingerprint import sharded_tensors, sharded_weights, weights_fingerprint
+from megatron_ebft.checkpointing.fingerprint import weights_fingerprint
+from megatron_ebft.checkpointing.loader import load_checkpoint
+from megatron_ebft.checkpointing.sharded_weights import sharded_tensors, sharded_weights
 from megatron_ebft.common.device import init_device
 from megatron_ebft.method import gradient
 from megatron_ebft.method.means import Means
@@ -48,7 +49,7 @@ def compare(folder: str) -> None:
 def compare_architecture(folder: str, changes: dict) -> dict:
     """Sharded tensors and hashes of policies of both kinds; how far they are apart after two steps."""
     args = dataclasses.replace(ARGS, **changes)
-    local, te = (Run(args=args, transformer_impl=kind) for kind in KINDS)
+    local, te = (SmallRun(args=args, transformer_impl=kind) for kind in KINDS)
     layer = unwrap(te.model[0]).decoder.layers[0]
     assert isinstance(layer.self_attention.linear_qkv, TELayerNormColumnParallelLinear)
     assert all(x.fuse_wgrad_accumulation for x in te.model[0].modules() if hasattr(x, "fuse_wgrad_accumulation"))

@@ -20,13 +20,14 @@ from step_files import metadata, put, tampered
 
 from megatron_ebft import train
 from megatron_ebft.common.device import init_device
+from megatron_ebft.common.errors import StepFailed
 from megatron_ebft.common.timer import PhaseTimer
 from megatron_ebft.layout.step_major import from_step_major
 from megatron_ebft.method import energy
 from megatron_ebft.model.weights import unwrap
 from megatron_ebft.run.arguments import parse_args
 from megatron_ebft.run.build import build_run
-from megatron_ebft.run.loop import StepFailed, gold_batch, train_step
+from megatron_ebft.run.loop import gold_batch, train_step
 from megatron_ebft.run.step_file import INPUTS, read_step
 
 TP2_PP2 = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]

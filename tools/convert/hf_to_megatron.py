@@ -2,10 +2,10 @@
 
     python tools/convert/hf_to_megatron.py --hf-model path/to/Llama-3.1-8B --output checkpoints/llama-3.1-8b --verify
 
-Reads safetensors one tensor at a time, so that memory holds little more than the largest one. The result is taken by
---pretrained-checkpoint, --load and --ebft-encoder-load at any parallel layout; --use-checkpoint-args then gives
-architecture and tokenizer. Supported are the families of megatron_ebft/families.py; what a config.json says and cannot
-be converted is refused by its name.
+The tool reads safetensors one tensor at a time, so that memory holds little more than the largest. The result works
+with --pretrained-checkpoint, --load and --ebft-encoder-load at any parallel layout; --use-checkpoint-args takes
+architecture and tokenizer from it. megatron_ebft/hf/families.py lists the supported families. An unknown key in
+config.json stops the conversion; the error names the key.
 """
 
 import argparse
@@ -26,8 +26,8 @@ def main(argv: list[str]) -> None:
     parser = Parser(prog="tools/convert/hf_to_megatron.py", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hf-model", required=True, metavar="DIR", help="local folder of the Hugging Face model")
-    parser.add_argument("--output", required=True, metavar="CKPT", help="folder for the checkpoint, without one yet")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="of the weights; default: as they are")
+    parser.add_argument("--output", required=True, metavar="CKPT", help="folder for the checkpoint; must not hold one")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="dtype of the weights (default: unchanged)")
     verify.add_flags(parser)
     args, say = parser.parse_args(argv), functools.partial(print, flush=True)
     verify.check_flags(args)

@@ -2,9 +2,9 @@
 
     python tools/convert/megatron_to_hf.py --load checkpoints/ebft --output path/to/published --verify
 
-Takes what training saved, at any parallel layout, or what tools/convert/hf_to_megatron.py made. Writes sharded
-safetensors one tensor at a time, with index, config.json, generation_config.json and tokenizer: those the checkpoint
-carries from where it came, or those of --hf-template.
+The checkpoint may come from training, at any parallel layout, or from tools/convert/hf_to_megatron.py. The tool writes
+sharded safetensors one tensor at a time, with an index, config.json, generation_config.json and the tokenizer. These
+files come from the checkpoint, which carries them from the original model, or from --hf-template.
 """
 
 import argparse
@@ -23,14 +23,14 @@ def main(argv: list[str]) -> None:
 
     parser = Parser(prog="tools/convert/megatron_to_hf.py", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--load", required=True, metavar="CKPT", help="folder with checkpoints (the latest one is "
-                        "taken), or one iter_* folder")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the Hugging Face model, new or "
-                        "empty")
+    parser.add_argument("--load", required=True, metavar="CKPT", help="folder with checkpoints (uses the latest), or "
+                        "one iter_* folder")
+    parser.add_argument("--output", required=True, metavar="DIR", help="new or empty folder for the Hugging Face "
+                        "model")
     parser.add_argument("--hf-template", metavar="DIR", help="Hugging Face folder whose config.json, "
-                        "generation_config.json and tokenizer are taken, instead of those in the checkpoint")
-    parser.add_argument("--max-shard-size", type=float, default=5.0, metavar="GB", help="largest safetensors file, in "
-                        "10⁹ bytes (default: 5)")
+                        "generation_config.json and tokenizer replace those in the checkpoint")
+    parser.add_argument("--max-shard-size", type=float, default=5.0, metavar="GB", help="size of a safetensors file "
+                        "in 10⁹ bytes (default: 5)")
     verify.add_flags(parser)
     args, say = parser.parse_args(argv), functools.partial(print, flush=True)
     verify.check_flags(args)

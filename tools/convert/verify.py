@@ -1,12 +1,12 @@
-"""Logits of a converted model against transformers, both computed from the files, one module's weights at a time.
+"""Compares the logits of a converted model with those of transformers, reading one module's weights at a time.
 
-1. Both models are skeletons without memory. A module's weights are read when it is called and dropped afterwards, so
-   that a model of any size is verified in the memory of its largest tensor (in float32) and some activations.
-2. Both compute in float32 from the weights as the checkpoint stores them: where --dtype rounded, transformers gets the
-   rounded ones, too. So what is compared is the conversion, not the rounding.
-3. The prompts are fixed: random ids, one row at positions 0, 1, 2, …, one spread over all positions the model is for
-   (rotary scaling shows there).
-4. On failure the first layer whose output differs is named.
+1. Both models are built without memory. The weights of a module are read when it is called and dropped afterwards. A
+   model of any size needs the memory of its largest tensor (in float32) and some activations.
+2. Both compute in float32 from the weights as the checkpoint stores them. If --dtype rounded them, transformers gets
+   the rounded weights too: the comparison is about the conversion, not about rounding.
+3. The prompts are fixed random ids. One row has positions 0, 1, 2, …; the other is spread over all positions of the
+   model, where rotary scaling shows.
+4. The error names the first layer whose output differs.
 """
 
 import argparse
@@ -19,22 +19,22 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ebft.common.device import device
-from megatron_ebft.common.progress import Countdown, clock
+from megatron_ebft.common.progress import Progress, clock
 
 TOLERANCE = 1e-4
+"""Default of --verify-tolerance."""
 PROMPT_LENGTH, SEED = 32, 0
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verify", action="store_true", help="compare the logits of both models on fixed prompts, "
-                        "in float32, before the output appears, which it does not where they differ (needs the package "
-                        "transformers)")
+                        "in float32; without a match there is no output (needs the package transformers)")
     parser.add_argument("--verify-tolerance", type=float, default=TOLERANCE, metavar="X", help="largest difference of "
-                        "a logit that passes, relative to the largest logit if that is above 1 (default: %(default)s)")
+                        "a logit, relative to the largest logit if that is above 1 (default: %(default)s)")
 
 
 def check_flags(args) -> None:
-    """ValueError, before anything is converted, where --verify could not work."""
+    """ValueError if --verify cannot work; called before anything is converted."""
     if not (math.isfinite(args.verify_tolerance) and args.verify_tolerance > 0):
         raise ValueError(f"--verify-tolerance {args.verify_tolerance}: must be above 0")
     if args.verify:
@@ -45,16 +45,18 @@ def check_flags(args) -> None:
 
 
 def verifier(args, say):
-    """What convert.py calls with both sides, or None without --verify."""
+    """The function that hf/convert.py calls to verify its output, or None without --verify."""
     return functools.partial(verify, tolerance=args.verify_tolerance, say=say) if args.verify else None
 
 
 def verify(hf_folder: str, weights, reader, tolerance: float, say=print) -> None:
-    """Compare the logits, and say how far they are apart.
+    """Compare the logits and print how much they differ.
 
     Args:
-        hf_folder: with the configuration of the Hugging Face model.
-        weights: HFWeights of that model. reader: CheckpointReader of the other.
+        hf_folder: folder with the configuration of the Hugging Face model.
+        weights: HFWeights of that model.
+        reader: CheckpointReader of the Megatron-Core model.
+        say: receives the lines.
 
     Raises:
         ValueError: the largest difference is above `tolerance` × max(1, the largest logit), or is not finite.
@@ -65,28 +67,29 @@ def verify(hf_folder: str, weights, reader, tolerance: float, say=print) -> None
     positions = torch.stack([torch.arange(PROMPT_LENGTH).clamp(max=last),
                              torch.linspace(0, last, PROMPT_LENGTH).long()])
     tokens, positions = tokens.to(device()), positions.to(device())
-    countdown = Countdown("verified", 2 * reader.architecture.num_layers, say)
+    progress = Progress("verified", 2 * reader.architecture.num_layers, say)
     with torch.no_grad():
-        expected, expected_layers = _transformers(hf_folder, weights, reader, tokens, positions, countdown)
-        found, found_layers = _megatron(reader, tokens, positions, countdown)
-    difference = (found - expected).abs()
+        expected, expected_layers = _transformers(hf_folder, weights, reader, tokens, positions, progress)
+        logits, layer_outputs = _megatron(reader, tokens, positions, progress)
+    difference = (logits - expected).abs()
     largest, mean, scale = difference.max().item(), difference.mean().item(), expected.abs().max().item()
     bound = tolerance * max(1.0, scale)
-    say(f"verified {tokens.numel()} tokens in {clock(time.perf_counter() - countdown.start)}: logits differ by at most "
+    say(f"verified {tokens.numel()} tokens in {clock(time.perf_counter() - progress.start)}: logits differ by at most "
         f"{largest:.2e}, on average {mean:.2e} (largest logit {scale:.3g}, bound {bound:.1e})")
     if not largest <= bound:
-        layers = [(a - b).abs().max().item() / b.abs().max().item() for a, b in zip(found_layers, expected_layers)]
-        first = next((i for i, x in enumerate(layers, 1) if not x <= tolerance), None)
-        where = "the output head" if first is None else f"decoder layer {first} of {len(layers)}"
-        raise ValueError(f"--verify: logits differ by {largest:.2e}, more than {bound:.1e}, and the first to differ is "
-                         f"{where}: a mistake in this program, or weights that are not what {hf_folder} says")
+        errors = [(a - b).abs().max().item() / b.abs().max().item() for a, b in zip(layer_outputs, expected_layers)]
+        first = next((i for i, x in enumerate(errors, 1) if not x <= tolerance), None)
+        where = "the output head" if first is None else f"decoder layer {first} of {len(errors)}"
+        raise ValueError(f"--verify: logits differ by {largest:.2e}, more than {bound:.1e}; the first to differ is "
+                         f"{where}. Either the conversion is wrong, or the weights do not fit {hf_folder}")
 
 
 def stream(model: nn.Module, read, kept: tuple[str, ...] = ()) -> None:
-    """Fill each module's own parameters when it is called, `read(name)` giving them, and empty it afterwards.
+    """Load the parameters of each module when it is called, and drop them afterwards.
 
     Args:
-        kept: names of modules that stay filled, as others use their parameters.
+        read: gives a parameter by name.
+        kept: names of modules whose parameters stay, since other modules use them.
     """
     for path, module in model.named_modules():
         names = list(module._parameters)
@@ -109,45 +112,45 @@ def stream(model: nn.Module, read, kept: tuple[str, ...] = ()) -> None:
             module.register_forward_hook(empty)
 
 
-def _watch(layers, countdown: Countdown) -> list[Tensor]:
-    """Outputs of decoder layers, as they come."""
-    seen = []
+def _watch(layers, progress: Progress) -> list[Tensor]:
+    """A list that collects the outputs of decoder layers as they are computed."""
+    outputs = []
     for layer in layers:
-        layer.register_forward_hook(lambda _m, _i, out: seen.append(out[0] if isinstance(out, tuple) else out))
-        layer.register_forward_hook(countdown.tick)
-    return seen
+        layer.register_forward_hook(lambda _m, _i, out: outputs.append(out[0] if isinstance(out, tuple) else out))
+        layer.register_forward_hook(progress.tick)
+    return outputs
 
 
 def _transformers(folder: str, weights, reader, tokens: Tensor, positions: Tensor,
-                  countdown: Countdown) -> tuple[Tensor, list[Tensor]]:
-    """Logits [B, S, V] and the layers' outputs [B, S, H]."""
+                  progress: Progress) -> tuple[Tensor, list[Tensor]]:
+    """Logits [B, S, V] and outputs of the layers [B, S, H] of the Hugging Face model."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from megatron_ebft.hf.families import parse_config, read_config
+    from megatron_ebft.hf.config import parse_config, read_config
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device())  # its buffers are no weights
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device())  # it has buffers only
     entries = parse_config(read_config(folder, "--hf-model"), folder).entries
     stored = {name: reader.dtypes[key] for key, entry in entries.items() for name in entry.names}
 
     def read(name: str) -> Tensor:
-        name = name if name in stored else "model.embed_tokens.weight"  # lm_head.weight, where it is tied
+        name = name if name in stored else "model.embed_tokens.weight"  # a tied lm_head.weight
         return weights.read(name).to(stored[name])
 
     stream(model, read)
-    layers = _watch(model.model.layers, countdown)
-    # With a mask, as jumps of positions would be taken for the starts of packed documents.
+    layers = _watch(model.model.layers, progress)
+    # Without a mask transformers would take jumps of positions for the starts of packed documents.
     logits = model(tokens, position_ids=positions, attention_mask=torch.ones_like(tokens), use_cache=False).logits
     return logits.float(), layers
 
 
-def _megatron(reader, tokens: Tensor, positions: Tensor, countdown: Countdown) -> tuple[Tensor, list[Tensor]]:
-    """The same, of the checkpoint."""
+def _megatron(reader, tokens: Tensor, positions: Tensor, progress: Progress) -> tuple[Tensor, list[Tensor]]:
+    """Logits [B, S, V] and outputs of the layers [B, S, H] of the checkpoint."""
     from megatron.core import parallel_state
 
-    from megatron_ebft.checkpointing.fingerprint import SHARDING
+    from megatron_ebft.checkpointing.sharded_weights import SHARDING
     from megatron_ebft.hf.families import EMBEDDING, VOCABULARY
     from megatron_ebft.model.attention import CausalPattern, as_mask
     from megatron_ebft.model.build import build_skeleton
@@ -165,7 +168,7 @@ def _megatron(reader, tokens: Tensor, positions: Tensor, countdown: Countdown) -
         return tensor[:args.vocab_size] if keys[name] in VOCABULARY else tensor
 
     stream(model, read, kept=() if args.untie_embeddings_and_output_weights else (EMBEDDING.removesuffix(".weight"),))
-    layers = _watch(model.decoder.layers, countdown)
+    layers = _watch(model.decoder.layers, progress)
     logits = model(tokens, positions, as_mask(CausalPattern(None)), readout=lambda hidden, model: model.head(hidden))
     if is_alone:
         shut_down()

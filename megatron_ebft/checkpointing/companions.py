@@ -1,0 +1,34 @@
+"""Companions: the small Hugging Face files that a checkpoint carries so that a trained model can be converted back.
+
+They are the configuration, the generation settings and the tokenizer.
+"""
+
+import os
+
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+SENTENCEPIECE = "tokenizer.model"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                   "vocab.json", "merges.txt", "vocab.txt", SENTENCEPIECE, "tokenizer.model.v3", "spiece.model",
+                   "chat_template.jinja", "chat_template.json", "tekken.json")
+COMPANIONS = "hugging_face"
+"""Folder of the companions inside a checkpoint folder."""
+
+
+def read_companions(folder: str, names: tuple[str, ...] = (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES)
+                    ) -> dict[str, bytes]:
+    """Contents by name of those files that exist; empty if the folder does not exist."""
+    companions = {}
+    for name in names:
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            with open(path, "rb") as file:
+                companions[name] = file.read()
+    return companions
+
+
+def write_companions(folder: str, companions: dict[str, bytes]) -> None:
+    """Write the files into a folder, which is created if it is missing."""
+    os.makedirs(folder, exist_ok=True)
+    for name, content in companions.items():
+        with open(os.path.join(folder, name), "wb") as file:
+            file.write(content)

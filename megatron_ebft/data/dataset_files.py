@@ -1,0 +1,115 @@
+"""Checks the files of Megatron's indexed datasets before anything is built from them.
+
+Every rank makes the same checks: a rank that raised alone would leave the others waiting.
+"""
+
+import json
+import logging
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
+from megatron.core.utils import log_single_rank
+
+from megatron_ebft.data.rows import ANSWER_MASK_SUFFIX
+from megatron_ebft.data.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+# The header of an .idx file: magic, version, dtype code, number of sequences, number of document bounds.
+_HEADER = struct.Struct("<9sQBQQ")
+_MAGIC = b"MMIDIDX\x00\x00"
+
+
+def check_dataset(prefix: str, flag: str = "--data-path") -> numpy.ndarray:
+    """Check the sizes of a dataset's files; returns the lengths of its documents, int32 [documents].
+
+    Raises:
+        ValueError: a file is missing, truncated, empty or of the wrong kind, or the answer mask does not fit the text;
+            names the flag.
+    """
+    lengths = _checked_lengths(prefix, flag)
+    mask = prefix + ANSWER_MASK_SUFFIX
+    if os.path.exists(mask + ".idx") or os.path.exists(mask + ".bin"):
+        if not numpy.array_equal(_checked_lengths(mask, flag), lengths):
+            raise ValueError(f"{flag} {prefix}: its answer mask {mask} has documents of other lengths; make both "
+                             "again with tools/preprocess_data.py")
+    return lengths
+
+
+def _checked_lengths(prefix: str, flag: str) -> numpy.ndarray:
+    idx, binary = Path(prefix + ".idx"), Path(prefix + ".bin")
+    for path in (idx, binary):
+        if not path.is_file():
+            raise ValueError(f"{flag} {prefix}: {path} does not exist; give the path without its ending, as "
+                             "tools/preprocess_data.py wrote it")
+    with open(idx, "rb") as file:
+        head = file.read(_HEADER.size)
+    magic, version, code, sequences, bounds = _HEADER.unpack(head) if len(head) == _HEADER.size else (b"", 0, 0, 0, 0)
+    if magic != _MAGIC or version != 1 or code not in [dtype.value for dtype in DType]:
+        raise ValueError(f"{flag} {prefix}: {idx} is truncated or no Megatron index; make the dataset again")
+    expected = _HEADER.size + sequences * (4 + 8) + bounds * 8  # lengths int32, pointers int64, bounds int64
+    if idx.stat().st_size != expected:
+        raise ValueError(f"{flag} {prefix}: {idx} has {idx.stat().st_size} bytes and should have {expected}: it is "
+                         "truncated; copy it again or make the dataset again")
+    lengths = numpy.fromfile(idx, dtype=numpy.int32, count=sequences, offset=_HEADER.size)
+    tokens = int(lengths.sum(dtype=numpy.int64))
+    expected = tokens * DType.size(code)
+    if binary.stat().st_size != expected:
+        raise ValueError(f"{flag} {prefix}: {binary} has {binary.stat().st_size} bytes and its index counts "
+                         f"{expected}: it is truncated or belongs to another index; copy or make both again")
+    if tokens == 0:
+        raise ValueError(f"{flag} {prefix}: the dataset is empty; leave it out")
+    return lengths
+
+
+def _sidecar(prefix: str) -> dict:
+    """Content of `<prefix>.json`; empty if there is no such file (Megatron's own tool writes none)."""
+    path = Path(prefix + ".json")
+    if not path.is_file():
+        return {}
+    try:
+        sidecar = json.loads(path.read_bytes())
+        sidecar["tokenizer_fingerprint"], sidecar["tokenizer_type"], sidecar["append_eod"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not what tools/preprocess_data.py writes ({error!r}); make the dataset again, "
+                         "or remove the file if you know that --tokenizer-model is right") from error
+    return sidecar
+
+
+def check_masks(prefix: str, flag: str, need_answers: bool, need_documents: bool) -> None:
+    """Check that a dataset can serve the masks that the flags ask for.
+
+    Raises:
+        ValueError: there is no answer mask, or the documents have no eod; names the flag.
+    """
+    if need_answers and not IndexedDataset.exists(prefix + ANSWER_MASK_SUFFIX):
+        raise ValueError(f"--ebft-answer-only: {flag} {prefix} has no answer mask; make it with "
+                         "tools/preprocess_data.py --question-key and --answer-key, or leave the flag out")
+    if need_documents and not _sidecar(prefix).get("append_eod", True):
+        raise ValueError(f"--ebft-document-mask: {flag} {prefix} was made with --no-append-eod, so documents cannot be "
+                         "told apart; make it again without that flag")
+
+
+def check_tokenizer(prefixes: Sequence[str], tokenizer: Tokenizer) -> None:
+    """Compare the tokenizer with the one in the `<prefix>.json` of each dataset.
+
+    A dataset without that file (Megatron's own tool writes none) causes a warning.
+
+    Raises:
+        ValueError: the fingerprints differ or the file cannot be read; names --tokenizer-model.
+    """
+    for prefix in prefixes:
+        made_with = _sidecar(prefix)
+        if not made_with:
+            log_single_rank(logger, logging.WARNING, f"{prefix}.json does not exist: cannot tell whether the data were "
+                                                     f"made with this {tokenizer.name}")
+            continue
+        fingerprint = made_with["tokenizer_fingerprint"]
+        if fingerprint != tokenizer.fingerprint:
+            raise ValueError(f"--tokenizer-model: {prefix} was made with another tokenizer ({prefix}.json says "
+                             f"{made_with['tokenizer_type']} {fingerprint[:12]}, this is {tokenizer.name} "
+                             f"{tokenizer.fingerprint[:12]}); give that one, or make the dataset again with this one")

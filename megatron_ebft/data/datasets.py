@@ -1,0 +1,173 @@
+"""Builds the training, validation and test datasets that the data flags ask for.
+
+All flags and files are checked on every rank before anything is built: a rank that raised alone would leave the others
+waiting.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy
+import torch
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+from megatron.core.datasets.utils import Split
+
+from megatron_ebft.data.dataset_files import check_dataset, check_masks, check_tokenizer
+from megatron_ebft.data.rows import RowDataset
+from megatron_ebft.data.tokenizer import Tokenizer
+
+DEFAULT_SPLIT = "969,30,1"
+
+
+class _Builder(BlendedMegatronDatasetBuilder):
+    """Megatron-Core's builder, which also works without process groups."""
+
+    @staticmethod
+    def build_generic_dataset(cls, is_built_on_rank, synchronize_ranks, *args):
+        if cls is BlendedDataset and not torch.distributed.is_initialized():
+            # With a cache megatron-core 0.16 asks for the rank here.
+            args = (*args[:-1], replace(args[-1], path_to_cache=None))
+        return BlendedMegatronDatasetBuilder.build_generic_dataset(cls, is_built_on_rank, synchronize_ranks, *args)
+
+
+@dataclass(frozen=True)
+class Blend:
+    """The datasets of one data path flag, and how to mix them."""
+
+    flag: str
+    """The flag, for messages."""
+    prefixes: list[str]
+    """Paths without .bin and .idx."""
+    weights: list[float] | None
+    """Shares of the rows, not normalised. None: each dataset once, in proportion to its rows."""
+
+    @classmethod
+    def parse(cls, flag: str, values: Sequence[str]) -> "Blend":
+        """Parse `prefix`, `prefix prefix ...` or `weight prefix weight prefix ...`.
+
+        Raises:
+            ValueError: no dataset, weights for some of the datasets only, or a weight that is not above 0.
+        """
+        numbers = [_number(value) for value in values]
+        if not values:
+            raise ValueError(f"{flag}: give at least one dataset's prefix")
+        if all(number is None for number in numbers):
+            return cls(flag, list(values), None)
+        weights, prefixes = numbers[0::2], list(values[1::2])
+        if None in weights or any(number is not None for number in numbers[1::2]) or len(weights) != len(prefixes):
+            raise ValueError(f"{flag} {' '.join(values)}: give either prefixes alone or a weight before every prefix")
+        if not all(math.isfinite(weight) and weight > 0 for weight in weights):
+            raise ValueError(f"{flag} {' '.join(values)}: every weight must be above 0; leave the dataset out instead")
+        return cls(flag, prefixes, weights if len(prefixes) > 1 else None)
+
+
+def build_datasets(*, seq_length: int, seed: int, sizes: Sequence[int | None], tokenizer: Tokenizer,
+                   data_path: Sequence[str] | None = None, split: str | None = None,
+                   train_data_path: Sequence[str] | None = None, valid_data_path: Sequence[str] | None = None,
+                   test_data_path: Sequence[str] | None = None, data_cache_path: str | None = None,
+                   need_answers: bool = False, need_documents: bool = False
+                   ) -> list[RowDataset | BlendedDataset | None]:
+    """The training, validation and test datasets, the same on every rank.
+
+    If torch.distributed is initialised, all ranks must call this. Rank 0 builds the indices; the others wait and read
+    them from a file system that all ranks share.
+
+    Args:
+        seq_length: T.
+        seed: of the shuffles.
+        sizes: rows of each split; its documents are repeated as often as needed. 0: do not build the split. None: one
+            epoch.
+        tokenizer: must be the one that the data were made with.
+        data_path: --data-path, divided among the splits by `split`.
+        split: --split, weights of the three splits, by documents. None: "969,30,1".
+        train_data_path, valid_data_path, test_data_path: a blend for each split, instead of data_path.
+        data_cache_path: folder for the indices. None: a folder `<prefix>/cache` beside each dataset.
+        need_answers: refuse datasets without an answer mask.
+        need_documents: refuse datasets without an eod after each document.
+
+    Returns:
+        For each split a dataset (see RowDataset) with at least that number of rows, or None for 0 rows.
+
+    Raises:
+        ValueError: contradictory flags; files that are missing, damaged, empty or made with another tokenizer; or too
+            little data for a split. Names the flag.
+    """
+    split_paths = (train_data_path, valid_data_path, test_data_path)
+    if data_path is not None:
+        if any(paths is not None for paths in split_paths):
+            raise ValueError("--data-path: give either this or --train-data-path and --valid-data-path")
+        blend = Blend.parse("--data-path", data_path)
+        blends = [blend] * len(Split)
+        source = dict(blend=(blend.prefixes, blend.weights), split=_checked_split(split or DEFAULT_SPLIT))
+    else:
+        if split is not None:
+            raise ValueError("--split: shares out --data-path, which is not given; leave it out")
+        blends = [None if paths is None or size == 0 else Blend.parse(f"--{kind.name}-data-path", paths)
+                  for kind, paths, size in zip(Split, split_paths, sizes, strict=True)]
+        if not any(blends):
+            raise ValueError("--data-path: no data; give it, or --train-data-path and its companions")
+        source = dict(blend_per_split=[blend and (blend.prefixes, blend.weights) for blend in blends])
+
+    lengths = {}  # of each dataset's documents, in tokens
+    for blend in filter(None, blends):
+        for prefix in blend.prefixes:
+            if prefix not in lengths:
+                lengths[prefix] = check_dataset(prefix, blend.flag)
+                check_masks(prefix, blend.flag, need_answers, need_documents)
+    check_tokenizer(list(lengths), tokenizer)
+
+    config = GPTDatasetConfig(
+        random_seed=seed, sequence_length=seq_length, tokenizer=tokenizer, path_to_cache=data_cache_path,
+        reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False,
+        add_extra_token_to_sequence=False, drop_last_partial_validation_sequence=True, **source)
+    for kind, blend, size in zip(Split, blends, sizes, strict=True):
+        if size == 0:
+            if data_path is not None:
+                config.split_matrix[kind.value] = None
+            continue
+        if blend is None:
+            raise ValueError(f"--{kind.name}-data-path: {size or 'all'} rows of it are needed; give it")
+        bounds = (0.0, 1.0) if data_path is None else config.split_matrix[kind.value]
+        _check_split(kind, blend, size, bounds, lengths, seq_length)
+
+    datasets = _Builder(RowDataset, list(sizes), lambda: True, config).build()
+    for kind, blend, size, dataset in zip(Split, blends, sizes, datasets, strict=True):
+        if size and len(dataset) < size:
+            raise ValueError(f"{blend.flag}: {size} rows of the {kind.name} split are needed; without weights its "
+                             f"datasets are read once and give {len(dataset)}: put a weight before every prefix")
+    return datasets
+
+
+def _checked_split(split: str) -> str:
+    numbers = [_number(part) for part in split.split(",")]
+    if None in numbers or len(numbers) > len(Split) or min(numbers) < 0 or not 0 < sum(numbers) < math.inf:
+        raise ValueError(f"--split {split}: give up to three weights, such as {DEFAULT_SPLIT}")
+    return split
+
+
+def _check_split(kind: Split, blend: Blend, size: int | None, bounds: tuple[float, float] | None,
+                 lengths: dict[str, numpy.ndarray], seq_length: int) -> None:
+    """ValueError unless every dataset of the blend can give rows to the split."""
+    if size is None and blend.weights is not None:
+        raise ValueError(f"{blend.flag}: weights need a number of {kind.name} rows; leave the weights out")
+    if bounds is None:
+        raise ValueError(f"--split gives the {kind.name} split no share of the data, but {size or 'all'} rows of it "
+                         "are needed: give it one")
+    for prefix in blend.prefixes:
+        begin, end = (round(bound * len(lengths[prefix])) for bound in bounds)  # as Megatron-Core rounds
+        tokens = int(lengths[prefix][begin:end].sum(dtype=numpy.int64))
+        if tokens < seq_length:
+            raise ValueError(
+                f"{blend.flag} {prefix}: its {kind.name} split has {end - begin} of {len(lengths[prefix])} documents "
+                f"and {tokens} tokens, where at least {seq_length} are needed: add documents, give the split a larger "
+                "share (--split), or ask for none of its rows")
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

@@ -1,0 +1,104 @@
+"""Blends and splits; datasets that are damaged, or made with another tokenizer, are refused."""
+
+import shutil
+from pathlib import Path
+
+import numpy
+import preprocess_data
+import pytest
+import torch
+from small_data import VOCAB, T, all_rows, build, null_dataset, null_tokenizer, question_answers
+
+from megatron_ebft.data.dataset_files import check_dataset
+
+
+def test_damaged_datasets_are_refused(tmp_path):
+    prefix = null_dataset(tmp_path, "qa", question_answers(20))
+
+    def refuses(message, ending, change):
+        path = Path(prefix + ending)
+        whole = path.read_bytes()
+        path.unlink() if change is None else path.write_bytes(change(whole))
+        with pytest.raises(ValueError, match=message):
+            build(tmp_path, [5, 0, 0], data_path=[prefix])
+        path.write_bytes(whole)
+
+    for mask in ("", "_answer_mask"):
+        refuses(rf"--data-path .*{mask}.bin does not exist", mask + ".bin", None)
+        refuses(rf"--data-path .*{mask}.idx does not exist", mask + ".idx", None)
+        refuses(r".bin has \d+ bytes and its index counts \d+: it is trunc", mask + ".bin", lambda whole: whole[:-2])
+        refuses(r".idx has \d+ bytes and should have \d+: it is truncated", mask + ".idx", lambda whole: whole[:-8])
+        refuses(r".idx is truncated or no Megatron index", mask + ".idx", lambda whole: whole[:20])
+        refuses(r".idx is truncated or no Megatron index", mask + ".idx", lambda whole: b"x" + whole[1:])
+    refuses(r"not what tools/preprocess_data.py writes", ".json", lambda whole: whole[:20])
+    assert len(check_dataset(prefix)) == 20
+
+    other = null_dataset(tmp_path, "other", question_answers(20, seed=1))
+    for ending in (".bin", ".idx"):
+        shutil.copy(other + "_answer_mask" + ending, prefix + "_answer_mask" + ending)
+    with pytest.raises(ValueError, match="its answer mask .* has documents of other lengths"):
+        check_dataset(prefix)
+    preprocess_data.IndexedDatasetBuilder(str(tmp_path / "none.bin"), numpy.uint16).finalize(str(tmp_path / "none.idx"))
+    with pytest.raises(ValueError, match="--train-data-path .*none: the dataset is empty"):
+        build(tmp_path, [5, 0, 0], train_data_path=[str(tmp_path / "none")])
+
+
+def test_another_tokenizer_is_refused(tmp_path, caplog):
+    prefix = null_dataset(tmp_path, "text", [range(20)] * 4)
+    with pytest.raises(ValueError, match="--tokenizer-model: .* was made with another tokenizer .*NullTokenizer"):
+        build(tmp_path, [1, 0, 0], data_path=[prefix], tokenizer=null_tokenizer(VOCAB + 1))
+    Path(prefix + ".json").unlink()  # as Megatron's own tool leaves it
+    assert build(tmp_path, [1, 0, 0], data_path=[prefix], tokenizer=null_tokenizer(VOCAB + 1))[0] is not None
+    assert "cannot tell whether the data were made with this NullTokenizer" in caplog.text
+
+
+def test_blend_and_split(tmp_path):
+    # Dataset i holds ids 20i .. 20i+19, a document holds one id: rows tell where they come from.
+    prefixes = [null_dataset(tmp_path, str(i), [[20 * i + j % 20] * 15 for j in range(20 * (i + 1))]) for i in range(3)]
+    eod = VOCAB - 1
+
+    def sources(dataset):
+        """Rows by dataset."""
+        rows = all_rows(dataset)
+        return torch.bincount(rows.masked_fill(rows == eod, 0).amax(1) // 20, minlength=3)
+
+    def ids(dataset):
+        return set(all_rows(dataset).flatten().tolist()) - {eod}
+
+    train, valid, test = build(tmp_path, [60, 4, 4], data_path=prefixes[:1], split="80,10,10")
+    assert [len(ids(dataset)) for dataset in (train, valid, test)] == [16, 2, 2]
+    assert ids(train) | ids(valid) | ids(test) == set(range(20))  # each document in one split
+
+    blend = ["1", prefixes[0], "3", prefixes[2]]
+    train, valid, test = build(tmp_path, [80, 8, 0], data_path=blend, split="90,10")
+    assert sources(train).tolist() == [20, 0, 60] and len(valid) == 8 and test is None
+    again = build(tmp_path, [80, 8, 0], data_path=blend, split="90,10")[0]
+    assert torch.equal(all_rows(again), all_rows(train))
+    assert not torch.equal(all_rows(build(tmp_path, [80, 8, 0], data_path=blend, split="90,10", seed=1)[0]),
+                           all_rows(train))
+
+    train, valid, test = build(tmp_path, [None, 0, 0], data_path=prefixes, split="100,0,1")  # each once
+    assert valid is None and test is None  # whatever its share
+    assert sources(train).tolist() == [20 * 16 // T, 40 * 16 // T, 59 * 16 // T]
+
+    train, valid, test = build(tmp_path, [10, None, 0], train_data_path=prefixes[:1], valid_data_path=prefixes[1:])
+    assert sources(train)[1:].tolist() == [0, 0] and sources(valid).tolist() == [0, 80, 120] and test is None
+
+    def refuses(message, sizes, **kwargs):
+        with pytest.raises(ValueError, match=message):
+            build(tmp_path, sizes, **kwargs)
+
+    one = prefixes[:1]
+    refuses("--data-path: no data", [1, 0, 0])
+    refuses("--data-path: give either this or", [1, 0, 0], data_path=one, train_data_path=one)
+    refuses("--split: shares out --data-path", [1, 0, 0], split="1", train_data_path=one)
+    refuses("--valid-data-path: 2 rows of it are needed", [1, 2, 0], train_data_path=one)
+    refuses("--split 1,x: give up to three weights", [1, 0, 0], data_path=one, split="1,x")
+    refuses("--split gives the valid split no share", [1, 2, 0], data_path=one, split="1")
+    refuses("valid split has 0 of 20 documents and 0 tokens", [1, 2, 0], data_path=one, split="99,1")
+    refuses("train split has 20 of 20 documents and 320 tokens, where at least 400", [None, 0, 0], data_path=one,
+            split="1", seq_length=400)
+    refuses("a weight before every prefix", [1, 0, 0], data_path=["1", prefixes[0], prefixes[1]])
+    refuses("every weight must be above 0", [1, 0, 0], data_path=["1", prefixes[0], "0", prefixes[1]])
+    refuses("weights need a number of train rows", [None, 0, 0], data_path=blend)
+    refuses("500 rows of the train split are needed; .* give 240", [500, 0, 0], data_path=prefixes, split="1")
