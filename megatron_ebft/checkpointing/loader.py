@@ -111,7 +111,7 @@ def load_weights(directory: str, model, *, architecture: dict | None = None,
 
     Args:
         directory, architecture: as `load_checkpoint`.
-        model: a LanguageModel, wrapped or not, or a list of them (virtual pipeline stages).
+        model: a Decoder, wrapped or not, or a list of them (virtual pipeline stages).
 
     Returns:
         The checkpoint's metadata.

@@ -24,7 +24,7 @@ def sharded_weights(model) -> dict:
     Objects (_extra_state) are left out. They hold no weights and differ between kinds of layers.
 
     Args:
-        model: a LanguageModel, wrapped or not, or a list of them (virtual pipeline stages).
+        model: a Decoder, wrapped or not, or a list of them (virtual pipeline stages).
     """
     chunks = model if isinstance(model, list) else [model]
     return {f"model{i}": {key: value for key, value in unwrap(chunk).sharded_state_dict(metadata=dict(SHARDING)).items()

@@ -13,7 +13,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 
 from megatron_ebft.common.device import device
 from megatron_ebft.data.micro_batches import MicroBatches
-from megatron_ebft.method import sft
+from megatron_ebft.method import gradient, sft
 from megatron_ebft.method.means import Means
 from megatron_ebft.model.architecture import ModelArgs
 from megatron_ebft.model.attention import CausalPattern, as_mask
