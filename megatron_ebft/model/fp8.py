@@ -23,19 +23,15 @@ from torch import Tensor
 
 from megatron_ebft.model import kernels
 from megatron_ebft.model.decoder import local_layers, unwrap
+from megatron_ebft.model.fp8_sizes import BLOCK
 from megatron_ebft.parallel.groups import tp_group
 
-RECIPES = ("off", "blockwise", "tensorwise")
-BLOCK = 128
-ROWS = 16
-"""A rank's tokens are a multiple of this: FP8 matrix products need 8, Megatron-Core pads to 16. Blockwise, they are one
-of BLOCK in training (activations are then quantised along tokens as well) and where kernels.gathers_whole_blocks."""
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
 @dataclass(frozen=True)
 class FP8:
-    """What runs in FP8, by which recipe (one of RECIPES); `check` says whether it can, here."""
+    """What runs in FP8, by which recipe (choices of --ebft-rollout-fp8); `check` says whether it can, here."""
 
     recipe: str = "off"
     emulate: bool = False

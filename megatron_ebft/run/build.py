@@ -44,7 +44,7 @@ from megatron_ebft.model.decoder import (
 )
 from megatron_ebft.parallel.groups import document_size, dp_size
 from megatron_ebft.rollout.schedule import idle_fraction, row_groups
-from megatron_ebft.run.arguments import (
+from megatron_ebft.run.configs import (
     ddp_config,
     ebft_config,
     model_args,

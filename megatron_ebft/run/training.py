@@ -22,7 +22,7 @@ from megatron_ebft.method.sft import cross_entropy_pass
 from megatron_ebft.model.fp8 import FP8
 from megatron_ebft.parallel.groups import document_rank, document_size
 from megatron_ebft.rollout.sampler import Rollouts, sample_rollouts
-from megatron_ebft.run.fp8_flags import fp8_recipes
+from megatron_ebft.run.flags.checks import fp8_recipes
 from megatron_ebft.run.step_dump import StepDump, replayed_step
 from megatron_ebft.run.stopping import StepFailed, StopAsked, Stopper
 from megatron_ebft.run.watchdog import PATIENCE, Watchdog

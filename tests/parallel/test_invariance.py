@@ -27,16 +27,16 @@ from megatron_ebft.parallel import groups
 from megatron_ebft.rollout import token_sampling
 from megatron_ebft.rollout.sampler import sample_rollouts
 from megatron_ebft.run import training
-from megatron_ebft.run.arguments import (
+from megatron_ebft.run.configs import (
     ddp_config,
     ebft_config,
     model_args,
     optimizer_config,
     parallel_sizes,
-    parse_args,
     policy_overrides,
     transformer_overrides,
 )
+from megatron_ebft.run.flags import parse_args
 
 ROWS, T, VOCAB, EOD, STEPS = 4, 20, 24, 0, 2
 FLAGS = """--train-iters 3 --global-batch-size 4 --seq-length 20 --num-layers 4 --hidden-size 16 --ffn-hidden-size 24

@@ -23,7 +23,7 @@ from megatron_ebft.method.sft import cross_entropy_pass
 from megatron_ebft.model.decoder import ModelArgs, build_frozen, unwrap
 from megatron_ebft.parallel import groups
 from megatron_ebft.rollout import sampler
-from megatron_ebft.run.arguments import parse_args
+from megatron_ebft.run.flags import parse_args
 from megatron_ebft.run.build import build_run, describe
 from megatron_ebft.run.logger import Logger
 from megatron_ebft.run.training import gold_batch, optimizer_step, train, train_step

@@ -28,7 +28,7 @@ from megatron_ebft.layout.step_major import from_step_major, step_major_position
 from megatron_ebft.layout.strided import StridedLayout, document_starts
 from megatron_ebft.method import energy
 from megatron_ebft.model.decoder import unwrap
-from megatron_ebft.run.arguments import parse_args
+from megatron_ebft.run.flags import parse_args
 from megatron_ebft.run.build import build_run
 from megatron_ebft.run.step_file import INPUTS, read_step
 from megatron_ebft.run.training import StepFailed, gold_batch, train_step
