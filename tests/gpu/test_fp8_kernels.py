@@ -10,7 +10,7 @@ from models import relative_error
 
 from megatron_ebft.method import ebft
 from megatron_ebft.method.means import Means
-from megatron_ebft.model import fp8_sizes, kernels
+from megatron_ebft.model import fp8, fp8_sizes, kernels
 from megatron_ebft.model.fp8 import FP8, quantised
 from megatron_ebft.rollout.sampler import sample_rollouts
 

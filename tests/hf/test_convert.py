@@ -42,8 +42,8 @@ from megatron_ebft.method.passes import run_schedule
 from megatron_ebft.model.attention import CausalPattern, as_mask
 from megatron_ebft.model.decoder import ModelArgs, unwrap
 from megatron_ebft.parallel import groups
-from megatron_ebft.run.flags import parse_args
 from megatron_ebft.run.build import build_run
+from megatron_ebft.run.flags import parse_args
 from megatron_ebft.run.training import train_step
 
 TOOLS = Path(hf_to_megatron.__file__).parent

@@ -28,8 +28,8 @@ from megatron_ebft.layout.step_major import from_step_major, step_major_position
 from megatron_ebft.layout.strided import StridedLayout, document_starts
 from megatron_ebft.method import energy
 from megatron_ebft.model.decoder import unwrap
-from megatron_ebft.run.flags import parse_args
 from megatron_ebft.run.build import build_run
+from megatron_ebft.run.flags import parse_args
 from megatron_ebft.run.step_file import INPUTS, read_step
 from megatron_ebft.run.training import StepFailed, gold_batch, train_step
 
@@ -347,7 +347,7 @@ def test_what_is_wrong_with_a_file_is_named(tmp_path, change, message):
     (["--load", "/nowhere"], "--hf-model, --load: give one of the two"),
     (["--hf-model", ""], "--hf-model, --load: give one of the two"),
     (["--hf-model", "", "--load", "/nowhere"], "--load /nowhere: no such directory"),
-    (["--ebft-stride", "4"], "unrecognized arguments: --ebft-stride"),
+    (["--ebft-stride", "4"], "--ebft-stride: tools/replay.py does not read this training flag"),
     (["--sequence-parallel"], "--sequence-parallel: needs --tensor-model-parallel-size"),
     (["--micro-batch-size", "3"], "--micro-batch-size 3: does not divide the 2 documents of --batch"),
     (["--output", "/nowhere/out"], "--output /nowhere/out: /nowhere is no folder"),

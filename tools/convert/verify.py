@@ -1,17 +1,15 @@
-"""Logits of a converted model against transformers, both computed from the files, one module's weights at a time.
+"""Compares the logits of a converted model with those of transformers, with one module's weights in memory at a time.
 
-1. Both models are skeletons without memory. A module's weights are read when it is called and dropped afterwards, so
-   that a model of any size is verified in the memory of its largest tensor (in float32) and some activations.
-2. Both compute in float32 from the weights as the checkpoint stores them: where --dtype rounded, transformers gets the
-   rounded ones, too. So what is compared is the conversion, not the rounding.
-3. The prompts are fixed: random ids, one row at positions 0, 1, 2, …, one spread over all positions the model is for
-   (rotary scaling shows there).
-4. On failure the first layer whose output differs is named.
+1. Both models are skeletons without weights. A module's weights are read when it is called and dropped afterwards. So a
+   model of any size is verified in the memory of its largest tensor (in float32) and some activations.
+2. Both compute in float32 from the weights that the checkpoint stores. If --dtype rounded them, transformers gets the
+   rounded weights, too: the comparison covers the conversion, not the rounding.
+3. The prompts are fixed: random ids, one row at positions 0, 1, 2, …, and one row spread over all positions that the
+   model supports, which shows rotary scaling.
+4. On failure, the error names the first layer whose output differs.
 """
 
-import argparse
 import functools
-import math
 import time
 from dataclasses import replace
 
@@ -20,23 +18,18 @@ from torch import Tensor, nn
 
 from megatron_ebft.common.device import device
 from megatron_ebft.common.progress import Countdown, clock
+from megatron_ebft.run.flags.flag import Flag, Group, above
 
-TOLERANCE = 1e-4
 PROMPT_LENGTH, SEED = 32, 0
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--verify", action="store_true", help="compare the logits of both models on fixed prompts, "
-                        "in float32, before the output appears, which it does not where they differ (needs the package "
-                        "transformers)")
-    parser.add_argument("--verify-tolerance", type=float, default=TOLERANCE, metavar="X", help="largest difference of "
-                        "a logit that passes, relative to the largest logit if that is above 1 (default: %(default)s)")
+VERIFICATION = Group("verification", (
+    Flag("--verify", bool, "compare the logits of both models on fixed prompts, in float32. If they differ, nothing is "
+         "written. Needs the package transformers", default=False),
+    Flag("--verify-tolerance", float, "largest difference of a logit that passes, relative to the largest logit if "
+         "that is above 1", default=1e-4, valid=above(0))))
 
 
 def check_flags(args) -> None:
-    """ValueError, before anything is converted, where --verify could not work."""
-    if not (math.isfinite(args.verify_tolerance) and args.verify_tolerance > 0):
-        raise ValueError(f"--verify-tolerance {args.verify_tolerance}: must be above 0")
+    """ValueError, before anything is converted, if --verify cannot work here."""
     if args.verify:
         try:
             import transformers  # noqa: F401
@@ -45,12 +38,12 @@ def check_flags(args) -> None:
 
 
 def verifier(args, say):
-    """What convert.py calls with both sides, or None without --verify."""
+    """The function that convert.py calls with both models, or None without --verify."""
     return functools.partial(verify, tolerance=args.verify_tolerance, say=say) if args.verify else None
 
 
 def verify(hf_folder: str, weights, reader, tolerance: float, say=print) -> None:
-    """Compare the logits, and say how far they are apart.
+    """Compare the logits and print how much they differ.
 
     Args:
         hf_folder: with the configuration of the Hugging Face model.
@@ -68,14 +61,14 @@ def verify(hf_folder: str, weights, reader, tolerance: float, say=print) -> None
     countdown = Countdown("verified", 2 * reader.architecture.num_layers, say)
     with torch.no_grad():
         expected, expected_layers = _transformers(hf_folder, weights, reader, tokens, positions, countdown)
-        found, found_layers = _megatron(reader, tokens, positions, countdown)
-    difference = (found - expected).abs()
+        logits, layer_outputs = _megatron(reader, tokens, positions, countdown)
+    difference = (logits - expected).abs()
     largest, mean, scale = difference.max().item(), difference.mean().item(), expected.abs().max().item()
     bound = tolerance * max(1.0, scale)
     say(f"verified {tokens.numel()} tokens in {clock(time.perf_counter() - countdown.start)}: logits differ by at most "
         f"{largest:.2e}, on average {mean:.2e} (largest logit {scale:.3g}, bound {bound:.1e})")
     if not largest <= bound:
-        layers = [(a - b).abs().max().item() / b.abs().max().item() for a, b in zip(found_layers, expected_layers)]
+        layers = [(a - b).abs().max().item() / b.abs().max().item() for a, b in zip(layer_outputs, expected_layers)]
         first = next((i for i, x in enumerate(layers, 1) if not x <= tolerance), None)
         where = "the output head" if first is None else f"decoder layer {first} of {len(layers)}"
         raise ValueError(f"--verify: logits differ by {largest:.2e}, more than {bound:.1e}, and the first to differ is "
@@ -110,7 +103,7 @@ def stream(model: nn.Module, read, kept: tuple[str, ...] = ()) -> None:
 
 
 def _watch(layers, countdown: Countdown) -> list[Tensor]:
-    """Outputs of decoder layers, as they come."""
+    """A list that collects the outputs of decoder layers."""
     seen = []
     for layer in layers:
         layer.register_forward_hook(lambda _m, _i, out: seen.append(out[0] if isinstance(out, tuple) else out))

@@ -1,8 +1,8 @@
 """The command line of training. Nothing here imports torch, so that --help and wrong flags answer at once.
 
-flag.py says what a flag is. basics.py, model.py, data.py, … declare the flags, each once; refused.py has Megatron's flags
-that are refused; table.py puts them together. checks.py checks flags against each other. config_file.py reads --config.
-run/configs.py makes the typed configurations that the rest of the code takes.
+flag.py says what a flag is. basics.py, model.py, data.py, … declare each flag once, and table.py puts them together.
+refused.py has Megatron's flags that are refused. checks.py checks flags against each other. config_file.py reads
+--config. run/configs.py makes the typed configurations that the rest of the code takes.
 """
 
 import argparse

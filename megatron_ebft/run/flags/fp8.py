@@ -3,8 +3,8 @@
 from megatron_ebft.run.flags.flag import Flag, Group, at_least
 
 RECIPES = ("blockwise", "tensorwise")
-_HELP = (" in FP8. blockwise rounds less. tensorwise is faster, but one scale serves all rows that are computed together, "
-         "so rounding depends on the micro-batches and on --ebft-skip-duplicates")
+_HELP = (" in FP8. blockwise rounds less. tensorwise is faster, but one scale serves all rows that are computed "
+         "together, so rounding depends on the micro-batches and on --ebft-skip-duplicates")
 
 FP8 = Group("FP8", (
     Flag("--ebft-rollout-fp8", str, "run the policy's linear layers during sampling" + _HELP, default="off",

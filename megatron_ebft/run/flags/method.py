@@ -17,7 +17,7 @@ METHOD = Group("EBFT", (
          default=1.0, valid=above(0, at_most=1)),
     Flag("--ebft-top-k", int, "sample from the N most likely tokens (0: all)", default=0, valid=at_least(0)),
     Flag("--ebft-feature-layers", float, "depths of the encoder layers whose hidden states make up the feature, as "
-         "fractions of all layers", default=(0.25, 0.5, 0.75), many=True, metavar="FRACTION",
+         "fractions of all layers", default=[0.25, 0.5, 0.75], many=True, metavar="FRACTION",
          valid=above(0, at_most=1)),
     Flag("--ebft-feature-norm", str, "L2-normalise the concatenated layers (joint) or each layer by itself (layer)",
          default="joint", choices=("joint", "layer")),

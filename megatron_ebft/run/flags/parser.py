@@ -73,7 +73,7 @@ class Parser(argparse.ArgumentParser):
         values, own = vars(given), {flag.dest for group in self.own for flag in group.flags}
         unread = [flag.name for name, flag in FLAGS.items() if name in values and name not in self.reads | own]
         if unread:
-            self.error(f"{', '.join(unread)}: {self.prog} does not read {'these' if unread[1:] else 'this'} training "
+            self.error(f"{', '.join(unread)}: {self.prog.split()[-1]} does not read {'these' if unread[1:] else 'this'} training "
                        f"flag{'s' * (len(unread) > 1)}; leave out, or describe the run in a --config file")
         return self._complete(self._from_file(values) | values)
 
@@ -122,9 +122,10 @@ class Parser(argparse.ArgumentParser):
         groups = [*self.own, *(group for group in groups if group.flags)]
         parts = [self.format_usage(), self.description]
         if self.first:
+            titles = "; ".join(group.title for group in groups)
             parts += [format_groups([Group(self.first.title, (CONFIG, *self.first.flags))]), textwrap.fill(
-                f"All flags follow by group: {'; '.join(group.title for group in groups)}. Read on with `--help | less`. "
-                "In brackets: the default and the range. --no-x turns a switch --x off.", text_width())]
+                f"All flags follow by group: {titles}. Read on with `--help | less`. In brackets: the default and the "
+                "range. --no-x turns a switch --x off.", text_width())]
         elif self.reads:
             groups.append(Group("flags from a file", (CONFIG,)))
         return "\n\n".join(part.strip() for part in [*parts, format_groups(groups)]) + "\n"
