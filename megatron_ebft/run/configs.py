@@ -67,8 +67,8 @@ def _dtype(args: argparse.Namespace) -> torch.dtype:
 
 
 def transformer_overrides(args: argparse.Namespace) -> dict:
-    """Fields of TransformerConfig outside the architecture (precision, parallelism, recomputation, kernels), for policy,
-    encoder and start."""
+    """Fields of TransformerConfig outside the architecture, for policy, encoder and start: precision, parallelism,
+    recomputation and kernels."""
     dtype, recompute = _dtype(args), {}
     if args.recompute_granularity == "full":
         recompute = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)

@@ -36,7 +36,7 @@ def read_config(path: str) -> dict:
     """
     values, lines = {}, {}
     for key, value, line in _entries(path):
-        where, name = f"--config {path}, line {line}", dest(str(key))
+        where, name = f"--config {path}, line {line}", str(key).replace("-", "_")
         if name in lines:
             raise ValueError(f"{where}: {key} is on line {lines[name]} already")
         lines[name] = line
@@ -80,7 +80,9 @@ def _value(name: str, value):
         value = [_scalar(flag, x) for x in (value if isinstance(value, list) else [value])]
     else:
         value = _scalar(flag, value)
-    flag.check(value)
+    number = flag.out_of_range(value)
+    if number is not None:
+        raise ValueError(f"must be {flag.valid.text}, not {number}")
     return value
 
 

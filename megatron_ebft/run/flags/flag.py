@@ -61,13 +61,17 @@ class Flag:
     def dest(self) -> str:
         return dest(self.name)
 
-    def check(self, value) -> None:
-        """Raise ValueError, naming the flag and the value, unless the value is in the range. None always passes."""
+    def out_of_range(self, value) -> float | None:
+        """The first number of the value that is not in the range; None if there is none."""
         if self.valid is None or value is None:
-            return
-        for number in value if self.many else [value]:
-            if number not in self.valid:
-                raise ValueError(f"{self.name} {number}: must be {self.valid.text}")
+            return None
+        return next((number for number in (value if self.many else [value]) if number not in self.valid), None)
+
+    def check(self, value) -> None:
+        """Raise ValueError, naming the flag and the number, if the value is out of range."""
+        number = self.out_of_range(value)
+        if number is not None:
+            raise ValueError(f"{self.name} {number}: must be {self.valid.text}")
 
 
 @dataclass(frozen=True)

@@ -73,8 +73,9 @@ class Parser(argparse.ArgumentParser):
         values, own = vars(given), {flag.dest for group in self.own for flag in group.flags}
         unread = [flag.name for name, flag in FLAGS.items() if name in values and name not in self.reads | own]
         if unread:
-            self.error(f"{', '.join(unread)}: {self.prog.split()[-1]} does not read {'these' if unread[1:] else 'this'} training "
-                       f"flag{'s' * (len(unread) > 1)}; leave out, or describe the run in a --config file")
+            what = "these training flags" if len(unread) > 1 else "this training flag"
+            self.error(f"{', '.join(unread)}: {self.prog.split()[-1]} does not read {what}. On the command line, leave "
+                       "out what it does not read; a --config file may have it")
         return self._complete(self._from_file(values) | values)
 
     def parse_own(self, argv: list[str]) -> argparse.Namespace:
