@@ -199,9 +199,13 @@ def write(args, step, results: dict, policy: list, hf, say) -> None:
 
 
 def compare(batch: str, output: str, tolerance: float, say) -> list[str]:
-    """Says how far the output is from every result in the batch file; the names of those that are too far, or not
-    there. What is not finite in the same place on both sides is the same, and log-probabilities that are NaN in the
-    batch file were left out there."""
+    """Print how far the output is from every result in the batch file.
+
+    Two values that are NaN in the same place agree. A log-probability that is NaN in the batch file was skipped there.
+
+    Returns:
+        Names of the results that differ by more than the tolerance or are missing.
+    """
     from megatron_ebft.run.step_file import INPUTS
 
     with safe_open(batch, "pt") as given, safe_open(output, "pt") as computed:
@@ -212,9 +216,9 @@ def compare(batch: str, output: str, tolerance: float, say) -> list[str]:
                 say(f"{key}: not in the output, or in another shape than {tuple(expected.shape)}")
                 wrong.append(key)
                 continue
-            found = computed.get_tensor(key)
-            is_missing = expected.isnan() & (found.isnan() | (key == "log_probs"))
-            difference = (found - expected).where((found != expected) & ~is_missing, 0.0)
+            result = computed.get_tensor(key)
+            is_missing = expected.isnan() & (result.isnan() | (key == "log_probs"))
+            difference = (result - expected).where((result != expected) & ~is_missing, 0.0)
             is_gradient = key.startswith("grad.")
             size = difference.norm() / expected.norm().clamp(min=1e-30) if is_gradient else difference.abs().max()
             say(f"{key}: {size:.1e}{' of its norm' if is_gradient else ''}")
