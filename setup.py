@@ -24,6 +24,7 @@ setup(
         'triton; platform_system == "Linux" and python_version >= "3.12"',
         "numpy",
         "psutil",  # megatron-core saves checkpoints with it
+        "pyyaml",  # --config
         "safetensors",
         "sentencepiece",
         "tensorboard",

@@ -17,19 +17,21 @@ from megatron_ebft.run import stopping
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, build, train, close; returns the exit code."""
+    from megatron_ebft.run.flags import parse_args
+
+    args = parse_args(argv)  # before torch is imported: --help and wrong flags answer at once
     # Megatron-Core's own: no Transformer Engine or apex, deprecations, and a probe of .grad by its optimizer.
     warnings.filterwarnings("ignore", module=r"megatron\.|torch")
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     from megatron_ebft.parallel.groups import init_parallel, shut_down
-    from megatron_ebft.run.arguments import parallel_sizes, parse_args
     from megatron_ebft.run.build import build_run
+    from megatron_ebft.run.configs import parallel_sizes
     from megatron_ebft.run.describe import describe
     from megatron_ebft.run.logger import Logger
     from megatron_ebft.run.loop import train
     from megatron_ebft.run.watchdog import PATIENCE, Watchdog
 
     start = time.perf_counter()
-    args = parse_args(argv)
     watchdog = Watchdog(0.9 * 60 * args.distributed_timeout_minutes)
     init_parallel(**{**parallel_sizes(args), "timeout_minutes": PATIENCE * args.distributed_timeout_minutes})
     watchdog.watch()

@@ -11,7 +11,7 @@ init_device()
 import small_run  # noqa: E402
 
 from megatron_ebft.parallel import groups  # noqa: E402
-from megatron_ebft.run.arguments import parse_args  # noqa: E402
+from megatron_ebft.run.flags import parse_args  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -37,8 +37,8 @@ def test_every_file_is_in_a_room():
 
 def test_imports_go_one_way():
     wrong = []
-    for path in sorted(PACKAGE.glob("*/*.py")):
-        room = path.parent.name
+    for path in sorted(PACKAGE.glob("*/**/*.py")):
+        room = path.relative_to(PACKAGE).parts[0]
         for module in sorted(imports(path)):
             there = module.split(".")[1]
             if there != room and there not in BELOW[room] and there != "__version__":

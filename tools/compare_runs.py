@@ -1,10 +1,10 @@
-"""Runs side by side, by their TensorBoard logs: a table, and their curves as a PNG.
+"""Compares runs by their TensorBoard logs: a table, and their curves as a PNG.
 
     python tools/compare_runs.py checkpoints/sweep --output sweep.png --format markdown
 
-Each LOGDIR is a run (what --save or --tensorboard-dir was) or a folder of runs, such as a sweep's; they may still be
-going on. Of evaluations the last value and the best are shown, the best with its step; reward is the mean of the last
-20 steps, tokens/s the median of all. A restart is a further log file of the same run.
+Each LOGDIR is a run (its --save or --tensorboard-dir) or a folder of runs, such as a sweep. Runs may still be in
+progress. The table shows the last and the best value of evaluations, the best with its step; the reward is the mean of
+the last 20 steps, tokens/s the median of all steps. A restart is another log file of the same run.
 """
 
 import argparse
@@ -38,7 +38,7 @@ class Run:
 
     @classmethod
     def read(cls, folder: Path, name: str) -> "Run":
-        """The run that logged to `folder`. Of steps that a restart did again, those done last count."""
+        """The run that logged to `folder`. If a restart repeated a step, the last value counts."""
         events = EventAccumulator(str(folder), size_guidance={SCALARS: 0}).Reload()
         scalars = {tag: sorted({e.step: e.value for e in events.Scalars(tag)}.items())
                    for tag in events.Tags()[SCALARS]}
@@ -76,20 +76,20 @@ def find_runs(folders: list[Path]) -> list[Run]:
     Raises:
         ValueError: a folder is missing or holds no logs.
     """
-    found = {}
+    names = {}
     for folder in folders:
         logs = sorted({file.parent for file in folder.rglob(LOGS)})
         if not logs:
             raise ValueError(f"{folder}: {'no TensorBoard logs there' if folder.is_dir() else 'no such folder'}; name "
-                             "what --save or --tensorboard-dir was, or a folder of such folders")
+                             "a run's --save or --tensorboard-dir, or a folder of runs")
         for log in logs:
             run = log.parent if log.name == "tensorboard" else log
-            found[log.resolve()] = run.name if run == folder else str(run.relative_to(folder))
-    return sorted((Run.read(log, name) for log, name in found.items()), key=lambda run: run.name)
+            names[log.resolve()] = run.name if run == folder else str(run.relative_to(folder))
+    return sorted((Run.read(log, name) for log, name in names.items()), key=lambda run: run.name)
 
 
 def table(rows: list[list[str]], form: str) -> str:
-    """The rows, the first of which is the head, as text, markdown or csv."""
+    """The rows as text, markdown or csv. The first row is the head."""
     if form == "csv":
         out = io.StringIO()
         csv.writer(out, lineterminator="\n").writerows(rows)
@@ -105,7 +105,7 @@ def table(rows: list[list[str]], form: str) -> str:
 
 
 def plot(runs: list[Run], path: Path) -> None:
-    """Every panel's curve of every run."""
+    """Draw all PANELS, with a curve for every run."""
     figure, axes = plt.subplots(2, 3, figsize=(13.5, 7.2), layout="constrained")
     colors = plt.get_cmap("turbo" if len(runs) > 10 else "tab10")
     for axis, (tag, title) in zip(axes.flat, PANELS):
@@ -115,7 +115,7 @@ def plot(runs: list[Run], path: Path) -> None:
                           linewidth=1.0, marker="o" if tag.startswith("eval/") else None, markersize=3)
         axis.set(title=title, xlabel="optimizer step")
         axis.grid(alpha=0.3)
-    handles, labels = max((axis.get_legend_handles_labels() for axis in axes.flat), key=lambda found: len(found[1]))
+    handles, labels = max((axis.get_legend_handles_labels() for axis in axes.flat), key=lambda entries: len(entries[1]))
     figure.legend(handles, labels, loc="outside lower center", fontsize=8, ncols=5)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -125,9 +125,10 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="tools/compare_runs.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, metavar="LOGDIR", help="runs, or folders of runs")
-    parser.add_argument("--format", choices=("text", "markdown", "csv"), default="text", help="of the table")
-    parser.add_argument("--output", type=Path, default=Path("compare_runs.png"), metavar="PNG", help="the curves "
+    parser.add_argument("--format", choices=("text", "markdown", "csv"), default="text", help="format of the table "
                         "(default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("compare_runs.png"), metavar="PNG", help="file for the "
+                        "curves (default: %(default)s)")
     options = parser.parse_args(argv)
     runs = find_runs(options.folders)
     plot(runs, options.output)

@@ -1,13 +1,12 @@
-"""What one rank holds and does in a step: live bytes by kind, operations and collectives by phase; on fake tensors and
-on real ones alike.
+"""Measures one rank's step: live bytes by kind, operations and collectives by phase. Works on fake and real tensors.
 
-1. A tensor's memory counts from the operation that returns its storage until the storage is freed; temporaries inside
-   an operation do not show.
-2. A storage's kind is that of the `kind` block it was made in, or what `label` said later. Tensors made outside such a
+1. A tensor's memory counts from the operation that returns its storage until the storage is freed. Temporaries inside
+   an operation do not count.
+2. A storage's kind is that of the `kind` block it was made in, unless `label` changes it. Tensors made outside such a
    block are activations, or logits if their last dimension is a vocabulary shard.
 3. Operations are those of matrix products and attention, by torch's formulas (torch.utils.flop_counter).
-4. The time of an operation is the longer of computing and of moving what it reads and writes (its `cost`); operations
-   run one after the other, views are free.
+4. The time of an operation is its `cost`: the longer of computing and of moving what it reads and writes. Operations
+   run one after the other; views are free.
 """
 
 import weakref
@@ -16,7 +15,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import benchmark  # noqa: F401 (formulas for attention on a CPU)
+import attention_flops  # noqa: F401 (registers formulas)
 import torch
 from collectives import Traffic
 from torch._subclasses.fake_tensor import FakeTensor
@@ -31,7 +30,7 @@ class Phase:
 
     flops: int = 0
     seconds: float = 0.0
-    """Of operations, by `cost`."""
+    """Time of operations, by `cost`."""
     peak: dict[str, int] = field(default_factory=dict)
     """Live bytes by kind when their sum was largest."""
     traffic: Traffic = field(default_factory=Traffic)
@@ -49,7 +48,7 @@ class Meter(TorchDispatchMode):
 
     Args:
         vocab_shard: last dimension of logits.
-        cost: seconds of an operation of that many floating-point operations and bytes.
+        cost: (floating-point operations, bytes) → seconds of an operation.
     """
 
     def __init__(self, vocab_shard: int, cost: Callable[[int, int], float] = lambda flops, size: 0.0):
@@ -65,7 +64,7 @@ class Meter(TorchDispatchMode):
 
     @contextmanager
     def __call__(self, name: str):
-        """A phase; several of one name add up."""
+        """Inside, everything counts for this phase. Phases of the same name add up."""
         before, self._phase = self._phase, self.phases.setdefault(name, Phase())
         self._peak = sum(self._phase.peak.values())
         self._note_peak()
@@ -75,13 +74,13 @@ class Meter(TorchDispatchMode):
 
     @contextmanager
     def kind(self, name: str):
-        """What is made within is of this kind."""
+        """Tensors made inside are of this kind."""
         before, self._kind = self._kind, name
         yield
         self._kind = before
 
     def label(self, tensor: torch.Tensor, kind: str) -> None:
-        """This tensor's storage is of that kind."""
+        """Set the kind of a tensor's storage."""
         self._see(tensor)
         storage = self._storages[tensor.untyped_storage()._cdata]
         self.bytes[storage.kind] -= storage.bytes
@@ -90,7 +89,7 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
-            return args[0].fake_device  # asked for all the time
+            return args[0].fake_device  # called very often
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if func.namespace == "c10d":

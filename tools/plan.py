@@ -1,25 +1,27 @@
-"""Does it fit, what does it send, how long does a step take: before any GPU is taken.
+"""Tells, without a GPU, whether a run fits into memory, what its ranks send, and how long a step takes.
 
-    python tools/plan.py --world-size 32 --gpu h100 --train-iters 1 <the training flags of the run>
+    python tools/plan.py --world-size 32 --gpu h100 <model, method and parallelism flags of the run>
 
     Llama 3.1  --num-layers --hidden-size --ffn-hidden-size --num-attention-heads  and for all
     8B                   32          4096             14336                    32  --num-query-groups 8 --bf16
     70B                  80          8192             28672                    64  --vocab-size 128256
     405B                126         16384             53248                   128  --untie-embeddings-and-output-weights
 
-1. The first, a middle and the last pipeline stage are each run as one rank of the real code: one step of `train_step`
-   on tensors without data, among ranks that are not there (simulate.py). Nothing is modelled apart, so memory,
+1. The first, a middle and the last pipeline stage each run as one rank of the real code: one `train_step` on tensors
+   without data, among ranks that do not exist (simulate.py). There is no second model of the code, so memory,
    operations and messages are those of the code (meter.py, collectives.py).
-2. No rollout is left out (--ebft-skip-duplicates is off): what is saved depends on the policy, and need not be there.
-   Nothing is planned in FP8, which needs a GPU: with it rows end in some more padding, and the weights of a pass that
-   runs in FP8 take half as much again; those of training (--fp8-format) as much again, all the time.
-3. Not in it: CUDA's context, NCCL's buffers and fragmentation, for which UNUSABLE of the memory is set aside, and
-   temporaries inside operations. Evaluation needs less than training: its rows are as long, and have no backward pass.
-4. Times are an estimate: every operation takes the longer of computing and of moving its bytes, at EFFICIENCY of the
-   peaks; every collective its ring's bytes over the slowest link, and nothing overlaps. Pipeline stages idle as in the
+2. The plan skips no rollouts (--ebft-skip-duplicates is off), since savings depend on the policy. It plans nothing in
+   FP8, which needs a GPU. FP8 pads rows a little; the weights of a rollout or encoder pass in FP8 take half as much
+   again during the pass, and with --fp8-format the policy's weights take twice as much all the time.
+3. The plan leaves out CUDA's context, NCCL's buffers and fragmentation, for which it sets aside UNUSABLE of the memory,
+   and temporaries inside operations. Evaluation needs less than training: its rows are as long, without a backward
+   pass.
+4. Times are an estimate. An operation takes the longer of computing and of moving its bytes, at EFFICIENCY of the
+   peaks. A collective takes its ring's bytes over the slowest link. Nothing overlaps. Pipeline stages idle as in the
    schedules of Megatron (training) and of rollout/schedule.py (sampling).
-5. Where it does not fit, single changes of flags are planned in the order of what they cost, and the first that helps
-   is named.
+5. If the run does not fit, the tool plans single changes of flags, cheapest first, and names the first that helps.
+6. The run's flags can come from its --config file; what the plan does not read (data, checkpoints, logging) is ignored
+   there.
 """
 
 import argparse
@@ -35,25 +37,43 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from unittest import mock
 
+from megatron_ebft.run.flags.checks import check_args
+from megatron_ebft.run.flags.flag import Flag, Group, above, at_least
+from megatron_ebft.run.flags.parser import Parser
+from megatron_ebft.run.flags.table import STEP
+
 GIB, KINDS = 2**30, ("weights", "gradients", "optimizer", "encoder", "start", "caches", "logits", "activations",
                      "data")
 EFFICIENCY = {"compute": 0.6, "memory": 0.7, "links": 0.7}
-"""Shares of the peaks that large matrix products, streaming kernels and large messages reach."""
+"""Fractions of the peaks that large matrix products, streaming kernels and large messages reach."""
 LAUNCH, LATENCY = 5e-6, 2e-5
-"""Seconds below which no operation and no collective gets."""
+"""Shortest time of an operation and of a collective, in seconds."""
 UNUSABLE = 0.08
+CLUSTER = Group("cluster", (
+    Flag("--world-size", int, "total number of GPUs", valid=at_least(1), required=True),
+    Flag("--gpu", str, "kind of GPU; custom needs the next five flags", default="h100",
+         choices=("h100", "h200", "custom")),
+    Flag("--gpu-memory-gib", float, "memory of a GPU", valid=above(0), default_text="the GPU's"),
+    Flag("--peak-tflops", float, "dense bfloat16 peak of a GPU", valid=above(0), default_text="the GPU's"),
+    Flag("--memory-bandwidth-gbs", float, "memory bandwidth of a GPU, in GB/s", valid=above(0),
+         default_text="the GPU's"),
+    Flag("--intra-node-gbs", float, "bandwidth of a GPU inside a node, in GB/s in each direction", valid=above(0),
+         default_text="the GPU's"),
+    Flag("--inter-node-gbs", float, "bandwidth of a GPU between nodes, in GB/s in each direction", valid=above(0),
+         default_text="the GPU's"),
+    Flag("--gpus-per-node", int, "GPUs that NVLink connects", valid=at_least(1), default_text="8"),
+    Flag("--json", str, "write all figures to this file", metavar="FILE")))
+READS = STEP | {"ebft_document_mask", "ebft_answer_only", "ebft_track_kl"}
 
 
 @dataclass
 class Cluster:
-    """GPUs and links, in the units of the flags."""
+    """GPUs and links, in the units of the flags (CLUSTER)."""
 
     gpu_memory_gib: float
     peak_tflops: float
-    """Dense bfloat16."""
     memory_bandwidth_gbs: float
     intra_node_gbs: float
-    """Of a GPU, in each direction."""
     inter_node_gbs: float
     gpus_per_node: int = 8
 
@@ -80,7 +100,7 @@ def build(args, meter):
     from megatron_ebft.common.device import device
     from megatron_ebft.data.micro_batches import GoldBatch
     from megatron_ebft.parallel.groups import document_size
-    from megatron_ebft.run.arguments import ebft_config, model_args
+    from megatron_ebft.run.configs import ebft_config, model_args
     from megatron_ebft.run.loop import Run
     from megatron_ebft.run.models import build_models, build_optimizer
 
@@ -111,12 +131,12 @@ def build(args, meter):
 
 
 def measure(args, cluster: Cluster) -> dict:
-    """One step of this rank, JSON-able: of tensors with data, or without."""
+    """Figures of one step of this rank, JSON-able. Works on real and on fake tensors."""
     from exchange import feature_exchange
     from meter import Meter
 
     from megatron_ebft.model.attention import PrefillPattern
-    from megatron_ebft.run.arguments import model_args
+    from megatron_ebft.run.configs import model_args
     from megatron_ebft.run.loop import train_step
 
     meter = Meter(model_args(args, args.vocab_size).padded_vocab_size // args.tensor_model_parallel_size,
@@ -146,7 +166,7 @@ def measure(args, cluster: Cluster) -> dict:
 
 
 def idle(args, run, gold) -> dict[str, float]:
-    """Share of each phase in which this stage waits for others."""
+    """Fraction of each phase in which this stage waits for others."""
     from megatron_ebft.method.batches import training_rows
     from megatron_ebft.rollout.sampler import Rollouts
     from megatron_ebft.rollout.schedule import idle_fraction, row_groups
@@ -164,27 +184,27 @@ def idle(args, run, gold) -> dict[str, float]:
 
 
 def measure_rank(argv: list[str], rank: int, like_gpu: bool = True) -> dict:
-    """`measure` for a rank that is not there, in a process of its own."""
+    """`measure` for a rank that does not exist, in its own process."""
     warnings.filterwarnings("ignore")
     args, cluster = parse(argv)
     from simulate import fake_tensors, gpu_operations, simulated_rank
 
     from megatron_ebft.parallel.groups import init_parallel, shut_down
-    from megatron_ebft.run.arguments import parallel_sizes
     from megatron_ebft.run.build import check_batch
+    from megatron_ebft.run.configs import parallel_sizes
 
-    begun = time.perf_counter()
+    start = time.perf_counter()
     with simulated_rank(rank, args.world_size):
         init_parallel(**parallel_sizes(args))
         check_batch(args)
         with gpu_operations() if like_gpu else nullcontext(), fake_tensors():
-            found = measure(args, cluster)
+            figures = measure(args, cluster)
         shut_down()
-    return {**found, "rank": rank, "took": time.perf_counter() - begun}
+    return {**figures, "rank": rank, "took": time.perf_counter() - start}
 
 
 def stage_ranks(args) -> dict[str, int]:
-    """The ranks that are planned, by the name of their pipeline stage: the first of each."""
+    """The ranks to plan, by the name of their pipeline stage: the first rank of each."""
     stages = args.pipeline_model_parallel_size
     per_stage = args.world_size // stages
     if stages == 1:
@@ -194,17 +214,17 @@ def stage_ranks(args) -> dict[str, int]:
 
 
 def plan(argv: list[str], ranks: dict[str, int], pool) -> dict[str, dict]:
-    """What each of the ranks holds and does."""
+    """Figures of each of the ranks, by name."""
     waiting = {name: pool.submit(measure_rank, argv, rank) for name, rank in ranks.items()}
-    found = {}
-    for name, result in waiting.items():
-        found[name] = result.result()
-        print(f"planned rank {found[name]['rank']} ({name}) in {found[name]['took']:.0f} s", flush=True)
-    return found
+    stages = {}
+    for name, future in waiting.items():
+        stages[name] = future.result()
+        print(f"planned rank {stages[name]['rank']} ({name}) in {stages[name]['took']:.0f} s", flush=True)
+    return stages
 
 
 def peak(stage: dict) -> tuple[str, dict[str, int]]:
-    """The phase that needs most memory, and its bytes by kind."""
+    """The phase that needs the most memory, and its bytes by kind."""
     name = max(stage["phases"], key=lambda name: sum(stage["phases"][name]["peak"].values()))
     return name, stage["phases"][name]["peak"]
 
@@ -221,30 +241,30 @@ def phase_seconds(stage: dict, name: str) -> tuple[float, float, float]:
 
 
 def changes(args) -> list[list[str]]:
-    """Single changes that save memory, those that cost least first, as flags to add."""
+    """Single changes that save memory, cheapest first, each as flags to add."""
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    is_ebft, found = args.training_mode == "ebft", []
+    is_ebft, flags = args.training_mode == "ebft", []
     if tp > 1 and not args.sequence_parallel:
-        found.append(["--sequence-parallel"])
+        flags.append(["--sequence-parallel"])
     if args.micro_batch_size > 1:
-        found.append(["--micro-batch-size", "1"])
+        flags.append(["--micro-batch-size", "1"])
     if is_ebft:
         blocks = (args.seq_length - args.ebft_rollout_length - args.ebft_context_length) // args.ebft_stride + 1
-        found.append(["--ebft-rollout-rows", "1"])
-        found += [["--ebft-blocks-per-microbatch", str(math.ceil((args.ebft_blocks_per_microbatch or blocks) / part))]
+        flags.append(["--ebft-rollout-rows", "1"])
+        flags += [["--ebft-blocks-per-microbatch", str(math.ceil((args.ebft_blocks_per_microbatch or blocks) / part))]
                   for part in (2, 4)]
     if args.recompute_granularity != "full":
-        found.append(["--recompute-granularity", "full"])
+        flags.append(["--recompute-granularity", "full"])
     if is_ebft and args.ebft_track_kl and not args.ebft_kl_coef:
-        found.append(["--no-ebft-track-kl"])
-    found.append(["--tensor-model-parallel-size", str(2 * tp), *([] if args.sequence_parallel else
+        flags.append(["--no-ebft-track-kl"])
+    flags.append(["--tensor-model-parallel-size", str(2 * tp), *([] if args.sequence_parallel else
                                                                   ["--sequence-parallel"])])
-    found.append(["--pipeline-model-parallel-size", str(2 * pp)])
-    return found
+    flags.append(["--pipeline-model-parallel-size", str(2 * pp)])
+    return flags
 
 
 def advise(argv: list[str], args, stages: dict[str, dict], limit: float, pool) -> str:
-    """The first single change with which the tightest rank fits."""
+    """A sentence with the first single change that makes the tightest rank fit."""
     tightest = max(stages, key=lambda name: peak_gib(stages[name]))
     waiting, tried = [], []
     for change in changes(args):
@@ -264,10 +284,10 @@ def advise(argv: list[str], args, stages: dict[str, dict], limit: float, pool) -
         if size <= limit:
             for _, other in waiting:
                 other.cancel()
-            return f"It would fit with {' '.join(change)}: {size:.1f} GiB on the rank that needs most now."
+            return f"It fits with {' '.join(change)}: {size:.1f} GiB on the rank that needs the most now."
         tried.append((size, change))
     size, change = min(tried)
-    return (f"No single change of a flag makes it fit; nearest comes {' '.join(change)} with {size:.1f} GiB. Combine "
+    return (f"No single change of a flag makes it fit; {' '.join(change)} comes closest with {size:.1f} GiB. Combine "
             "several, or take more GPUs.")
 
 
@@ -308,8 +328,8 @@ def report(args, cluster: Cluster, stages: dict[str, dict]) -> str:
                     [*rows, ["step", "", "", "", f"{step:.2f}"]])
     flops = max(sum(p["flops"] for p in s["phases"].values()) for s in stages.values())
     tokens = args.global_batch_size * args.seq_length
-    lines.append(f"A step of {tokens} gold tokens takes about {step:.1f} s ({flops / step / 1e12:.0f} TFLOP/s a GPU); "
-                 "an estimate: see the assumptions in this tool's first lines.")
+    lines.append(f"A step of {tokens} gold tokens takes an estimated {step:.1f} s ({flops / step / 1e12:.0f} TFLOP/s "
+                 "per GPU); --help lists the assumptions.")
     return "\n".join(lines)
 
 
@@ -319,38 +339,24 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, Cluster]:
-    """Training flags with those of the cluster.
+    """Training flags, without FP8 and skipped rollouts, and the cluster.
 
     Raises:
         ValueError: naming the flag.
     """
-    from megatron_ebft.run.arguments import build_parser, check_args
-
-    parser = build_parser()
-    parser.prog, parser.description = "tools/plan.py", __doc__
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add = parser.add_argument_group("cluster").add_argument
-    add("--world-size", type=int, required=True, help="GPUs in all")
-    add("--gpu", choices=(*GPUS, "custom"), default="h100", help="kind; custom takes all of the next five")
-    for name in asdict(GPUS["h100"]):
-        add(f"--{name.replace('_', '-')}", type=int if name == "gpus_per_node" else float,
-            help="instead of the GPU's own" if name != "gpus_per_node" else "GPUs that NVLink joins, default 8")
-    add("--json", metavar="FILE", help="write all figures there")
+    parser = Parser("tools/plan.py", __doc__, own=(CLUSTER,), reads=READS, defaults={"train_iters": 1})
     args = check_args(parser.parse_args(argv))
     args.ebft_skip_duplicates, args.ebft_rollout_fp8, args.ebft_encoder_fp8, args.fp8_format = False, "off", "off", None
-    if args.vocab_size is None:
-        raise ValueError("--vocab-size: give it, the plan reads no tokenizer")
-    if args.use_checkpoint_args:
-        raise ValueError("--use-checkpoint-args: the plan reads no checkpoint, give the architecture")
+    for name in ("vocab_size", "num_layers", "hidden_size", "num_attention_heads"):
+        if vars(args)[name] is None:
+            raise ValueError(f"--{name.replace('_', '-')}: give it; the plan reads neither tokenizer nor checkpoint")
     cluster = asdict(GPUS[args.gpu]) if args.gpu != "custom" else {"gpus_per_node": 8}
     cluster |= {name: vars(args)[name] for name in asdict(GPUS["h100"]) if vars(args)[name] is not None}
     for name in asdict(GPUS["h100"]):
         if name not in cluster:
             raise ValueError(f"--{name.replace('_', '-')}: --gpu custom needs it")
-        if cluster[name] <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} {cluster[name]}: must be above 0")
     model_parallel = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
-    if args.world_size < 1 or args.world_size % model_parallel:
+    if args.world_size % model_parallel:
         raise ValueError(f"--world-size {args.world_size}: must be a multiple of --tensor-model-parallel-size × "
                          f"--pipeline-model-parallel-size, {model_parallel}")
     return args, Cluster(**cluster)
@@ -365,8 +371,8 @@ def main(argv: list[str]) -> None:
         stages = plan(argv, stage_ranks(args), pool)
         print("\n" + report(args, cluster, stages) + "\n")
         needed = max(map(peak_gib, stages.values()))
-        words = (f"{needed:.1f} GiB on the rank that needs most, of {limit:.1f} GiB usable ({1 - UNUSABLE:.0%} of the "
-                 "GPU's)")
+        words = (f"{needed:.1f} GiB on the rank that needs the most, of {limit:.1f} GiB usable ({1 - UNUSABLE:.0%} of "
+                 "the GPU's)")
         if needed <= limit:
             print(f"FITS: {words}.")
         else:

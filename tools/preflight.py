@@ -1,21 +1,20 @@
-"""What is missing before ranks are started, all of it at once: run by the job scripts of slurm/.
+"""Names everything that a run lacks before its ranks start. The job scripts of slurm/ run it.
 
     python tools/preflight.py --world-size 32 --ranks-per-node 8 --gpus-per-node 8 <the training flags of the run>
 
 1. The checks are those of training itself (run/build.py, run/resume.py). One process makes them, as rank 0 of ranks
-   that do not exist (simulate.py); where one fails, the others still run. Each line names the flag and the remedy.
-2. Checkpoints are opened, and their files must have the sizes of the manifest, the small ones also their checksums;
-   those of the tensors are left to the ranks, which share the reading. Dataset indices are built where there are none,
-   and found by the ranks later.
-3. --save must hold as many more checkpoints as --ebft-keep-checkpoints lets there be (and at least one): the oldest
-   goes when the next is whole. A checkpoint has the weights, and 12 bytes a parameter of the optimizer (float32 weight
-   and two moments).
-4. With --node-only, the GPUs of this machine alone are checked.
+   that do not exist (simulate.py). If one fails, the others still run. Each line names the flag and the remedy.
+2. Checkpoints are opened. Their files must have the sizes of the manifest, and the small files also its checksums; the
+   ranks check the tensors' files, sharing the reading. Missing dataset indices are built, so that ranks find them.
+3. --save must have room for the checkpoints that --ebft-keep-checkpoints still allows, and for at least one: the oldest
+   is removed when the next is whole. A checkpoint has the weights, and 12 bytes of optimizer state per parameter
+   (float32 weight and two moments).
+4. --node-only checks the GPUs of this machine and nothing else.
 
-Exits with 0, or with 64 where something is missing.
+It takes all training flags, which `python -m megatron_ebft.train --help` lists. The exit code is 0, or 64 if something
+is missing.
 """
 
-import argparse
 import contextlib
 import os
 import shutil
@@ -24,10 +23,21 @@ import sys
 import tempfile
 import warnings
 
+from megatron_ebft.run.flags.checks import check_args
+from megatron_ebft.run.flags.flag import Flag, Group, at_least
+from megatron_ebft.run.flags.parser import Parser
+from megatron_ebft.run.flags.table import FLAGS
+
 EXIT_WRONG = 64
 OPTIMIZER_BYTES = 12
 NVIDIA = "/dev/nvidiactl"
-"""There wherever the driver is loaded."""
+"""Exists wherever the driver is loaded."""
+JOB = Group("job", (
+    Flag("--world-size", int, "total number of ranks", valid=at_least(1), required=True),
+    Flag("--ranks-per-node", int, "number of ranks on this machine", valid=at_least(1), required=True),
+    Flag("--gpus-per-node", int, "GPUs that the job requested on each node (0: run on CPUs)", default=0,
+         valid=at_least(0)),
+    Flag("--node-only", bool, "check the GPUs of this machine and nothing else", default=False)))
 
 
 class Problems(list):
@@ -35,7 +45,7 @@ class Problems(list):
 
     @contextlib.contextmanager
     def collected(self):
-        """Within, a ValueError is noted, and ends the block alone."""
+        """A ValueError inside is recorded, and ends only the block."""
         try:
             yield
         except ValueError as error:
@@ -44,22 +54,22 @@ class Problems(list):
 
 
 def check_gpus(args) -> str:
-    """ValueError unless each of this machine's ranks has a GPU, where the job has any; else what there is."""
+    """A line on this machine's GPUs. ValueError, if the job has GPUs and a rank has none."""
     if args.gpus_per_node == 0 and not os.path.exists(NVIDIA):
         return "no GPUs, CPUs compute"
     import torch
 
-    found = torch.cuda.device_count()
-    if found < args.ranks_per_node:
-        raise ValueError(f"--ntasks-per-node {args.ranks_per_node}: torch {torch.__version__} sees {found} GPUs on "
-                         f"this node, of {args.gpus_per_node} asked for with --gpus-per-node: compare nvidia-smi "
-                         "there, exclude the node (sbatch --exclude), or install torch for its driver; without GPUs: "
+    gpus = torch.cuda.device_count()
+    if gpus < args.ranks_per_node:
+        raise ValueError(f"--ntasks-per-node {args.ranks_per_node}: torch {torch.__version__} sees {gpus} GPUs on "
+                         f"this node, of {args.gpus_per_node} that --gpus-per-node requests. Compare nvidia-smi there, "
+                         "exclude the node (sbatch --exclude), or install torch for its driver; to run without GPUs: "
                          "--gpus-per-node=0")
-    return f"{found} GPUs"
+    return f"{gpus} GPUs"
 
 
 def check_data(args, tokenizer, problems: Problems) -> None:
-    """Each dataset by itself, and then all of them as training builds them."""
+    """Check each dataset by itself, then build all of them as training does."""
     from megatron_ebft.data.dataset_files import check_dataset
     from megatron_ebft.data.datasets import Blend
     from megatron_ebft.run.build import build_data
@@ -77,7 +87,7 @@ def check_data(args, tokenizer, problems: Problems) -> None:
 
 
 def check_checkpoints(args, is_resumed: bool, problems: Problems) -> dict:
-    """Every checkpoint that will be read; its reader by flag."""
+    """Check every checkpoint that the run will read. Returns its reader by flag."""
     from megatron_ebft.checkpointing.folders import newest_first, resolve
 
     readers = {}
@@ -91,10 +101,10 @@ def check_checkpoints(args, is_resumed: bool, problems: Problems) -> dict:
 
 
 def first_to_open(folders: list[str], flag: str):
-    """A reader of the first whose files are all there, in their sizes, and of whose small files none is damaged.
+    """A reader of the first checkpoint whose files have the right sizes and whose small files are undamaged.
 
     Raises:
-        ValueError: about the first, where none is.
+        ValueError: about the first checkpoint, if there is none.
     """
     from megatron_ebft.checkpointing.manifest import check_sizes, check_whole
     from megatron_ebft.checkpointing.reader import CheckpointReader
@@ -112,9 +122,10 @@ def first_to_open(folders: list[str], flag: str):
 
 @contextlib.contextmanager
 def rank_zero(world_size: int, sizes: dict):
-    """Within: process groups as rank 0 of a world has them.
+    """Inside, this process has the process groups of rank 0.
 
-    sizes: arguments of init_parallel, which may refuse them by a ValueError.
+    Args:
+        sizes: arguments of init_parallel, which may refuse them with a ValueError.
     """
     from simulate import simulated_rank
 
@@ -129,9 +140,9 @@ def rank_zero(world_size: int, sizes: dict):
 
 
 def checkpoint_bytes(args, vocab_size: int) -> tuple[int, int]:
-    """Parameters of the model, and bytes of a checkpoint with its optimizer."""
+    """Number of parameters, and bytes of a checkpoint with its optimizer."""
     from megatron_ebft.model.build import build_skeleton
-    from megatron_ebft.run.arguments import model_args
+    from megatron_ebft.run.configs import model_args
 
     with rank_zero(1, dict(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, seed=1)):
         parameters = sum(p.numel() for p in build_skeleton(model_args(args, vocab_size)).parameters())
@@ -139,7 +150,7 @@ def checkpoint_bytes(args, vocab_size: int) -> tuple[int, int]:
 
 
 def check_save(args, size: int) -> str:
-    """ValueError unless --save can be written and has room; else a line on the room there is."""
+    """A line on the room at --save. ValueError if it cannot be written or has too little room."""
     from megatron_ebft.checkpointing.folders import complete_iterations, leftover_bytes
 
     if not args.save:
@@ -158,21 +169,22 @@ def check_save(args, size: int) -> str:
         wanted = max(1, args.ebft_keep_checkpoints + 1 - len(complete_iterations(args.save)))
     if free < wanted * size:
         raise ValueError(f"--save {args.save}: {free / 1e9:.1f} GB are free, and {wanted} more checkpoint"
-                         f"{'s' * (wanted > 1)} of {size / 1e9:.1f} GB must fit; remove what is not needed there, or "
-                         "name a folder on another disk")
+                         f"{'s' * (wanted > 1)} of {size / 1e9:.1f} GB must fit; free some space there, or name "
+                         "a folder on another disk")
     return f"a checkpoint takes {size / 1e9:.3g} GB, {free / 1e9:.0f} GB are free at --save"
 
 
 def check_run(args, problems: Problems) -> list[str]:
-    """Everything but GPUs; what the run is, in words."""
+    """Check everything but GPUs. Returns phrases that describe the run."""
     from megatron_ebft.checkpointing.record import read_metadata
     from megatron_ebft.data.tokenizer import build_tokenizer
-    from megatron_ebft.run import arguments, build, resume
+    from megatron_ebft.run import build, configs, resume
 
-    is_resumed, tokenizer, words = False, None, []
+    are_flags_right, is_resumed, tokenizer, words = False, False, None, []
     with problems.collected():
-        arguments.check_args(args)
-    with problems.collected(), rank_zero(args.world_size, arguments.parallel_sizes(args)):
+        check_args(args)
+        are_flags_right = True
+    with problems.collected(), rank_zero(args.world_size, configs.parallel_sizes(args)):
         build.check_batch(args)
     with problems.collected():
         is_resumed = resume.find_resume(args)
@@ -193,43 +205,23 @@ def check_run(args, problems: Problems) -> list[str]:
         with problems.collected():
             parameters, size = checkpoint_bytes(args, tokenizer.vocab_size)
             words.append(f"{parameters / 1e6:.4g} M parameters")
-            arguments.ebft_config(args, arguments.model_args(args, tokenizer.vocab_size).num_layers)
+            if are_flags_right and (args.training_mode == "ebft" or args.ebft_encoder_load):
+                configs.ebft_config(args, configs.model_args(args, tokenizer.vocab_size).num_layers)
     with problems.collected():
         words.append(check_save(args, size))
     words.append(f"goes on from {readers[origin].folder}" if is_resumed and origin in readers else "starts afresh")
     return words
 
 
-def add_job(add) -> None:
-    """The flags of the job itself; add: a parser's or group's add_argument."""
-    add("--world-size", type=int, required=True, help="ranks in all")
-    add("--ranks-per-node", type=int, required=True, help="ranks on this machine")
-    add("--gpus-per-node", type=int, default=0, help="GPUs the job asked for on each node; 0: CPUs compute")
-    add("--node-only", action="store_true", help="check this machine's GPUs and nothing else")
-
-
-def parse_all(argv: list[str]) -> argparse.Namespace:
-    """Training flags, unchecked, with those of the job."""
-    from megatron_ebft.run.arguments import build_parser
-
-    parser = build_parser()
-    parser.prog, parser.description = "tools/preflight.py", __doc__
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add_job(parser.add_argument_group("job").add_argument)
-    return parser.parse_args(argv)
-
-
 def main(argv: list[str]) -> int:
     warnings.filterwarnings("ignore")
     problems, words = Problems(), []
-    job = argparse.ArgumentParser(prog="tools/preflight.py", add_help=False, allow_abbrev=False)
-    add_job(job.add_argument)
+    parser = Parser("tools/preflight.py", __doc__, own=(JOB,), reads=frozenset(FLAGS), shows_training=False)
     with problems.collected():
         if "--node-only" not in argv:
-            args = parse_all(argv)
-            words += check_run(args, problems)
+            words += check_run(parser.parse_args(argv), problems)
     with problems.collected():
-        words.append(check_gpus(job.parse_known_args(argv)[0]))
+        words.append(check_gpus(parser.parse_own(argv)))
     where = f"preflight on {socket.gethostname()}"
     if problems:
         lines = [f"{where}: {len(problems)} problem{'s' * (len(problems) > 1)}", *(f"  {text}" for text in problems)]

@@ -5,11 +5,12 @@
 
 1. Plain text: a dataset for each of --json-keys, `<prefix>_<key>_document.bin` and `.idx`.
 2. With --question-key and --answer-key a document is question + answer + eod, in `<prefix>_text_document`, and
-   `<prefix>_text_document_answer_mask` holds a byte for each token: 1 in the answer and on its eod, else 0. The two
-   texts are tokenised one by one, so that every token belongs to one of them.
-3. Beside a dataset, its `.json` names the tokenizer, which training compares with its own.
-4. Files are written under temporary names and renamed at the end, the text's .idx last: it says that all is whole.
-5. The output is the same whatever the number of workers.
+   `<prefix>_text_document_answer_mask` holds a byte for each token: 1 in the answer and on its eod, else 0. Question
+   and answer are tokenised separately, so that every token belongs to one of them.
+3. The `.json` file of a dataset names its tokenizer. Training compares it with its own.
+4. Files are written under temporary names and renamed at the end. The text's .idx comes last: if it exists, the dataset
+   is whole.
+5. The output does not depend on the number of workers.
 """
 
 import argparse
@@ -29,11 +30,32 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from megatron_ebft.data.rows import ANSWER_MASK_SUFFIX
 from megatron_ebft.data.tokenizer import TOKENIZER_TYPES, Tokenizer, build_tokenizer
+from megatron_ebft.run.flags.flag import Flag, Group, at_least
+from megatron_ebft.run.flags.parser import Parser
 
 BATCH_BYTES = 1 << 18
 """Input sent to a worker at a time."""
 PROGRESS_SECONDS = 10
-"""Longest silence."""
+"""Longest time between progress lines."""
+PREPROCESSING = Group("preprocessing", (
+    Flag("--input", str, "JSON Lines files, read in order", many=True, metavar="FILE", required=True),
+    Flag("--output-prefix", str, "start of the output's names, <prefix>_<key>_document.bin, .idx and .json",
+         metavar="PATH", required=True),
+    Flag("--json-keys", str, "keys of the texts; each makes its own dataset", many=True, metavar="KEY",
+         default_text="text"),
+    Flag("--question-key", str, "key of the question; with --answer-key, a document is question + answer",
+         metavar="KEY"),
+    Flag("--answer-key", str, "key of the answer, whose tokens the answer mask marks", metavar="KEY"),
+    Flag("--tokenizer-type", str, "kind of tokenizer", choices=TOKENIZER_TYPES, required=True),
+    Flag("--tokenizer-model", str, "SentencePiece .model file, or local folder of a Hugging Face tokenizer",
+         metavar="PATH"),
+    Flag("--vocab-size", int, "vocabulary of the model, if it is larger than the tokenizer's; size of a NullTokenizer",
+         default_text="the tokenizer's"),
+    Flag("--append-eod", bool, "end every document with the tokenizer's end-of-document id. Rows hold several "
+         "documents, and only this id tells training where one ends", default=True),
+    Flag("--workers", int, "number of processes that tokenise", default=1, valid=at_least(1)),
+    Flag("--log-interval", int, f"documents between progress lines; at least one line is printed every "
+         f"{PROGRESS_SECONDS} s", default=100_000, valid=at_least(1))))
 
 
 @dataclass
@@ -61,16 +83,16 @@ class Encoder:
 
     tokenizer: Tokenizer
     dtype: type[numpy.number]
-    """Of the token ids."""
+    """dtype of the token ids."""
     parts: list[list[str]]
     """The keys that make up a document, for each dataset: [key], or [question key, answer key]."""
     append_eod: bool
 
     def encode(self, batch: Batch) -> list[list[Document | None]]:
-        """The documents of each line that is not blank, one for each dataset; None where a text is empty.
+        """The documents of each line that is not blank: one per dataset, None for an empty text.
 
         Raises:
-            ValueError: with file and line, for what is not a JSON object with the keys' texts.
+            ValueError: naming file and line, if it is no JSON object with the keys' texts.
         """
         documents = []
         for number, line in enumerate(batch.lines, batch.first_line):
@@ -98,12 +120,12 @@ class Encoder:
             raise ValueError(f"no key {key!r}; the line has {', '.join(map(repr, fields))}")
         if not isinstance(fields[key], str):
             raise ValueError(f"{key!r} is not a text")
-        fields[key].encode()  # refuses lone surrogates, which tokenizers treat each in its own way
+        fields[key].encode()  # refuses lone surrogates, on which tokenizers disagree
         return self.tokenizer.tokenize(fields[key])
 
 
 class DatasetWriter:
-    """An indexed dataset, its answer mask and its metadata, which appear under their names all at once."""
+    """Writes an indexed dataset, its answer mask and its metadata. They get their names together, at the end."""
 
     def __init__(self, prefix: str, dtype: type[numpy.number], with_answers: bool):
         self.prefix = prefix
@@ -124,7 +146,7 @@ class DatasetWriter:
         self.answer_tokens += length - start
 
     def finish(self, metadata: dict) -> None:
-        """Write the indices and the metadata, and rename everything; what was there before goes."""
+        """Write the indices and the metadata, and rename everything. Replaces an older dataset."""
         counts = dict(documents=self.documents, tokens=self.tokens)
         endings = [".bin", ".json", ".idx"]
         self._text.finalize(self._temporary + ".idx")
@@ -141,7 +163,7 @@ class DatasetWriter:
             os.replace(self._temporary + ending, self.prefix + ending)
 
     def discard(self) -> None:
-        """Remove the temporary files that are left; none are after `finish`."""
+        """Remove the temporary files. After `finish` there are none."""
         for builder in filter(None, (self._text, self._mask)):
             builder.data_file.close()
         for ending in (".bin", ".json", ".idx", ANSWER_MASK_SUFFIX + ".bin", ANSWER_MASK_SUFFIX + ".idx"):
@@ -154,7 +176,7 @@ def _remove(path: str) -> None:
 
 
 class Progress:
-    """A line with rates and time left, every so many documents and at least every PROGRESS_SECONDS."""
+    """Prints rates and time left, every `log_interval` documents and at least every PROGRESS_SECONDS."""
 
     def __init__(self, total_bytes: int, log_interval: int):
         self.total_bytes, self.log_interval = total_bytes, log_interval
@@ -204,10 +226,10 @@ def _encode(batch: Batch) -> list[list[Document | None]]:
 
 
 def encode_all(encoder: Encoder, paths: list[str], workers: int) -> Iterator[tuple[Batch, list[list[Document | None]]]]:
-    """Each batch with its documents, in order; several processes where `workers` is above 1.
+    """Yield each batch with its documents, in order. Runs `workers` processes if that is above 1.
 
-    Few batches are under way at a time (multiprocessing's imap would read all the input into memory), and a worker
-    that dies raises an error (imap would wait for it).
+    Only a few batches are in flight, and a dead worker raises an error. multiprocessing's imap would read all the input
+    into memory, and wait for the dead worker.
     """
     if workers == 1:
         for batch in read_batches(paths):
@@ -239,9 +261,6 @@ def preprocess(options: argparse.Namespace) -> None:
         raise ValueError("--question-key and --answer-key: give both or neither")
     if options.question_key is not None and options.json_keys is not None:
         raise ValueError("--json-keys: give either this or --question-key and --answer-key")
-    for flag, value in (("--workers", options.workers), ("--log-interval", options.log_interval)):
-        if value < 1:
-            raise ValueError(f"{flag} {value}: must be at least 1")
     for path in options.input:
         if not os.path.isfile(path):
             raise ValueError(f"--input {path}: no such file")
@@ -284,35 +303,10 @@ def preprocess(options: argparse.Namespace) -> None:
         print(f"{empty} empty {'answers' if with_answers else 'texts'} left out")
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Tokenise JSON Lines into Megatron's indexed datasets.")
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="JSON Lines files, read in order")
-    parser.add_argument("--json-keys", nargs="+", metavar="KEY",
-                        help="keys of the texts; each makes a dataset of its own (default: text)")
-    parser.add_argument("--question-key", metavar="KEY",
-                        help="key of the question; with --answer-key, documents are question + answer")
-    parser.add_argument("--answer-key", metavar="KEY", help="key of the answer, whose tokens the answer mask marks")
-    parser.add_argument("--output-prefix", required=True, metavar="PATH",
-                        help="start of the output's names, <prefix>_<key>_document.bin, .idx and .json")
-    parser.add_argument("--tokenizer-type", required=True, choices=TOKENIZER_TYPES)
-    parser.add_argument("--tokenizer-model", metavar="PATH",
-                        help="the sentencepiece .model file, or the Hugging Face tokenizer's local folder")
-    parser.add_argument("--vocab-size", type=int, metavar="N",
-                        help="the model's, where it is larger than the tokenizer's; NullTokenizer's size")
-    parser.add_argument("--append-eod", action=argparse.BooleanOptionalAction, default=True,
-                        help="end every document with the tokenizer's end-of-document id. Rows hold several documents, "
-                             "and only this id tells training where one ends")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that tokenise (default: 1)")
-    parser.add_argument("--log-interval", type=int, default=100_000, metavar="N",
-                        help=f"documents between progress lines (default: 100000); there is one every "
-                             f"{PROGRESS_SECONDS} s in any case")
-    return parser.parse_args(argv)
-
-
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 0, or 2 after an error message."""
     try:
-        preprocess(parse_args(argv))
+        preprocess(Parser("tools/preprocess_data.py", __doc__, own=(PREPROCESSING,)).parse_args(argv))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,19 +1,18 @@
-"""Recompute one step from its documents and rollouts, with any weights, on any layout of ranks.
+"""Recompute one step from its rows and rollouts, with any weights, on any layout of ranks.
 
     torchrun --nproc-per-node 4 tools/replay.py --hf-model DIR --batch STEP.safetensors --output OUT.safetensors \\
         --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2
 
-1. STEP is a file of tests/golden, or one that training wrote with --ebft-dump-steps (the format: step_file.py). OUT is
-   in the same format, with features and gradients under Hugging Face names. What STEP holds of the results as well is
-   compared, and if a difference is above --tolerance the exit status is 1: a check of a cluster, a conversion or a
-   layout before a long run, and the way to look into a strange step.
-2. The method is the file's. The flags of parallelism, precision, memory and FP8 are training's, so that those of a run
-   can be taken over as they are.
+1. STEP is a file of tests/golden, or one that training wrote with --ebft-dump-steps (step_file.py has the format). OUT
+   has the same format, with features and gradients under Hugging Face names. Results that STEP holds are compared; if a
+   difference is above --tolerance, the exit status is 1. Use it to check a cluster, a conversion or a layout before a
+   long run, and to look into a strange step.
+2. The method comes from the file. Parallelism, precision, memory and FP8 come from training's flags, or from the run's
+   --config file.
 3. To replay step i of a run, --load the checkpoint saved after step i − 1, and give the run's --ebft-encoder-load and
-   --pretrained-checkpoint (for the first step, which has no checkpoint before it: --load what the run started from).
+   --pretrained-checkpoint. No checkpoint precedes the first step: --load what the run started from.
 """
 
-import argparse
 import dataclasses
 import os
 import sys
@@ -24,11 +23,30 @@ from contextlib import contextmanager
 import torch
 from safetensors import safe_open
 
+from megatron_ebft.run.flags.flag import Flag, Group, at_least
+from megatron_ebft.run.flags.fp8 import FP8
+from megatron_ebft.run.flags.parallelism import PARALLELISM
+from megatron_ebft.run.flags.parser import Parser
+from megatron_ebft.run.flags.precision import PRECISION
+
 TOLERANCES = {"float32": 1e-4, "bfloat16": 1e-1}
+REPLAY = Group("replay", (
+    Flag("--hf-model", str, "Hugging Face folder with the policy's weights", metavar="DIR"),
+    Flag("--load", str, "checkpoint with the policy's weights, instead of --hf-model", metavar="DIR"),
+    Flag("--pretrained-checkpoint", str, "checkpoint that the run started from. It gives the start of a KL term and, "
+         "unless --ebft-encoder-load is given, the encoder", metavar="DIR", default_text="the policy's weights"),
+    Flag("--ebft-encoder-load", str, "checkpoint with the encoder's weights, if they differ", metavar="DIR"),
+    Flag("--batch", str, "file of the step: rows, rollouts and, in its metadata, the method", metavar="FILE",
+         required=True),
+    Flag("--output", str, "file for the step with all that was computed", metavar="FILE", required=True),
+    Flag("--tolerance", float, "largest difference from the results in --batch, absolute; of gradients relative to "
+         "their norm", default_text=f"{TOLERANCES['float32']}, with --bf16 {TOLERANCES['bfloat16']}",
+         valid=at_least(0))))
+READS = frozenset({"micro_batch_size", *PARALLELISM.dests, *PRECISION.dests, *FP8.dests} - {"ebft_skip_duplicates"})
 
 
 def parse(argv: list[str]):
-    """Training's flags for this step, the step, the model's Hugging Face tensors, and their files where it is one.
+    """Training's flags for this step, the step, the model's Hugging Face tensors and, with --hf-model, their files.
 
     Raises:
         ValueError: naming the flag or the file.
@@ -37,25 +55,10 @@ def parse(argv: list[str]):
     from megatron_ebft.hf.config import describe, read_model
     from megatron_ebft.hf.weights import HFWeights
     from megatron_ebft.model.architecture import ModelArgs
-    from megatron_ebft.run.arguments import Parser, add_machine, check_args
-    from megatron_ebft.run.fp8_flags import add_fp8
+    from megatron_ebft.run.flags.checks import check_args
     from megatron_ebft.run.step_file import read_step
 
-    parser = Parser(prog="torchrun --nproc-per-node N tools/replay.py", allow_abbrev=False,
-                    description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument_group("replay").add_argument
-    add("--hf-model", metavar="DIR", help="weights of the policy: a Hugging Face folder")
-    add("--load", metavar="DIR", help="or a checkpoint of ours")
-    add("--pretrained-checkpoint", metavar="DIR", help="checkpoint that the run started from: a KL term's reference, "
-        "and by default the encoder; where it is not given, the policy's weights are both")
-    add("--ebft-encoder-load", metavar="DIR", help="checkpoint with the encoder's weights, where they are others")
-    add("--batch", metavar="FILE", required=True, help="the step: documents, rollouts and, in the metadata, the method")
-    add("--output", metavar="FILE", required=True, help="the step with everything that was computed")
-    add("--tolerance", type=float, help="largest difference from what the batch file holds: absolute, of gradients "
-        f"relative to their norm; default: {TOLERANCES['float32']}, with --bf16 {TOLERANCES['bfloat16']}")
-    add("--micro-batch-size", type=int, default=1, help="rows of a micro-batch on one rank; bounds memory")
-    add_machine(parser.add_argument_group("parallelism, precision and memory, as in training"))
-    add_fp8(parser.add_argument_group("FP8, as in training"))
+    parser = Parser("torchrun --nproc-per-node N tools/replay.py", __doc__, own=(REPLAY,), reads=READS)
     mine = parser.parse_args(argv)
     if bool(mine.hf_model) == bool(mine.load):
         raise ValueError("--hf-model, --load: give one of the two, with the policy's weights")
@@ -79,7 +82,7 @@ def parse(argv: list[str]):
                          f"{step.args.global_batch_size} documents of --batch {mine.batch}")
     args, architecture = step.args, dataclasses.asdict(hf.architecture)
     vars(args).update({name: value for name, value in architecture.items() if name in vars(args)})
-    vars(args).update(vars(mine))
+    vars(args).update({name: vars(mine)[name] for name in (*READS, *REPLAY.dests)})
     if args.tolerance is None:
         args.tolerance = TOLERANCES["bfloat16" if args.bf16 else "float32"]
     return check_args(args), step, hf, weights
@@ -102,7 +105,7 @@ def load_hf_weights(policy: list, hf, weights) -> None:
 
 def build(args, hf, weights):
     """Policy, encoder and, with a KL term, the start, with their weights; and the configuration of the method."""
-    from megatron_ebft.run.arguments import ebft_config, model_args
+    from megatron_ebft.run.configs import ebft_config, model_args
     from megatron_ebft.run.models import Source, build_models
 
     def from_hf(policy: list) -> None:
@@ -184,9 +187,13 @@ def write(args, step, results: dict, policy: list, hf, say) -> None:
 
 
 def compare(batch: str, output: str, tolerance: float, say) -> list[str]:
-    """Says how far the output is from every result in the batch file; the names of those that are too far, or not
-    there. What is not finite in the same place on both sides is the same, and log-probabilities that are NaN in the
-    batch file were left out there."""
+    """Print how far the output is from every result in the batch file.
+
+    Two values that are NaN in the same place agree. A log-probability that is NaN in the batch file was skipped there.
+
+    Returns:
+        Names of the results that differ by more than the tolerance or are missing.
+    """
     from megatron_ebft.run.step_file import INPUTS
 
     with safe_open(batch, "pt") as given, safe_open(output, "pt") as computed:
@@ -197,9 +204,9 @@ def compare(batch: str, output: str, tolerance: float, say) -> list[str]:
                 say(f"{key}: not in the output, or in another shape than {tuple(expected.shape)}")
                 wrong.append(key)
                 continue
-            found = computed.get_tensor(key)
-            is_missing = expected.isnan() & (found.isnan() | (key == "log_probs"))
-            difference = (found - expected).where((found != expected) & ~is_missing, 0.0)
+            result = computed.get_tensor(key)
+            is_missing = expected.isnan() & (result.isnan() | (key == "log_probs"))
+            difference = (result - expected).where((result != expected) & ~is_missing, 0.0)
             is_gradient = key.startswith("grad.")
             size = difference.norm() / expected.norm().clamp(min=1e-30) if is_gradient else difference.abs().max()
             say(f"{key}: {size:.1e}{' of its norm' if is_gradient else ''}")
@@ -213,8 +220,8 @@ def main(argv: list[str]) -> None:
     """Parse, build, compute, write, compare."""
     warnings.filterwarnings("ignore")
     from megatron_ebft.parallel.groups import init_parallel, shut_down
-    from megatron_ebft.run.arguments import parallel_sizes
     from megatron_ebft.run.build import check_batch
+    from megatron_ebft.run.configs import parallel_sizes
 
     args, step, hf, weights = parse(argv)
     init_parallel(**parallel_sizes(args))

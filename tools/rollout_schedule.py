@@ -1,10 +1,10 @@
-"""How long pipeline stages idle while rollouts are sampled: measured task by task, and by the formula.
+"""Measures how long pipeline stages idle while rollouts are sampled, and compares with the formula.
 
     torchrun --nproc-per-node 4 tools/rollout_schedule.py --pipeline-model-parallel-size 4 --ebft-rollout-rows 1
 
-Takes the training flags of model, parallelism and method (see `python -m megatron_ebft.train --help`); random weights
-and rows. Every stage times its own work on each task, without waiting; the schedule is then replayed from these times,
-a task starting when the stage is free and its input is there (messages take no time). So ranks may share cores.
+Weights and rows are random. Every stage times its own work on each task, without waiting. The schedule is then replayed
+from these times: a task starts when the stage is free and its input is there, and messages take no time. So ranks may
+share cores.
 """
 
 import sys
@@ -12,16 +12,23 @@ import warnings
 
 import torch
 
+from megatron_ebft.run.flags.checks import check_args
+from megatron_ebft.run.flags.flag import Flag, Group, at_least
+from megatron_ebft.run.flags.parser import Parser
+from megatron_ebft.run.flags.table import STEP
+
+SCHEDULE = Group("measurement", (
+    Flag("--repeats", int, "timed passes; the shortest time of a task counts", default=3, valid=at_least(1)),))
 SHAPE = dict(num_layers=8, hidden_size=256, ffn_hidden_size=768, num_attention_heads=8, num_query_groups=4,
              seq_length=256, vocab_size=8192, micro_batch_size=1, global_batch_size=8, ebft_track_kl=False,
              untie_embeddings_and_output_weights=True)
 
 
 def replay(timelines: list[list[tuple[int, int, int, float]]]) -> float:
-    """Share of the time in which stages idle.
+    """Fraction of the time in which stages idle.
 
     Args:
-        timelines: of each stage, what `sample_rollouts` recorded: (step, virtual stage, group, seconds) in order.
+        timelines: for each stage, what `sample_rollouts` recorded: (step, virtual stage, group, seconds) in order.
     """
     stages, virtual = len(timelines), 1 + max(task[1] for task in timelines[0])
     assert all([task[:3] for task in timeline] == [task[:3] for task in timelines[0]] for timeline in timelines)
@@ -42,7 +49,7 @@ def replay(timelines: list[list[tuple[int, int, int, float]]]) -> float:
 
 
 def measure(args, repeats: int) -> list[list[tuple[int, int, int, float]]]:
-    """Each stage's timeline of one sampling pass: the shortest time of each task, on every rank."""
+    """Each stage's timeline of one sampling pass, with the shortest time of each task. The same on every rank."""
     from benchmark import build
 
     from megatron_ebft.parallel.groups import pp_group
@@ -64,13 +71,11 @@ def main(argv: list[str]) -> None:
     warnings.filterwarnings("ignore")
     from megatron_ebft.parallel.groups import document_size, init_parallel, shut_down
     from megatron_ebft.rollout.schedule import idle_fraction, row_groups
-    from megatron_ebft.run.arguments import build_parser, check_args, parallel_sizes
+    from megatron_ebft.run.configs import parallel_sizes
 
-    parser = build_parser()
-    parser.prog, parser.description = "tools/rollout_schedule.py", __doc__.splitlines()[0]
-    parser.set_defaults(**SHAPE)
-    parser.add_argument("--repeats", type=int, default=3, help="timed passes; the shortest time of a task counts")
-    args = check_args(parser.parse_args(["--train-iters", "1", *argv]))
+    parser = Parser("tools/rollout_schedule.py", __doc__, own=(SCHEDULE,), reads=STEP,
+                    defaults={"train_iters": 1, **SHAPE})
+    args = check_args(parser.parse_args(argv))
     stages, virtual = args.pipeline_model_parallel_size, args.num_virtual_stages_per_pipeline_rank
     init_parallel(**parallel_sizes(args))
     timelines = measure(args, args.repeats)

@@ -1,11 +1,10 @@
-"""What a checkpoint costs a step: written while training waits, and while it goes on (--async-save).
+"""Measures what a checkpoint costs: saved while training waits, and saved in the background (--async-save).
 
     torchrun --nproc-per-node 2 tools/save_cost.py --save FOLDER [training flags]
 
-Takes the training flags of model, optimizer, memory and method (see `python -m megatron_ebft.train --help`); random
-weights and rows, as tools/benchmark.py. Steps without a save, steps with one, and steps with an asynchronous one take
-turns; medians are reported. An asynchronous save adds what training waits for it, and what slows down the steps until
-it is whole.
+Weights and rows are random, as in tools/benchmark.py. Steps without a save, with a save and with an asynchronous save
+take turns; the tool prints medians. The cost of an asynchronous save is the time that training waits for it plus the
+time by which steps are slower until it is whole.
 """
 
 import statistics
@@ -14,12 +13,20 @@ import time
 import warnings
 
 import torch
+from benchmark import SHAPE, build, measure_step
+
+from megatron_ebft.run.flags.checks import check_args
+from megatron_ebft.run.flags.flag import Flag, Group, at_least
+from megatron_ebft.run.flags.parser import Parser
+from megatron_ebft.run.flags.table import STEP
+
+SAVE_COST = Group("measurement", (
+    Flag("--save", str, "folder for the checkpoints", metavar="DIR", required=True),
+    Flag("--repeats", int, "saves of each kind", default=5, valid=at_least(1))))
 
 
 def measure(run, gold, saver) -> tuple[float, float, float]:
-    """Seconds of a step, of the wait for a save after it, and those that steps take longer until it is whole."""
-    from benchmark import measure_step
-
+    """Seconds of a step, of the wait for a save after it, and by which steps take longer until the save is whole."""
     alone = measure_step(run, gold)[0]["step"]
     start = time.perf_counter()
     saver.save(run.state, run.policy, run.optimizer, run.scheduler, {"architecture": {}})
@@ -32,32 +39,25 @@ def measure(run, gold, saver) -> tuple[float, float, float]:
 
 def main(argv: list[str]) -> None:
     warnings.filterwarnings("ignore")
-    from benchmark import SHAPE, build
-
     from megatron_ebft.checkpointing.saver import Saver
     from megatron_ebft.parallel.groups import init_parallel, shut_down
-    from megatron_ebft.run.arguments import build_parser, check_args, parallel_sizes
+    from megatron_ebft.run.configs import parallel_sizes
 
-    parser = build_parser()
-    parser.prog, parser.description = "tools/save_cost.py", __doc__.splitlines()[0]
-    parser.set_defaults(**SHAPE)
-    parser.add_argument("--repeats", type=int, default=5, help="saves of each kind")
-    args = check_args(parser.parse_args(["--train-iters", "1", *argv]))
-    if not args.save:
-        raise ValueError("--save: name a folder for the checkpoints")
+    parser = Parser("tools/save_cost.py", __doc__, own=(SAVE_COST,), reads=STEP, defaults={"train_iters": 1, **SHAPE})
+    args = check_args(parser.parse_args(argv))
     init_parallel(**parallel_sizes(args))
     run, (gold, *_) = build(args)
     savers = {"waiting": Saver(args.save, keep=1), "--async-save": Saver(args.save, is_async=True, keep=1)}
     measure(run, gold, savers["waiting"])  # warms up
-    found = {kind: [] for kind in savers}
+    seconds = {kind: [] for kind in savers}
     for _ in range(args.repeats):
         for kind, saver in savers.items():
-            found[kind].append(measure(run, gold, saver))
+            seconds[kind].append(measure(run, gold, saver))
     if torch.distributed.get_rank() == 0:
         parameters = sum(p.numel() for chunk in run.policy for p in chunk.parameters())
         print(f"{parameters / 1e6:.3g} M parameters on a rank")
-        for kind, rows in found.items():
-            step, waited, slower = map(statistics.median, zip(*rows))
+        for kind, repeats in seconds.items():
+            step, waited, slower = map(statistics.median, zip(*repeats))
             print(f"{kind}: step {step:.2f} s, waits {waited:.2f} s for the save, later steps {slower:.2f} s longer in "
                   f"all: adds {(waited + slower) / step:.0%} of a step")
     shut_down()

@@ -1,10 +1,10 @@
-"""One rank of any cluster on one CPU: the real code, on tensors without data, among ranks that are not there.
+"""Runs one rank of any cluster on one CPU: the real code, on tensors without data, among ranks that do not exist.
 
 1. torch's "fake" process group has any number of ranks and moves nothing.
-2. Tensors are fake (shape and type only), but for small ones of integers and booleans: these hold the layout's indices,
-   whose values decide shapes. Reading a number out of a fake tensor gives a plausible one (see SCALARS).
-3. What a lone rank cannot do is replaced while the simulation lasts: gloo groups beside the fake ones and collectives
-   of Python objects. Nothing of this reaches the main path.
+2. Tensors are fake (shape and type only), except small tensors of integers and booleans. These hold the layout's
+   indices, whose values decide shapes. Reading a number from a fake tensor gives a plausible one (SCALARS).
+3. Parts that a lone rank cannot run are replaced during the simulation: gloo groups beside the fake ones, and
+   collectives of Python objects. The package itself knows nothing of the simulation.
 """
 
 from contextlib import ExitStack, contextmanager
@@ -18,13 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 SCALARS = {torch.bool: False, torch.int64: 1, torch.int32: 1}
-"""Numbers read from fake tensors. Of floats 2.0: a gradient norm that is clipped, a sum and a count alike."""
+"""Numbers read from fake tensors. A float is 2.0, which makes sense as a gradient norm (clipped), a sum and a count."""
 REAL_ELEMENTS = 1 << 20
-"""Larger tensors of integers are fake, too."""
+"""Tensors of integers with more elements are fake, too."""
 
 
 class Simulated(TorchDispatchMode):
-    """Sits on FakeTensorMode and takes from it what needs values."""
+    """Runs on top of FakeTensorMode and handles the operations that need values."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -52,7 +52,7 @@ class Simulated(TorchDispatchMode):
 
 
 def _convert(module: torch.nn.Module, convert, recurse: bool = True) -> torch.nn.Module:
-    """Module._apply for fake parameters, which torch refuses to swap: those that change are replaced."""
+    """Module._apply for fake parameters. torch refuses to swap them, so parameters that change are replaced."""
     for child in module.children():
         _convert(child, convert)
     with torch.no_grad():
@@ -67,7 +67,7 @@ def _convert(module: torch.nn.Module, convert, recurse: bool = True) -> torch.nn
 
 
 class _FusedRMSNorm(torch.autograd.Function):
-    """What a GPU's kernel makes and keeps; a CPU goes through a dozen operations."""
+    """Allocates and saves what a GPU's fused kernel does. On a CPU, RMSNorm is a dozen operations."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -81,28 +81,28 @@ class _FusedRMSNorm(torch.autograd.Function):
 
 
 def _tensor(plain, data, *args, **kwargs) -> torch.Tensor:
-    """torch.tensor, also for lists of fake scalars, which come out flat."""
+    """torch.tensor that also takes lists of fake scalars, which it flattens."""
     if isinstance(data, list) and any(isinstance(x, FakeTensor) for x in tree_leaves(data)):
         return torch.stack(tree_leaves(data))
     return plain(data, *args, **kwargs)
 
 
 def _collective(func, args):
-    """What a collective returns: its first argument and a finished Work, or that alone."""
+    """The result of a collective: its first argument and a finished Work, or the Work alone."""
     group = next(x for x in args if isinstance(x, torch.ScriptObject))
     with unset_fake_temporarily():
         _, work = torch.ops.c10d.broadcast_([torch.empty(0)], group, 0, 0, True)
     return (args[0], work) if len(func._schema.returns) == 2 else work
 
 
-def _all_the_same(found: list, mine, group=None) -> None:
-    """all_gather_object among ranks that have what this one has."""
-    found[:] = [mine] * len(found)
+def _all_the_same(gathered: list, own, group=None) -> None:
+    """all_gather_object, as if every rank had this rank's object."""
+    gathered[:] = [own] * len(gathered)
 
 
 @contextmanager
 def simulated_rank(rank: int, world_size: int):
-    """Within: torch.distributed runs with this rank of that many."""
+    """Inside, torch.distributed runs as this rank of a world of this size."""
     from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -122,7 +122,7 @@ def simulated_rank(rank: int, world_size: int):
 
 @contextmanager
 def fake_tensors():
-    """Within: tensors are made without data."""
+    """Inside, tensors are made without data."""
     with _replaced((torch.nn.Module, "_apply", _convert), (torch, "tensor", partial(_tensor, torch.tensor))), \
          FakeTensorMode(allow_non_fake_inputs=True), Simulated():
         yield
@@ -130,7 +130,7 @@ def fake_tensors():
 
 @contextmanager
 def gpu_operations():
-    """Within: where a GPU goes about things in another way that shows in memory, so do fake tensors."""
+    """Inside, fake tensors use as much memory as a GPU where a GPU's kernels differ from a CPU's."""
     from megatron_ebft.model import log_probabilities
     from megatron_ebft.rollout import token_sampling
 

@@ -26,11 +26,7 @@ ROW_SIZES = 16
 
 @dataclass(frozen=True)
 class StridedLayout:
-    """Geometry of the blocks of one row.
-
-    Raises:
-        ValueError: naming the flag, when a value is out of range or no block fits the row.
-    """
+    """Geometry of the blocks of one row. At least one block fits."""
 
     seq_length: int
     """T, gold tokens in a row."""
@@ -48,15 +44,10 @@ class StridedLayout:
     """A row has room for a multiple of a `row_sizes`-th of its rollouts."""
 
     def __post_init__(self):
-        for flag, value in (("context-length", self.context_length), ("stride", self.stride),
-                            ("rollout-length", self.rollout_length), ("num-samples", self.num_samples)):
-            if value < 1:
-                raise ValueError(f"--ebft-{flag} {value}: must be at least 1")
-        if self.seq_length < self.context_length + self.rollout_length:
-            raise ValueError(
-                f"--seq-length {self.seq_length} is too short for one block: it needs at least --ebft-context-length "
-                f"{self.context_length} + --ebft-rollout-length {self.rollout_length} tokens")
-        assert self.seq_length % self.pad_to == 0  # the flags were checked
+        # The flags were checked (run/flags).
+        assert min(self.context_length, self.stride, self.rollout_length, self.num_samples) >= 1, self
+        assert self.seq_length >= self.context_length + self.rollout_length, self
+        assert self.seq_length % self.pad_to == 0, self
 
     @property
     def num_blocks(self) -> int:

@@ -10,8 +10,6 @@ Names: M [..., n+1, n+1] Gram matrix, X Xᵀ its leading n×n block, g = X y, U 
 import torch
 from torch import Tensor
 
-WHITENING = ("none", "paper", "released")
-ADVANTAGES = ("rloo", "reinforce", "group_norm")
 SINGULAR_VALUE_CUTOFF = 1e-5
 """Whitening drops singular values of the inverted matrix (Σ̂, XXᵀ) below this share of the largest."""
 NORM_FLOOR = 1e-12
@@ -64,12 +62,11 @@ def whiten(M: Tensor, whitening: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             inner = n * inner
             projected = ((U * inverse.square().unsqueeze(-2)) @ U.mT @ g.unsqueeze(-1)).squeeze(-1)
             cross, gold = n * projected, (n * projected.square().sum(-1, keepdim=True)).expand_as(g)
-        elif whitening == "released":
+        else:
+            assert whitening == "released", whitening
             W = (U * inverse.unsqueeze(-2)) @ U.mT
             row_sums = W.sum(-1)
             cross, gold = (W @ g.unsqueeze(-1)).squeeze(-1) * row_sums, row_sums.square() * yy
-        else:
-            raise ValueError(f"--ebft-whitening {whitening}: must be one of {', '.join(WHITENING)}")
     return inner, cross, gold, inner.diagonal(dim1=-2, dim2=-1)
 
 
@@ -93,22 +90,16 @@ def advantages(alignment: Tensor, diversity: Tensor, kind: str, alignment_coef: 
     `rloo`: reward minus the leave-one-out baselines of both parts; `reinforce`: the reward; `group_norm`: the reward
     centred and divided by the group's (population) standard deviation. Where all rollouts of a group have the same
     rewards, their advantages are exactly 0, except with `rloo` and n = 2, whose diversity has no baseline.
-
-    Raises:
-        ValueError: unknown kind, or a group of one where the others of the group are the baseline.
     """
     n = alignment.shape[-1]
     reward = alignment_coef * alignment - diversity_coef * diversity
     if kind == "reinforce":
         return reward
-    if n < 2:
-        raise ValueError(f"--ebft-num-samples {n} with --ebft-advantage {kind}: needs at least 2 rollouts of a block; "
-                         "use --ebft-advantage reinforce for one")
+    assert n > 1, "one rollout has no others to compare with"
     if kind == "group_norm":
         centred = _from_first(reward) - _from_first(reward).mean(-1, keepdim=True)
         return centred / (reward.std(-1, unbiased=False, keepdim=True) + GROUP_NORM_EPS)
-    if kind != "rloo":
-        raise ValueError(f"--ebft-advantage {kind}: must be one of {', '.join(ADVANTAGES)}")
+    assert kind == "rloo", kind
     alignment = _from_first(alignment)
     alignment = alignment - (alignment.sum(-1, keepdim=True) - alignment) / (n - 1)
     if n > 2:

@@ -24,9 +24,6 @@ from megatron_ebft.model.attention import StridedPattern, as_mask
 from megatron_ebft.model.weights import local_layers
 from megatron_ebft.parallel.groups import is_last_stage, pp_group, sample_group, sample_rank, sample_size, tp_group
 
-FEATURE_NORMS = ("joint", "layer")
-POOLINGS = ("last_token", "mean")
-
 
 @dataclass
 class FeatureMap:
@@ -40,10 +37,7 @@ class FeatureMap:
     """`last_token` of the G, or their `mean`, after normalisation."""
 
     def __post_init__(self):
-        if self.norm not in FEATURE_NORMS:
-            raise ValueError(f"--ebft-feature-norm {self.norm}: must be one of {', '.join(FEATURE_NORMS)}")
-        if self.pooling not in POOLINGS:
-            raise ValueError(f"--ebft-feature-pooling {self.pooling}: must be one of {', '.join(POOLINGS)}")
+        assert self.norm in ("joint", "layer") and self.pooling in ("last_token", "mean"), self
 
     def steps(self, length: int) -> range:
         """Which tokens of a completion of this length are pooled."""

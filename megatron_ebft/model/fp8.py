@@ -22,15 +22,10 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from torch import Tensor
 
 from megatron_ebft.model import kernels
+from megatron_ebft.model.fp8_sizes import BLOCK
 from megatron_ebft.model.weights import local_layers, unwrap
 from megatron_ebft.parallel.groups import tp_group
 
-RECIPES = ("off", "blockwise", "tensorwise")
-BLOCK = 128
-ROWS = 16
-"""The number of tokens on a rank is a multiple of it: FP8 matrix products need 8, Megatron-Core pads to 16. With the
-blockwise recipe it is a multiple of BLOCK in training, which quantises activations along tokens as well, and where
-kernels.gathers_whole_blocks."""
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
@@ -39,7 +34,7 @@ class FP8:
     """Which layers of a model run in FP8, and how."""
 
     recipe: str = "off"
-    """One of RECIPES."""
+    """`off`, `blockwise` or `tensorwise`."""
     emulate: bool = False
     at_start: int = 0
     """Number of layers kept out of FP8 at the start of the whole model."""

@@ -34,8 +34,6 @@ import torch
 
 from megatron_ebft.common.device import have_gpu
 
-TRANSFORMER_IMPLS = ("auto", "transformer_engine", "local")
-ATTENTIONS = ("auto", "flex", "sdpa")
 OLDEST_TE, OLDEST_FLEX = (2, 9), (2, 11)
 """The first Transformer Engine with te.autocast and te.is_fp8_available; the oldest torch whose FlexAttention
 flex_attention.py was written against."""

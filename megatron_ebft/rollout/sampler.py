@@ -34,11 +34,7 @@ from megatron_ebft.rollout.token_sampling import Draws, uniform
 
 @dataclass
 class SamplingConfig:
-    """How rollouts are drawn.
-
-    Raises:
-        ValueError: naming the flag.
-    """
+    """How rollouts are drawn. The flags were checked (run/flags)."""
 
     temperature: float
     top_p: float
@@ -49,12 +45,7 @@ class SamplingConfig:
     """What of the policy runs in FP8 while it samples."""
 
     def __post_init__(self):
-        if self.temperature <= 0:
-            raise ValueError(f"--ebft-temperature {self.temperature}: must be above 0")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"--ebft-top-p {self.top_p}: must be in (0, 1]")
-        if self.top_k < 0:
-            raise ValueError(f"--ebft-top-k {self.top_k}: must be 0 (off) or more")
+        assert self.temperature > 0 and 0 < self.top_p <= 1 and self.top_k >= 0, self
 
 
 @dataclass

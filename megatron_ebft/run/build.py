@@ -11,7 +11,7 @@ from megatron_ebft.data.datasets import build_datasets
 from megatron_ebft.data.tokenizer import build_tokenizer
 from megatron_ebft.model.architecture import ModelArgs
 from megatron_ebft.parallel.groups import document_size
-from megatron_ebft.run.arguments import ebft_config, model_args, virtual_stages
+from megatron_ebft.run.configs import ebft_config, model_args, virtual_stages
 from megatron_ebft.run.loop import Run
 from megatron_ebft.run.models import Models, Source, build_models, build_optimizer, fixed_fields
 from megatron_ebft.run.resume import (

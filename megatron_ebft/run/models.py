@@ -15,7 +15,7 @@ from megatron_ebft.method.config import EBFTConfig
 from megatron_ebft.model.architecture import ModelArgs, free_fields
 from megatron_ebft.model.build import build_encoder, build_policy, build_start
 from megatron_ebft.model.weights import copy_weights
-from megatron_ebft.run.arguments import ddp_config, optimizer_config, policy_overrides, transformer_overrides
+from megatron_ebft.run.configs import ddp_config, optimizer_config, policy_overrides, transformer_overrides
 
 
 @dataclass(kw_only=True)

@@ -14,7 +14,7 @@ from megatron_ebft.method.means import Means
 from megatron_ebft.method.step import EBFTStep
 from megatron_ebft.model.fp8 import FP8
 from megatron_ebft.rollout.sampler import sample_rollouts
-from megatron_ebft.run.fp8_flags import fp8_recipes
+from megatron_ebft.run.flags.checks import fp8_recipes
 
 LIMIT_FLOAT32, LIMIT_BF16 = 1e-3, 5e-2
 """Mean |Δ log-probability| per token above which sampler and trainer, or trainer and start, are not the same model."""

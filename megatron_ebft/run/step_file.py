@@ -50,7 +50,9 @@ from megatron_ebft.parallel.groups import (
     sample_size,
 )
 from megatron_ebft.rollout.sampler import Rollouts
-from megatron_ebft.run.arguments import build_parser, check_args, method_flags
+from megatron_ebft.run.flags import build_parser, method_flags
+from megatron_ebft.run.flags.checks import check_args
+from megatron_ebft.run.flags.parser import as_argv
 
 INPUTS = ("docs", "sequences", "position_ids", "index", "document_ids", "answer_mask", "sampler_log_probs", "entropy")
 """Tensors that `read_step` reads. The others are results."""
@@ -214,14 +216,14 @@ def _flags(metadata: dict[str, str], tensors: dict, where: str) -> tuple[argpars
         if metadata[key] not in spelling:
             raise ValueError(f"{where}: the metadata say {key} = {metadata[key]}; it must be one of "
                              f"{', '.join(spelling)}")
-    entries = _argv({name: SPELLING.get(key, {}).get(metadata[key], metadata[key])
+    entries = as_argv({name: SPELLING.get(key, {}).get(metadata[key], metadata[key])
                      for key, name in GOLDEN.items() if key in metadata})
     masks = [flag for key, flag in MASKS.items() if key in tensors]
     try:
         flags = json.loads(metadata.get("flags", "{}"))
         iteration = flags.pop("iteration", None)
         from_entries = build_parser().parse_args(["--train-iters=1", *entries])
-        args = check_args(build_parser().parse_args(["--train-iters=1", *entries, *_argv(flags), *masks]))
+        args = check_args(build_parser().parse_args(["--train-iters=1", *entries, *as_argv(flags), *masks]))
     except (ValueError, AttributeError, TypeError) as error:  # the last two: `flags` is JSON, but not an object
         raise ValueError(f"{where}: its metadata cannot be right: {error}") from error
     for key, name in GOLDEN.items():
@@ -233,12 +235,6 @@ def _flags(metadata: dict[str, str], tensors: dict, where: str) -> tuple[argpars
         raise ValueError(f"{where}: the metadata contradict themselves: blocks is {metadata['blocks']}, but there are "
                          f"{blocks} blocks of this stride and context in {args.seq_length} tokens")
     return args, iteration
-
-
-def _argv(flags: dict) -> list[str]:
-    """A command line that sets these flags."""
-    return [word for name, value in flags.items()
-            for word in ([_flag(name), *map(str, value)] if isinstance(value, list) else [f"{_flag(name)}={value}"])]
 
 
 def _flag(name: str) -> str:

@@ -89,7 +89,9 @@ def _passes():
     from megatron_ebft.layout.packed_row import split_blocks
     from megatron_ebft.method import gradient
     from megatron_ebft.method.evaluation import evaluation_config
-    from megatron_ebft.run.arguments import build_parser, check_args, ebft_config, model_args
+    from megatron_ebft.run.configs import ebft_config, model_args
+    from megatron_ebft.run.flags import parse_args
+    from megatron_ebft.run.flags.parser import as_argv
 
     cpu = dict(transformer_impl="local", attention_kernel="flex", bias_activation_fusion=False,
                bias_dropout_fusion=False)
@@ -108,8 +110,7 @@ def _passes():
                 yield "test_attention, rows", lambda: _row(row, 2, shape, dtype, True, document_BT)  # noqa: B023
             yield "test_attention, decoding", lambda: _decoding(row, 2, (8, 2, 64), dtype, document_BT)  # noqa: B023
     for name in ("1b", "8b"):
-        args = check_args(build_parser().parse_args(
-            ["--train-iters", "1", *benchmark._as_flags(benchmark.SHAPES[name])]))
+        args = parse_args(["--train-iters", "1", *as_argv(benchmark.SHAPES[name])])
         model = model_args(args, args.vocab_size)
         heads, config = (model.num_attention_heads, model.num_query_groups, model.kv_channels), ebft_config(
             args, model.num_layers)

@@ -11,7 +11,7 @@ from models import relative_error
 
 from megatron_ebft.method import gradient
 from megatron_ebft.method.means import Means
-from megatron_ebft.model import fp8, kernels
+from megatron_ebft.model import fp8, fp8_sizes, kernels
 from megatron_ebft.model.fp8 import FP8, quantised
 from megatron_ebft.rollout.sampler import sample_rollouts
 
@@ -33,7 +33,7 @@ def policy():
     return models.build_policy(*plain_llama.random_llama(0, **SIZES), **BF16)
 
 
-def sampled(policy, precision, pad_to=fp8.ROWS):
+def sampled(policy, precision, pad_to=fp8_sizes.ROWS):
     """Rollouts of two rows in FP8, padded as a run's, with their rows and the method's configuration."""
     settings = bf.Settings(bf.Geometry(8, 8, 8, 4), 1.0)
     config = models.ebft_config(settings, 128, SIZES["layers"], rollout_fp8=precision)
@@ -73,7 +73,7 @@ def test_sampler_and_training_pass(policy, precision):
 def test_training_pass(policy, precision, number_format, recompute):
     """Its gradient is that of bf16 but for rounding (0.26 by emulation: large weights), after a step that of a policy
     that never had other weights: each tensor's, over two micro-batches."""
-    gold, config, rollouts = sampled(policy, FP8(), fp8.BLOCK)
+    gold, config, rollouts = sampled(policy, FP8(), fp8_sizes.BLOCK)
     advantage = torch.ones(rollouts.tokens_BKNG.shape[:3], device=rollouts.tokens_BKNG.device)
     full = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1) if recompute else {}
     flags = dict(**BF16, **full, fp8=number_format, fp8_recipe=precision.recipe)

@@ -17,8 +17,8 @@ from megatron_ebft.common.device import device
 from megatron_ebft.common.timer import PhaseTimer
 from megatron_ebft.data.micro_batches import GoldBatch
 from megatron_ebft.model.weights import unwrap
-from megatron_ebft.run.arguments import parse_args
 from megatron_ebft.run.build import build_run
+from megatron_ebft.run.flags import parse_args
 from megatron_ebft.run.loop import train_step
 
 

@@ -18,7 +18,8 @@ from megatron_ebft.layout.strided import StridedLayout, computed_rollouts, docum
 from megatron_ebft.method import gradient
 from megatron_ebft.method.means import Means
 from megatron_ebft.rollout.sampler import Rollouts
-from megatron_ebft.run.arguments import ebft_config, parse_args
+from megatron_ebft.run.configs import ebft_config
+from megatron_ebft.run.flags import parse_args
 
 pytestmark = pytest.mark.usefixtures("one_rank", "float64")
 T, N, VOCAB, ROWS = 19, 4, 13, 4

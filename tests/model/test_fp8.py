@@ -19,7 +19,7 @@ from megatron_ebft.model import fp8
 from megatron_ebft.model.fp8 import FP8, quantised
 from megatron_ebft.rollout.sampler import Rollouts, sample_rollouts
 from megatron_ebft.run import loop, self_check
-from megatron_ebft.run.arguments import method_flags
+from megatron_ebft.run.flags import method_flags
 
 BLOCKWISE, TENSORWISE = FP8("blockwise", emulate=True), FP8("tensorwise", emulate=True)
 

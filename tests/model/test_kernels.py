@@ -16,8 +16,8 @@ import torch
 from megatron_ebft import environment
 from megatron_ebft.model import kernels
 from megatron_ebft.model.kernels import Available
-from megatron_ebft.run import arguments
-from megatron_ebft.run.fp8_flags import row_multiple
+from megatron_ebft.run.configs import model_args, row_multiple
+from megatron_ebft.run.flags import parse_args
 
 TESTS = Path(__file__).parents[1]
 HOPPER = dict(gpu="NVIDIA H200 (compute capability 9.0)", no_compiler="", no_fp8={"tensorwise": "", "blockwise": ""})
@@ -96,7 +96,7 @@ def test_multiples_of_tokens(here, version, flags, multiple):
     """What 8 tensor ranks that share rows make of them: 16 each in FP8, whole blocks where those are gathered."""
     here(Available(transformer_engine=version))
     shared = ["--tensor-model-parallel-size", "8", "--sequence-parallel", "--seq-length", "1024", "--train-iters", "1"]
-    args = arguments.parse_args([*shared, *flags, "--data-path", "x", "--tokenizer-model", "x"])
+    args = parse_args([*shared, *flags, "--data-path", "x", "--tokenizer-model", "x"])
     assert row_multiple(args) == multiple
 
 
@@ -110,15 +110,15 @@ def test_multiples_of_tokens(here, version, flags, multiple):
     (["--training-mode", "sft", "--ffn-hidden-size", "88"], None)])
 def test_sizes_that_fp8_does_not_take(here, flags, message):
     here(WITH_TE)
-    args = arguments.parse_args([
+    args = parse_args([
         "--num-layers", "4", "--hidden-size", "128", "--num-attention-heads", "8", "--ffn-hidden-size", "256",
         "--tensor-model-parallel-size", "2", "--seq-length", "1024", "--train-iters", "1", "--data-path", "x",
         "--tokenizer-model", "x", "--ebft-rollout-fp8", "blockwise", *flags])
     if message is None:
-        arguments.model_args(args, 64)
+        model_args(args, 64)
     else:
         with pytest.raises(ValueError, match=message):
-            arguments.model_args(args, 64)
+            model_args(args, 64)
 
 
 TE_THAT_LOADS = "import sys\nsys.modules['transformer_engine.loaded'] = True\n"

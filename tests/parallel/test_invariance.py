@@ -26,13 +26,8 @@ from megatron_ebft.model import log_probabilities
 from megatron_ebft.parallel import groups
 from megatron_ebft.rollout import token_sampling
 from megatron_ebft.rollout.sampler import sample_rollouts
-from megatron_ebft.run.arguments import (
-    ebft_config,
-    model_args,
-    optimizer_config,
-    parallel_sizes,
-    parse_args,
-)
+from megatron_ebft.run.configs import ebft_config, model_args, optimizer_config, parallel_sizes
+from megatron_ebft.run.flags import parse_args
 from megatron_ebft.run.loop import Run, train_step
 from megatron_ebft.run.models import build_models
 

@@ -373,8 +373,7 @@ def test_decoding_needs_nothing_of_the_host(policy, documents, monkeypatch):
     assert torch.equal(sampled(policy, gold_rows(documents)), expected)
 
 
-@pytest.mark.parametrize("changes, flag", [(dict(temperature=0.0), "temperature"), (dict(top_p=0.0), "top-p"),
-                                           (dict(top_p=1.1), "top-p"), (dict(top_k=-1), "top-k")])
-def test_settings_out_of_range_name_their_flag(policy, changes, flag):
-    with pytest.raises(ValueError, match=f"--ebft-{flag} "):
+@pytest.mark.parametrize("changes", [dict(temperature=0.0), dict(top_p=0.0), dict(top_p=1.1), dict(top_k=-1)])
+def test_settings_out_of_range_are_refused(policy, changes):
+    with pytest.raises(AssertionError, match=f"{next(iter(changes))}={next(iter(changes.values()))}"):
         sampled(policy, gold_rows(documents=False), **changes)

@@ -18,8 +18,9 @@ from megatron_ebft.checkpointing.folders import MANIFEST, resolve
 from megatron_ebft.checkpointing.record import first_readable
 from megatron_ebft.checkpointing.saver import Saver
 from megatron_ebft.parallel.groups import init_parallel, shut_down
-from megatron_ebft.run.arguments import parallel_sizes, parse_args
 from megatron_ebft.run.build import build_run, check_batch
+from megatron_ebft.run.configs import parallel_sizes
+from megatron_ebft.run.flags import parse_args
 
 SLURM = Path(__file__).parents[2] / "slurm"
 TOKENIZER = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "64"]

@@ -19,9 +19,9 @@ from megatron_ebft.method.update import update
 from megatron_ebft.model.weights import unwrap
 from megatron_ebft.parallel import groups
 from megatron_ebft.rollout import sampler
-from megatron_ebft.run.arguments import parse_args
 from megatron_ebft.run.build import build_run
 from megatron_ebft.run.describe import describe
+from megatron_ebft.run.flags import parse_args
 from megatron_ebft.run.loop import gold_batch, train, train_step
 
 EVERY_STEP = {"loss", "rl_loss", "ce_loss", "reward", "alignment", "diversity", "reward_std", "zero_spread", "cfm",
@@ -242,7 +242,7 @@ def test_the_first_step_notices_a_sampler_that_is_not_the_trainer(arguments, tmp
     (["--seq-length", "7"], "--seq-length 7 is too short for one block"),
     (["--ebft-stride", "0"], "--ebft-stride 0: must be at least 1"),
     (["--ebft-temperature", "0"], "--ebft-temperature 0.0: must be above 0"),
-    (["--ebft-top-p", "1.5"], "--ebft-top-p 1.5: must be in"),
+    (["--ebft-top-p", "1.5"], "--ebft-top-p 1.5: must be above 0 and at most 1"),
     (["--ebft-feature-layers", "0.1", "0.5"], "--ebft-feature-layers 0.1 0.5: with --num-layers 4 these are layers"),
     (["--global-batch-size", "3", "--micro-batch-size", "2"], "--global-batch-size 3: must be a multiple"),
     (["--lr", "nan"], "--lr nan"),
@@ -269,7 +269,7 @@ def test_the_first_step_notices_a_sampler_that_is_not_the_trainer(arguments, tmp
     (["--fp8-format", "hybrid", "--fp8-recipe", "tensorwise", "--seq-length", "32"],
      "--fp8-format hybrid: no CUDA device. The training pass has no FP8 without Transformer Engine"),
     (["--ebft-rollout-fp8", "blockwise", "--sequence-parallel", "--tensor-model-parallel-size", "2", "--seq-length",
-      "48"], r"--seq-length 48: with --ebft-rollout-fp8 .* a multiple of 32 \(16 a tensor rank\)"),
+      "48"], r"--seq-length 48: with --ebft-rollout-fp8 .* a multiple of 32 \(16 on each tensor rank\)"),
     (["--ebft-rollout-fp8", "blockwise"], "--seq-length 24: with --ebft-rollout-fp8 .* a multiple of 16"),
     (["--ebft-encoder-fp8", "tensorwise", "--seq-length", "32"], "--ebft-encoder-fp8 tensorwise: no CUDA device.*"
      "--ebft-fp8-emulate computes the same"),

@@ -1,12 +1,14 @@
 """The benchmark's tables and the plan it is held against; a tiny step of its own for the rest."""
 
-import json
 import re
 
 import benchmark
+import benchmark_report
 import plan
 import pytest
 import torch
+
+from megatron_ebft.run.flags.parser import as_argv
 
 
 def result(gpu: dict) -> dict:
@@ -21,26 +23,27 @@ def result(gpu: dict) -> dict:
 
 
 def test_table_of_a_gpu():
-    gpu = {"peak_tflops": benchmark.peak_tflops("NVIDIA H200"), "layers": "local", "attention": "flex",
+    gpu = {"peak_tflops": benchmark_report.peak_tflops("NVIDIA H200"), "layers": "local", "attention": "flex",
            "attention_share": {"sft": 0.02, "ebft": 0.09}, "peak_bytes": {"sft": 2**35, "ebft": 3 * 2**34},
            "planned_peak_bytes": {"sft": 2**35, "ebft": 2**35}, "kernels": {"ebft": {
                "train": [("nvjet_tst_128x256", 200.0, 400), ("triton_tem_fused_flex", 100.5, 8)]}}}
-    lines = benchmark.table(result(gpu)).splitlines()
+    lines = benchmark_report.table(result(gpu)).splitlines()
     assert "| ebft | train | 400.0 | 40% | 150.0 | 375 | 47% | 20.0% | 37.9% |" in lines
     assert "| ebft | step | 1000.0 | 100% | 300.0 | 300 | 38% |  | 30.3% |" in lines
     assert "| ebft | 9.0% | 48.0 | 32.0 |" in lines
     assert "| train | 400.0 | 300.5 | 408 | 100.5 | 200.0 | 0.0 | 0.0 | 0.0 | 0.0 | 0.0 | 0.0 |" in lines
     assert "| train | 100.50 | 8 | `triton_tem_fused_flex` |" in lines
-    assert "| sft | train | 0.100 | 50% | 40000.0 | 400000 | 50% |  |" in benchmark.table(result({})).splitlines()
+    lines = benchmark_report.table(result({})).splitlines()
+    assert "| sft | train | 0.100 | 50% | 40000.0 | 400000 | 50% |  |" in lines
 
 
 def test_peaks_and_kernels_by_name():
     names = ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA H200", "Some GPU")
-    assert [benchmark.peak_tflops(name) for name in names] == [989.0, 756.0, 989.0, None]
+    assert [benchmark_report.peak_tflops(name) for name in names] == [989.0, 756.0, 989.0, None]
     kernels = [("triton_tem_fused_flex_attention_0", 2.0), ("nvjet_tst_128x256_64x4_TNT", 5.0), (
         "void pytorch_flash::flash_fwd_kernel<...>", 1.0), ("triton_poi_fused_silu_mul_1", 2.0)]
-    assert benchmark.attention_share({"train": [(*kernel, 1) for kernel in kernels]}) == pytest.approx(0.3)
-    assert benchmark.time_of(benchmark.MATRIX_PRODUCT, kernels) == 5.0
+    assert benchmark_report.attention_share({"train": [(*kernel, 1) for kernel in kernels]}) == pytest.approx(0.3)
+    assert benchmark_report.time_of(benchmark_report.MATRIX_PRODUCT, kernels) == 5.0
 
 
 def test_fp8_beside_none(capsys, monkeypatch):
@@ -58,17 +61,17 @@ def test_fp8_beside_none(capsys, monkeypatch):
 def test_fp8_on_a_gpu():
     gpu = {"peak_tflops": None, "layers": "te", "attention": "flex", "attention_share": {"sft": 0, "ebft": 0},
            "peak_bytes": {"sft": 1, "ebft": 1}, "planned_peak_bytes": {"sft": 1, "ebft": 1}, "kernels": {},
-           "rollout_products_ms": {"ebft": 80.0, benchmark.NO_FP8: 120.0}}
+           "rollout_products_ms": {"ebft": 80.0, benchmark_report.NO_FP8: 120.0}}
     found = result(gpu)
-    found["seconds"][benchmark.NO_FP8] = {**found["seconds"]["ebft"], "rollout": 0.35, "step": 1.1}
-    found["gflops"][benchmark.NO_FP8] = found["gflops"]["ebft"]
+    found["seconds"][benchmark_report.NO_FP8] = {**found["seconds"]["ebft"], "rollout": 0.35, "step": 1.1}
+    found["gflops"][benchmark_report.NO_FP8] = found["gflops"]["ebft"]
     assert ("With FP8 rollout 1.40 ×, features 1.00 ×, step 1.10 × as fast; matrix products of rollouts 1.50 × (80.0 "
-            "and 120.0 ms)") in benchmark.table(found)
+            "and 120.0 ms)") in benchmark_report.table(found)
 
 
 @pytest.mark.parametrize("name", benchmark.SHAPES)
 def test_shapes_are_flags_of_training_and_of_the_plan(name):
-    flags = ["--train-iters", "1", *benchmark._as_flags(benchmark.SHAPES[name])]
+    flags = ["--train-iters", "1", *as_argv(benchmark.SHAPES[name])]
     args, _ = plan.parse([*flags, "--world-size", "1"])
     assert {key: vars(args)[key] for key in benchmark.SHAPES[name]} == benchmark.SHAPES[name]
 
@@ -82,15 +85,18 @@ def test_plan_counts_what_a_gpu_cannot():
 
 
 def test_plan_made_ahead(tmp_path, monkeypatch):
-    """Written on one machine, read on another; for the flags it was made for, FP8's left aside."""
+    """Written on one machine, read on another for the same flags; FP8, which plans leave out, may differ."""
     file = tmp_path / "plan.json"
     monkeypatch.setattr(benchmark, "planned", lambda flags: {"flops": {"train": 1.0}, "peak": len(flags)})
     benchmark.main(["--num-layers", "4", "--write-plan", str(file)])
-    flags = json.loads(file.read_text())["flags"]
-    assert benchmark.read_plan(file, [*flags, "--ebft-rollout-fp8", "blockwise"])["sft"]["flops"] == {"train": 1.0}
-    swapped = [{"4": "8", "8": "4"}.get(flag, flag) for flag in flags]
-    for others in ([*flags, "--seq-length=64"], swapped):
-        with pytest.raises(ValueError, match="other flags, .*--num-layers 4"):
-            benchmark.read_plan(file, others)
+
+    def read(*flags):
+        return benchmark.read_plan(file, benchmark.flags_of_plan(benchmark.parse([*flags]), 1))
+
+    for same in (["--num-layers", "4"], ["--ebft-rollout-fp8", "blockwise", "--num-layers=4", "--repeats", "9"]):
+        assert read(*same)["sft"]["flops"] == {"train": 1.0}
+    for others in (["--num-layers", "4", "--seq-length=64"], ["--num-layers", "8", "--num-attention-heads", "4"]):
+        with pytest.raises(ValueError, match="other flags, .*--num-layers=4"):
+            read(*others)
     with pytest.raises(ValueError, match="cannot be read"):
-        benchmark.read_plan(tmp_path / "none.json", flags)
+        benchmark.read_plan(tmp_path / "none.json", [])

@@ -79,7 +79,7 @@ def real_step(argv: list[str]) -> dict:
     from meter import Meter
 
     from megatron_ebft.parallel.groups import init_parallel, shut_down
-    from megatron_ebft.run.arguments import parallel_sizes
+    from megatron_ebft.run.configs import parallel_sizes
     from megatron_ebft.run.loop import train_step
 
     args, _ = plan.parse(argv)

@@ -25,8 +25,8 @@ from megatron_ebft.common.timer import PhaseTimer
 from megatron_ebft.layout.step_major import from_step_major
 from megatron_ebft.method import energy
 from megatron_ebft.model.weights import unwrap
-from megatron_ebft.run.arguments import parse_args
 from megatron_ebft.run.build import build_run
+from megatron_ebft.run.flags import parse_args
 from megatron_ebft.run.loop import gold_batch, train_step
 from megatron_ebft.run.step_file import INPUTS, read_step
 

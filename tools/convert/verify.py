@@ -1,17 +1,15 @@
-"""Compares the logits of a converted model with those of transformers, reading one module's weights at a time.
+"""Compares the logits of a converted model with those of transformers, with one module's weights in memory at a time.
 
-1. Both models are built without memory. The weights of a module are read when it is called and dropped afterwards. A
-   model of any size needs the memory of its largest tensor (in float32) and some activations.
-2. Both compute in float32 from the weights as the checkpoint stores them. If --dtype rounded them, transformers gets
-   the rounded weights too: the comparison is about the conversion, not about rounding.
-3. The prompts are fixed random ids. One row has positions 0, 1, 2, …; the other is spread over all positions of the
-   model, where rotary scaling shows.
-4. The error names the first layer whose output differs.
+1. Both models are skeletons without weights. A module's weights are read when it is called and dropped afterwards. So a
+   model of any size is verified in the memory of its largest tensor (in float32) and some activations.
+2. Both compute in float32 from the weights that the checkpoint stores. If --dtype rounded them, transformers gets the
+   rounded weights, too: the comparison covers the conversion, not the rounding.
+3. The prompts are fixed: random ids, one row at positions 0, 1, 2, …, and one row spread over all positions that the
+   model supports, which shows rotary scaling.
+4. On failure, the error names the first layer whose output differs.
 """
 
-import argparse
 import functools
-import math
 import time
 from dataclasses import replace
 
@@ -20,23 +18,18 @@ from torch import Tensor, nn
 
 from megatron_ebft.common.device import device
 from megatron_ebft.common.progress import Progress, clock
+from megatron_ebft.run.flags.flag import Flag, Group, above
 
-TOLERANCE = 1e-4
-"""Default of --verify-tolerance."""
 PROMPT_LENGTH, SEED = 32, 0
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--verify", action="store_true", help="compare the logits of both models on fixed prompts, "
-                        "in float32; without a match there is no output (needs the package transformers)")
-    parser.add_argument("--verify-tolerance", type=float, default=TOLERANCE, metavar="X", help="largest difference of "
-                        "a logit, relative to the largest logit if that is above 1 (default: %(default)s)")
+VERIFICATION = Group("verification", (
+    Flag("--verify", bool, "compare the logits of both models on fixed prompts, in float32. If they differ, nothing is "
+         "written. Needs the package transformers", default=False),
+    Flag("--verify-tolerance", float, "largest difference of a logit that passes, relative to the largest logit if "
+         "that is above 1", default=1e-4, valid=above(0))))
 
 
 def check_flags(args) -> None:
-    """ValueError if --verify cannot work; called before anything is converted."""
-    if not (math.isfinite(args.verify_tolerance) and args.verify_tolerance > 0):
-        raise ValueError(f"--verify-tolerance {args.verify_tolerance}: must be above 0")
+    """ValueError, before anything is converted, if --verify cannot work here."""
     if args.verify:
         try:
             import transformers  # noqa: F401
@@ -45,7 +38,7 @@ def check_flags(args) -> None:
 
 
 def verifier(args, say):
-    """The function that hf/convert.py calls to verify its output, or None without --verify."""
+    """The function that convert.py calls with both models, or None without --verify."""
     return functools.partial(verify, tolerance=args.verify_tolerance, say=say) if args.verify else None
 
 
@@ -53,10 +46,8 @@ def verify(hf_folder: str, weights, reader, tolerance: float, say=print) -> None
     """Compare the logits and print how much they differ.
 
     Args:
-        hf_folder: folder with the configuration of the Hugging Face model.
-        weights: HFWeights of that model.
-        reader: CheckpointReader of the Megatron-Core model.
-        say: receives the lines.
+        hf_folder: with the configuration of the Hugging Face model.
+        weights: HFWeights of that model. reader: CheckpointReader of the other.
 
     Raises:
         ValueError: the largest difference is above `tolerance` × max(1, the largest logit), or is not finite.
@@ -77,19 +68,18 @@ def verify(hf_folder: str, weights, reader, tolerance: float, say=print) -> None
     say(f"verified {tokens.numel()} tokens in {clock(time.perf_counter() - progress.start)}: logits differ by at most "
         f"{largest:.2e}, on average {mean:.2e} (largest logit {scale:.3g}, bound {bound:.1e})")
     if not largest <= bound:
-        errors = [(a - b).abs().max().item() / b.abs().max().item() for a, b in zip(layer_outputs, expected_layers)]
-        first = next((i for i, x in enumerate(errors, 1) if not x <= tolerance), None)
-        where = "the output head" if first is None else f"decoder layer {first} of {len(errors)}"
-        raise ValueError(f"--verify: logits differ by {largest:.2e}, more than {bound:.1e}; the first to differ is "
-                         f"{where}. Either the conversion is wrong, or the weights do not fit {hf_folder}")
+        layers = [(a - b).abs().max().item() / b.abs().max().item() for a, b in zip(layer_outputs, expected_layers)]
+        first = next((i for i, x in enumerate(layers, 1) if not x <= tolerance), None)
+        where = "the output head" if first is None else f"decoder layer {first} of {len(layers)}"
+        raise ValueError(f"--verify: logits differ by {largest:.2e}, more than {bound:.1e}, and the first to differ is "
+                         f"{where}: a mistake in this program, or weights that are not what {hf_folder} says")
 
 
 def stream(model: nn.Module, read, kept: tuple[str, ...] = ()) -> None:
-    """Load the parameters of each module when it is called, and drop them afterwards.
+    """Fill each module's own parameters when it is called, `read(name)` giving them, and empty it afterwards.
 
     Args:
-        read: gives a parameter by name.
-        kept: names of modules whose parameters stay, since other modules use them.
+        kept: names of modules that stay filled, as others use their parameters.
     """
     for path, module in model.named_modules():
         names = list(module._parameters)
@@ -113,17 +103,17 @@ def stream(model: nn.Module, read, kept: tuple[str, ...] = ()) -> None:
 
 
 def _watch(layers, progress: Progress) -> list[Tensor]:
-    """A list that collects the outputs of decoder layers as they are computed."""
-    outputs = []
+    """A list that collects the outputs of decoder layers."""
+    seen = []
     for layer in layers:
-        layer.register_forward_hook(lambda _m, _i, out: outputs.append(out[0] if isinstance(out, tuple) else out))
+        layer.register_forward_hook(lambda _m, _i, out: seen.append(out[0] if isinstance(out, tuple) else out))
         layer.register_forward_hook(progress.tick)
-    return outputs
+    return seen
 
 
 def _transformers(folder: str, weights, reader, tokens: Tensor, positions: Tensor,
                   progress: Progress) -> tuple[Tensor, list[Tensor]]:
-    """Logits [B, S, V] and outputs of the layers [B, S, H] of the Hugging Face model."""
+    """Logits [B, S, V] and the layers' outputs [B, S, H]."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from megatron_ebft.hf.config import parse_config, read_config
@@ -131,23 +121,23 @@ def _transformers(folder: str, weights, reader, tokens: Tensor, positions: Tenso
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device())  # it has buffers only
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device())  # its buffers are no weights
     entries = parse_config(read_config(folder, "--hf-model"), folder).entries
     stored = {name: reader.dtypes[key] for key, entry in entries.items() for name in entry.names}
 
     def read(name: str) -> Tensor:
-        name = name if name in stored else "model.embed_tokens.weight"  # a tied lm_head.weight
+        name = name if name in stored else "model.embed_tokens.weight"  # lm_head.weight, where it is tied
         return weights.read(name).to(stored[name])
 
     stream(model, read)
     layers = _watch(model.model.layers, progress)
-    # Without a mask transformers would take jumps of positions for the starts of packed documents.
+    # With a mask, as jumps of positions would be taken for the starts of packed documents.
     logits = model(tokens, position_ids=positions, attention_mask=torch.ones_like(tokens), use_cache=False).logits
     return logits.float(), layers
 
 
 def _megatron(reader, tokens: Tensor, positions: Tensor, progress: Progress) -> tuple[Tensor, list[Tensor]]:
-    """Logits [B, S, V] and outputs of the layers [B, S, H] of the checkpoint."""
+    """The same, of the checkpoint."""
     from megatron.core import parallel_state
 
     from megatron_ebft.checkpointing.sharded_weights import SHARDING

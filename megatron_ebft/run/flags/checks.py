@@ -1,0 +1,113 @@
+"""What is wrong with flags alone, before a file is read or torch is imported.
+
+Each `_check_…` function raises ValueError, naming the flag, where flags contradict each other. What depends on the
+machine or on files is checked where it is used: run/configs.py, run/build.py.
+"""
+
+import argparse
+
+from megatron_ebft.model.fp8_sizes import BLOCK, ROWS
+from megatron_ebft.run.flags.flag import dest
+from megatron_ebft.run.flags.refused import REFUSED
+from megatron_ebft.run.flags.table import FLAGS
+
+
+def check_args(args: argparse.Namespace) -> argparse.Namespace:
+    """The same flags, if nothing about them alone is wrong.
+
+    Raises:
+        ValueError: naming the flag and its value.
+    """
+    _check_refused(args)
+    for name, flag in FLAGS.items():
+        flag.check(vars(args)[name])
+    _check_parallelism(args)
+    _check_row_length(args)
+    _check_batch(args)
+    _check_blocks(args)
+    _check_dumped_steps(args)
+    if args.use_checkpoint_args and not (args.load or args.pretrained_checkpoint):
+        raise ValueError("--use-checkpoint-args: needs --load or --pretrained-checkpoint to take them from")
+    return args
+
+
+def _check_refused(args) -> None:
+    for name, reason in REFUSED.items():
+        value = vars(args)[dest(name)]
+        if value is not None and not (value == "1" and name.endswith("-parallel-size")):
+            raise ValueError(f"{name}{'' if value == 'on' else ' ' + value}: {reason}")
+
+
+def _check_parallelism(args) -> None:
+    if args.sequence_parallel and args.tensor_model_parallel_size == 1:
+        raise ValueError("--sequence-parallel: needs --tensor-model-parallel-size above 1")
+    if args.pipeline_model_parallel_size == 1:
+        for name in ("num_virtual_stages_per_pipeline_rank", "decoder_first_pipeline_num_layers",
+                     "decoder_last_pipeline_num_layers"):
+            if vars(args)[name] != FLAGS[name].default:
+                raise ValueError(f"{FLAGS[name].name}: needs --pipeline-model-parallel-size above 1")
+    samples, ranks = args.ebft_num_samples, args.ebft_sample_parallel_size
+    if samples % ranks:
+        raise ValueError(f"--ebft-sample-parallel-size {ranks}: must divide --ebft-num-samples {samples}")
+    if ranks > 1 and args.training_mode == "sft":
+        raise ValueError(f"--ebft-sample-parallel-size {ranks}: next-token training has no samples to split")
+
+
+def _check_row_length(args) -> None:
+    length, ranks = args.seq_length, args.tensor_model_parallel_size
+    if args.sequence_parallel and length % ranks:
+        raise ValueError(f"--seq-length {length}: with --sequence-parallel it must be a multiple of "
+                         f"--tensor-model-parallel-size {ranks}")
+    require_multiple(args, fp8_row_multiple(args))
+
+
+def _check_batch(args) -> None:
+    if args.global_batch_size % args.micro_batch_size:
+        raise ValueError(f"--global-batch-size {args.global_batch_size}: must be a multiple of --micro-batch-size "
+                         f"{args.micro_batch_size}")
+
+
+def _check_blocks(args) -> None:
+    if args.training_mode == "sft" and args.ebft_encoder_load is None:
+        return  # no blocks
+    if args.seq_length < args.ebft_context_length + args.ebft_rollout_length:
+        raise ValueError(f"--seq-length {args.seq_length} is too short for one block: it needs at least "
+                         f"--ebft-context-length {args.ebft_context_length} + --ebft-rollout-length "
+                         f"{args.ebft_rollout_length} tokens")
+    if args.training_mode == "ebft" and args.ebft_num_samples < 2 and args.ebft_advantage != "reinforce":
+        raise ValueError(f"--ebft-num-samples {args.ebft_num_samples} with --ebft-advantage {args.ebft_advantage}: "
+                         "needs at least 2 rollouts of a block; use --ebft-advantage reinforce for one")
+
+
+def _check_dumped_steps(args) -> None:
+    for name in ("ebft_dump_steps", "ebft_replay_steps"):
+        if vars(args)[name] and args.training_mode == "sft":
+            raise ValueError(f"{FLAGS[name].name}: next-token training has no rollouts; leave the flag out")
+    if args.ebft_dump_steps and args.ebft_dump_steps == args.ebft_replay_steps:
+        raise ValueError(f"--ebft-dump-steps {args.ebft_dump_steps}: would overwrite the steps that "
+                         "--ebft-replay-steps reads")
+
+
+def fp8_recipes(args: argparse.Namespace) -> dict[str, str]:
+    """Recipe of each pass that runs in FP8, by the flag that asks for it."""
+    recipes = {"--fp8-format": args.fp8_recipe} if args.fp8_format else {}
+    if args.training_mode == "ebft":
+        recipes |= {"--ebft-rollout-fp8": args.ebft_rollout_fp8, "--ebft-encoder-fp8": args.ebft_encoder_fp8}
+    return {flag: recipe for flag, recipe in recipes.items() if recipe != "off"}
+
+
+def fp8_row_multiple(args: argparse.Namespace) -> int:
+    """Rows and decoding steps have a multiple of this many tokens, on any machine: of the tensor ranks that split them,
+    times what FP8 products need."""
+    ranks, recipes = args.tensor_model_parallel_size if args.sequence_parallel else 1, fp8_recipes(args)
+    if recipes.get("--fp8-format") == "blockwise":
+        return ranks * BLOCK
+    return ranks * ROWS if recipes else ranks
+
+
+def require_multiple(args: argparse.Namespace, multiple: int) -> None:
+    """ValueError unless --seq-length is a multiple of this many tokens, which FP8 needs."""
+    if args.seq_length % multiple:
+        each = f" ({multiple // args.tensor_model_parallel_size} on each tensor rank)" if args.sequence_parallel else ""
+        raise ValueError(f"--seq-length {args.seq_length}: with {', '.join(fp8_recipes(args))} it must be a multiple "
+                         f"of {multiple}{each}")

@@ -1,0 +1,28 @@
+"""Flags of precision, kernels and memory. None of them changes what is computed, up to rounding."""
+
+from megatron_ebft.run.flags.flag import Flag, Group, at_least
+
+PRECISION = Group("precision, kernels and memory", (
+    Flag("--bf16", bool, "weights and activations in bfloat16; the optimizer and sampling stay in float32",
+         default=False),
+    Flag("--transformer-impl", str, "layers of Transformer Engine or of Megatron-Core (local). auto: Transformer "
+         "Engine with CUDA and --bf16. `python -m megatron_ebft.environment` shows what this machine has",
+         default="auto", choices=("auto", "transformer_engine", "local")),
+    Flag("--ebft-attention", str, "FlexAttention, or torch's SDPA in chunks. auto: FlexAttention on GPUs",
+         default="auto", choices=("auto", "flex", "sdpa")),
+    Flag("--deterministic-mode", bool, "use GPU kernels that add in a fixed order, so that an interrupted run ends "
+         "with the same weights, bit for bit. SDPA then takes more memory and time; FlexAttention does not",
+         default=False),
+    Flag("--recompute-granularity", str, "recompute activations in the backward pass: of whole layers (full) or of "
+         "attention only (selective)", choices=("full", "selective"), default_text="no recomputation"),
+    Flag("--ebft-blocks-per-microbatch", int, "number of blocks of a row that go through the encoder and the training "
+         "pass together (0: all). A smaller value saves memory for long rows; the result is the same", default=0,
+         valid=at_least(0)),
+    Flag("--ebft-rollout-rows", int, "number of rows that a rank decodes together (0: all; with pipeline stages, one "
+         "group of rows per stage). A smaller value saves key-value cache; the result is the same", default=0,
+         valid=at_least(0)),
+    Flag("--ebft-skip-duplicates", bool, "compute identical rollouts of a block once, in the encoder and in training, "
+         "and skip rollouts that cannot change the gradient: those of blocks that do not count and, without a KL term, "
+         "those with zero advantage. Loss and gradient stay the same. Runs that dump or replay steps skip nothing",
+         default=True),
+))

@@ -1,0 +1,24 @@
+"""Every flag of training, and which of them tools read that run single steps."""
+
+from megatron_ebft.run.flags.basics import RUN
+from megatron_ebft.run.flags.checkpoints import CHECKPOINTS
+from megatron_ebft.run.flags.data import DATA
+from megatron_ebft.run.flags.dumped_steps import DUMPED_STEPS
+from megatron_ebft.run.flags.evaluation import EVALUATION
+from megatron_ebft.run.flags.flag import Flag, Group
+from megatron_ebft.run.flags.fp8 import FP8
+from megatron_ebft.run.flags.method import METHOD
+from megatron_ebft.run.flags.model import MODEL
+from megatron_ebft.run.flags.optimizer import OPTIMIZER
+from megatron_ebft.run.flags.parallelism import PARALLELISM
+from megatron_ebft.run.flags.precision import PRECISION
+
+GROUPS = (RUN, MODEL, DATA, METHOD, OPTIMIZER, PARALLELISM, PRECISION, FP8, CHECKPOINTS, EVALUATION, DUMPED_STEPS)
+FLAGS: dict[str, Flag] = {flag.dest: flag for group in GROUPS for flag in group.flags}
+"""By attribute name."""
+ESSENTIALS = Group("the flags to start with", tuple(FLAGS[dest] for dest in (
+    "training_mode", "train_iters", "pretrained_checkpoint", "use_checkpoint_args", "data_path", "seq_length",
+    "global_batch_size", "lr", "bf16", "tensor_model_parallel_size", "save", "load")))
+STEP = frozenset(dest for group in (MODEL, METHOD, OPTIMIZER, PARALLELISM, PRECISION, FP8) for dest in group.dests) | {
+    "training_mode", "train_iters", "micro_batch_size", "global_batch_size", "seed", "seq_length", "vocab_size"}
+"""Attributes that one step on random weights and random rows reads."""
