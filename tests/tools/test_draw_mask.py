@@ -1,4 +1,4 @@
-"""The drawn mask against the rule of METHOD's strided blocks, stated token by token, and the committed picture."""
+"""The drawn mask against the rule of strided blocks, stated token by token; the committed picture is today's."""
 
 from pathlib import Path
 from xml.etree import ElementTree
