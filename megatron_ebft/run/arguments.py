@@ -466,9 +466,10 @@ def ebft_config(args: argparse.Namespace, num_layers: int) -> EBFTConfig:
                             head_dim=head_dim).attention_kernel
     if kernel == "flex" and args.seq_length % tiles == 0:
         multiple = tiles  # so that FlexAttention need not fill up queries, keys and values in every layer
-    rooms = flex_attention.ROW_SIZES if kernel == "flex" else ROW_SIZES
+    row_sizes = flex_attention.ROW_SIZES if kernel == "flex" else ROW_SIZES
     layout = StridedLayout(args.seq_length, args.ebft_context_length, args.ebft_stride, args.ebft_rollout_length,
-                           args.ebft_num_samples // args.ebft_sample_parallel_size, pad_to=multiple, rooms=rooms)
+                           args.ebft_num_samples // args.ebft_sample_parallel_size, pad_to=multiple,
+                           row_sizes=row_sizes)
     return EBFTConfig(
         layout=layout,
         sampling=SamplingConfig(args.ebft_temperature, args.ebft_top_p, args.ebft_top_k, args.seed,
