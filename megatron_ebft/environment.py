@@ -15,14 +15,14 @@ from megatron_ebft.model import kernels
 
 def report() -> str:
     """Versions, GPU, Transformer Engine, apex, FP8 recipes and kernels, line by line."""
-    found = kernels.available()
+    available = kernels.available()
     mixed = torch.bfloat16
     lines = [("megatron_ebft", __version__), ("python", platform.python_version()),
              ("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'not in this build'}"),
-             ("megatron-core", _megatron_core()), ("GPU", found.gpu or kernels.NO_GPU),
-             ("Transformer Engine", found.transformer_engine or found.no_transformer_engine),
-             ("apex", _apex(found)), ("kernels by torch.compile", found.no_compiler or "yes")]
-    lines += [(f"FP8 {recipe}", missing or "yes") for recipe, missing in found.no_fp8.items()]
+             ("megatron-core", _megatron_core()), ("GPU", available.gpu or kernels.NO_GPU),
+             ("Transformer Engine", available.transformer_engine or available.no_transformer_engine),
+             ("apex", _apex(available)), ("kernels by torch.compile", available.no_compiler or "yes")]
+    lines += [(f"FP8 {recipe}", missing or "yes") for recipe, missing in available.no_fp8.items()]
     used = []
     for name, dtype in (("--bf16", mixed), ("float32", torch.float32)):
         choice = kernels.choose(dtype=dtype, head_dim=128)
@@ -30,7 +30,7 @@ def report() -> str:
                  (f"attention, {name}", _because({"flex": "FlexAttention", "sdpa": "torch's SDPA, in chunks"}[
                      choice.attention_kernel], kernels.no_flex_attention(dtype, 128)))]
     used += [("SwiGLU and residual", "compiled" if choice.fused_elementwise else "torch, one operation at a time"),
-             ("weight gradients", _weight_gradients(found, choice))]
+             ("weight gradients", _weight_gradients(available, choice))]
     return "\n".join(["found", *map(_line, lines), "", "used, unless flags say otherwise", *map(_line, used)])
 
 
@@ -50,14 +50,15 @@ def _megatron_core() -> str:
     return importlib.metadata.version("megatron-core")
 
 
-def _apex(found: kernels.Available) -> str:
-    if not found.apex:
+def _apex(available: kernels.Available) -> str:
+    if not available.apex:
         return "not installed; not required"
-    return "yes, with" + ("" if found.weight_gradients else "out") + " its kernel for weight gradients"
+    return "yes, with" + ("" if available.weight_gradients else "out") + " its kernel for weight gradients"
 
 
-def _weight_gradients(found: kernels.Available, choice: kernels.Choice) -> str:
-    layers = "in the matrix product" if not found.no_transformer_engine or choice.fused_weight_gradients else "apart"
+def _weight_gradients(available: kernels.Available, choice: kernels.Choice) -> str:
+    has_fused_layers = not available.no_transformer_engine or choice.fused_weight_gradients
+    layers = "in the matrix product" if has_fused_layers else "apart"
     head = "in the matrix product" if choice.fused_weight_gradients else "apart (needs apex)"
     return f"added {layers} in layers (--bf16), {head} in the head"
 

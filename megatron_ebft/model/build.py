@@ -92,29 +92,27 @@ def _layer_specs(args: ModelArgs, num_layers: int, transformer_impl: str) -> Tra
             TERowParallelLinear,
         )
 
-        norm, into, out_of = TENorm, TELayerNormColumnParallelLinear, TERowParallelLinear
-        around = {}
+        norm, column_linear, row_linear = TENorm, TELayerNormColumnParallelLinear, TERowParallelLinear
+        norms_before_linears = {}
     else:
-        norm, into, out_of = Norm, ColumnParallelLinear, RowParallelLinear
-        around = dict(input_layernorm=norm, pre_mlp_layernorm=norm, sharded_state_dict_keys_map={
+        norm, column_linear, row_linear = Norm, ColumnParallelLinear, RowParallelLinear
+        norms_before_linears = dict(input_layernorm=norm, pre_mlp_layernorm=norm, sharded_state_dict_keys_map={
             "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
             "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"})
     qk_norm = norm if args.qk_layernorm else IdentityOp
-    attention = ModuleSpec(module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal},
-                           submodules=SelfAttentionSubmodules(
-        linear_qkv=into, core_attention=StridedAttention, linear_proj=out_of, q_layernorm=qk_norm, k_layernorm=qk_norm))
-    mlp = MLPSubmodules(linear_fc1=into, linear_fc2=out_of)
-    layer = ModuleSpec(module=TransformerLayer, submodules=TransformerLayerSubmodules(
-        self_attention=attention, self_attn_bda=get_bias_dropout_add, mlp=_mlp_spec(mlp), mlp_bda=get_bias_dropout_add,
-        **around))
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
-
-
-def _mlp_spec(submodules: MLPSubmodules):
-    """Megatron-Core takes a builder from 0.18 on, and a ModuleSpec before."""
-    if hasattr(MLP, "as_mlp_submodule"):
-        return functools.partial(MLP.as_mlp_submodule, submodules=submodules)
-    return ModuleSpec(module=MLP, submodules=submodules)
+    attention = SelfAttentionSubmodules(linear_qkv=column_linear, core_attention=StridedAttention,
+                                        linear_proj=row_linear, q_layernorm=qk_norm, k_layernorm=qk_norm)
+    mlp = MLPSubmodules(linear_fc1=column_linear, linear_fc2=row_linear)
+    if hasattr(MLP, "as_mlp_submodule"):  # Megatron-Core takes a builder from 0.18 on
+        build_mlp = functools.partial(MLP.as_mlp_submodule, submodules=mlp)
+    else:
+        build_mlp = ModuleSpec(module=MLP, submodules=mlp)
+    layer = TransformerLayerSubmodules(
+        self_attention=ModuleSpec(module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal},
+                                  submodules=attention),
+        self_attn_bda=get_bias_dropout_add, mlp=build_mlp, mlp_bda=get_bias_dropout_add, **norms_before_linears)
+    return TransformerBlockSubmodules(
+        layer_specs=[ModuleSpec(module=TransformerLayer, submodules=layer)] * num_layers, layer_norm=norm)
 
 
 def _stage(args: ModelArgs, config: TransformerConfig, split: list[int], vp_stage: int = 0,

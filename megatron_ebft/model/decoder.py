@@ -75,8 +75,9 @@ class Decoder(LanguageModule):
             layers: the layers of this stage and the kind of its norms.
             pre_process: whether the stage has the embedding.
             post_process: whether it has the final norm, the output head and the readout.
-            share_embeddings_and_output_weights: of the whole model, so the same in all its stages.
-            vp_stage: number of the virtual stage, None without virtual stages.
+            share_embeddings_and_output_weights: whether the output head uses the embedding's weights; the same for all
+                stages of a model.
+            vp_stage: number of the virtual stage; None without virtual stages.
         """
         super().__init__(config=config)
         self.model_type = ModelType.encoder_or_decoder
@@ -107,13 +108,16 @@ class Decoder(LanguageModule):
 
     def forward(self, tokens_BS: Tensor | None, positions_BS: Tensor, attention_mask: Tensor, *,
                 readout: Readout | None = None):
-        """What the readout returns, or this stage's hidden states [S, B, H] where there is no `post_process`.
+        """One pass through this stage.
 
         Args:
-            tokens_BS: token ids, int64; read by the first stage alone.
+            tokens_BS: token ids, int64; used by the first stage alone.
             positions_BS: position ids, int64.
             attention_mask: `as_mask` of a pattern.
-            readout: read by the last stage alone, which needs it.
+            readout: needed with `post_process`; other stages ignore it.
+
+        Returns:
+            With `post_process` the result of the readout, otherwise hidden states [S, B, H].
         """
         if self.rotary is not None:
             attention_mask = as_mask(attention_mask.pattern, self.rotary(positions_BS))
@@ -122,7 +126,7 @@ class Decoder(LanguageModule):
         return readout(hidden_SBH, self) if self.post_process else hidden_SBH
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """Without the head's extra state, which is empty; Megatron's checkpoints of GPTModel have none."""
+        """LanguageModule's, without the extra state of the head: it is empty, and GPTModel's checkpoints have none."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         extra = state.pop(f"{prefix}output_layer._extra_state", None)
         assert not (extra and extra.data), extra
