@@ -145,7 +145,7 @@ def test_bad_checkpoints_are_refused(tmp_path):
     refused("--verify-tolerance nan: must be above 0", "--verify-tolerance", "nan")
     record = checkpoint / "iter_0000000/ebft.json"
     text = record.read_text()
-    for old, new, message in (('"num_layers": 4', '"num_layers": 5', "not describe the checkpoint's model: num_layers 4"),
+    for old, new, message in (('"num_layers": 4', '"num_layers": 5', "the checkpoint's model: num_layers 4"),
                               ('"format": 3', '"format": 1', "a checkpoint of format 1, and this version")):
         record.write_text(text.replace(old, new))
         reseal(checkpoint / "iter_0000000")
