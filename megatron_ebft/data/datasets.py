@@ -95,30 +95,8 @@ def build_datasets(*, seq_length: int, seed: int, sizes: Sequence[int | None], t
         ValueError: contradictory flags; files that are missing, damaged, empty or made with another tokenizer; or too
             little data for a split. Names the flag.
     """
-    split_paths = (train_data_path, valid_data_path, test_data_path)
-    if data_path is not None:
-        if any(paths is not None for paths in split_paths):
-            raise ValueError("--data-path: give either this or --train-data-path and --valid-data-path")
-        blend = Blend.parse("--data-path", data_path)
-        blends = [blend] * len(Split)
-        source = dict(blend=(blend.prefixes, blend.weights), split=_checked_split(split or DEFAULT_SPLIT))
-    else:
-        if split is not None:
-            raise ValueError("--split: shares out --data-path, which is not given; leave it out")
-        blends = [None if paths is None or size == 0 else Blend.parse(f"--{kind.name}-data-path", paths)
-                  for kind, paths, size in zip(Split, split_paths, sizes, strict=True)]
-        if not any(blends):
-            raise ValueError("--data-path: no data; give it, or --train-data-path and its companions")
-        source = dict(blend_per_split=[blend and (blend.prefixes, blend.weights) for blend in blends])
-
-    lengths = {}  # of each dataset's documents, in tokens
-    for blend in filter(None, blends):
-        for prefix in blend.prefixes:
-            if prefix not in lengths:
-                lengths[prefix] = check_dataset(prefix, blend.flag)
-                check_masks(prefix, blend.flag, need_answers, need_documents)
-    check_tokenizer(list(lengths), tokenizer)
-
+    blends, source = _blends(data_path, split, (train_data_path, valid_data_path, test_data_path), sizes)
+    lengths = _check_files(blends, tokenizer, need_answers, need_documents)
     config = GPTDatasetConfig(
         random_seed=seed, sequence_length=seq_length, tokenizer=tokenizer, path_to_cache=data_cache_path,
         reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False,
@@ -139,6 +117,37 @@ def build_datasets(*, seq_length: int, seed: int, sizes: Sequence[int | None], t
             raise ValueError(f"{blend.flag}: {size} rows of the {kind.name} split are needed; without weights its "
                              f"datasets are read once and give {len(dataset)}: put a weight before every prefix")
     return datasets
+
+
+def _blends(data_path: Sequence[str] | None, split: str | None, split_paths: Sequence[Sequence[str] | None],
+            sizes: Sequence[int | None]) -> tuple[list[Blend | None], dict]:
+    """The blend of each split, and the arguments of GPTDatasetConfig that say the same."""
+    if data_path is not None:
+        if any(paths is not None for paths in split_paths):
+            raise ValueError("--data-path: give either this or --train-data-path and --valid-data-path")
+        blend = Blend.parse("--data-path", data_path)
+        return [blend] * len(Split), dict(blend=(blend.prefixes, blend.weights),
+                                          split=_checked_split(split or DEFAULT_SPLIT))
+    if split is not None:
+        raise ValueError("--split: divides --data-path, which is not given; leave it out")
+    blends = [None if paths is None or size == 0 else Blend.parse(f"--{kind.name}-data-path", paths)
+              for kind, paths, size in zip(Split, split_paths, sizes, strict=True)]
+    if not any(blends):
+        raise ValueError("--data-path: no data; give it, or --train-data-path and its companions")
+    return blends, dict(blend_per_split=[blend and (blend.prefixes, blend.weights) for blend in blends])
+
+
+def _check_files(blends: list[Blend | None], tokenizer: Tokenizer, need_answers: bool, need_documents: bool
+                 ) -> dict[str, numpy.ndarray]:
+    """Check the files of every dataset; returns the lengths of its documents, in tokens, by prefix."""
+    lengths = {}
+    for blend in filter(None, blends):
+        for prefix in blend.prefixes:
+            if prefix not in lengths:
+                lengths[prefix] = check_dataset(prefix, blend.flag)
+                check_masks(prefix, blend.flag, need_answers, need_documents)
+    check_tokenizer(list(lengths), tokenizer)
+    return lengths
 
 
 def _checked_split(split: str) -> str:

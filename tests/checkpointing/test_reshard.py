@@ -44,17 +44,17 @@ def is_vocabulary(key: str) -> bool:
     return key.endswith(("word_embeddings.weight", "output_layer.weight"))
 
 
-def differences(found: dict, expected: dict) -> dict[str, float]:
+def differences(actual: dict, expected: dict) -> dict[str, float]:
     """By kind of tensor: largest difference over largest element, of any tensor; vocabularies unpadded.
 
     Second moments by their roots, which are as large as gradients: squares have twice their relative error.
     """
-    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+    assert actual.keys() == expected.keys(), actual.keys() ^ expected.keys()
     worst = {}
     for key, wanted in expected.items():
         kind = key.split(".")[2] if key.startswith("optimizer") else "weights"
         rows = VOCAB if is_vocabulary(key) else len(wanted)
-        a, b = found[key][:rows].float(), wanted[:rows].float()
+        a, b = actual[key][:rows].float(), wanted[:rows].float()
         if kind == "exp_avg_sq":
             a, b = a.sqrt(), b.sqrt()
         worst[kind] = max(worst.get(kind, 0.0), ((a - b).abs().max() / b.abs().max()).item())
@@ -75,8 +75,8 @@ def begin(folder: str, name: str) -> dict:
     for number in range(STEPS):
         run.step(number)
     Saver(place).save(TrainState(iteration=STEPS), *run.parts, META)
-    found = {"saved": run.state(), "fingerprints": fingerprints(run, place)}
-    return found | run.step(STEPS) | {"next": run.state()}
+    results = {"saved": run.state(), "fingerprints": fingerprints(run, place)}
+    return results | run.step(STEPS) | {"next": run.state()}
 
 
 def move(folder: str, layout: str, name: str, expected: dict, save: bool) -> dict:
@@ -85,13 +85,13 @@ def move(folder: str, layout: str, name: str, expected: dict, save: bool) -> dic
     state, _ = load_checkpoint(place, *run.parts)
     assert state.iteration == STEPS
     loaded, saved_rows = run.state(), padded_vocabulary(LAYOUTS[LAYOUTS[layout][-1]][0])
-    found = {"loaded": differences(loaded, expected["saved"]), "fingerprints": fingerprints(run, place),
-             "padding": [x[saved_rows:].abs().sum().item() for key, x in loaded.items() if is_vocabulary(key)]}
+    results = {"loaded": differences(loaded, expected["saved"]), "fingerprints": fingerprints(run, place),
+               "padding": [x[saved_rows:].abs().sum().item() for key, x in loaded.items() if is_vocabulary(key)]}
     steps = {float(x["step"]) for x in run.optimizer.chained_optimizers[0].optimizer.state.values()}
     assert steps == {STEPS}
     if save:
         Saver(f"{folder}/{layout}, {name}").save(TrainState(iteration=STEPS), *run.parts, META)
-    return found | run.step(STEPS) | {"next": differences(run.state(), expected["next"])}
+    return results | run.step(STEPS) | {"next": differences(run.state(), expected["next"])}
 
 
 def four_ranks(folder: str) -> dict:
@@ -125,8 +125,8 @@ def two_ranks(folder: str) -> dict:
 def results(tmp_path_factory):
     """By layout and model, and under "expected" what the uninterrupted run did."""
     folder = str(tmp_path_factory.mktemp("layouts"))
-    found = run_ranks(4, "test_reshard:four_ranks", folder)[0] | run_ranks(2, "test_reshard:two_ranks", folder)[0]
-    return found | {"expected": torch.load(f"{folder}/expected.pt")}
+    by_case = run_ranks(4, "test_reshard:four_ranks", folder)[0] | run_ranks(2, "test_reshard:two_ranks", folder)[0]
+    return by_case | {"expected": torch.load(f"{folder}/expected.pt")}
 
 
 CASES = [f"{layout}, {name}" for layout in LAYOUTS if layout != FIRST for name in MODELS
@@ -135,14 +135,14 @@ CASES = [f"{layout}, {name}" for layout in LAYOUTS if layout != FIRST for name i
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_run_is_the_same(results, case):
-    found, expected = results[case], results["expected"][case.split(", ")[1]]
-    assert found["loaded"] == dict.fromkeys(("weights", "param", "exp_avg", "exp_avg_sq"), 0.0)
-    assert set(found["padding"]) == {0.0}  # TP 4 and the last TP 2 have rows that were not saved
-    assert found["fingerprints"] == expected["fingerprints"]
+    run, expected = results[case], results["expected"][case.split(", ")[1]]
+    assert run["loaded"] == dict.fromkeys(("weights", "param", "exp_avg", "exp_avg_sq"), 0.0)
+    assert set(run["padding"]) == {0.0}  # TP 4 and the last TP 2 have rows that were not saved
+    assert run["fingerprints"] == expected["fingerprints"]
     tolerance = 0.02 if "bf16" in case else 1e-5
-    assert found["loss"] == pytest.approx(expected["loss"], rel=tolerance)
-    assert found["norm"] == pytest.approx(expected["norm"], rel=tolerance)
-    assert max(found["next"].values()) <= (0 if "again" in case else tolerance)
+    assert run["loss"] == pytest.approx(expected["loss"], rel=tolerance)
+    assert run["norm"] == pytest.approx(expected["norm"], rel=tolerance)
+    assert max(run["next"].values()) <= (0 if "again" in case else tolerance)
 
 
 def test_the_runs_can_tell(results):

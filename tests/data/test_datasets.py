@@ -91,7 +91,7 @@ def test_blend_and_split(tmp_path):
     one = prefixes[:1]
     refuses("--data-path: no data", [1, 0, 0])
     refuses("--data-path: give either this or", [1, 0, 0], data_path=one, train_data_path=one)
-    refuses("--split: shares out --data-path", [1, 0, 0], split="1", train_data_path=one)
+    refuses("--split: divides --data-path", [1, 0, 0], split="1", train_data_path=one)
     refuses("--valid-data-path: 2 rows of it are needed", [1, 2, 0], train_data_path=one)
     refuses("--split 1,x: give up to three weights", [1, 0, 0], data_path=one, split="1,x")
     refuses("--split gives the valid split no share", [1, 2, 0], data_path=one, split="1")

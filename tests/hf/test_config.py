@@ -58,9 +58,9 @@ PUBLISHED = {  # config.json as on the hub, less what is in COMMON; then what mu
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configurations(name):
     config, expected = PUBLISHED[name]
-    found = vars(parse_config(COMMON | config, "x").architecture)
-    assert {key: found[key] for key in expected} == expected
-    assert (found["hidden_size"], found["vocab_size"]) == (config["hidden_size"], config["vocab_size"])
+    fields = vars(parse_config(COMMON | config, "x").architecture)
+    assert {key: fields[key] for key in expected} == expected
+    assert (fields["hidden_size"], fields["vocab_size"]) == (config["hidden_size"], config["vocab_size"])
 
 
 def test_a_checkpoint_that_no_family_has(tmp_path):

@@ -94,7 +94,7 @@ def test_too_little_space_is_found_before(tmp_path, monkeypatch):
 
 def test_an_interrupted_conversion_is_not_taken_for_a_whole_one(tmp_path, monkeypatch):
     source = save_model(tmp_path / "source", "llama 2")
-    checkpoint, found = tmp_path / "checkpoint", tmp_path / "found"
+    checkpoint, converted = tmp_path / "checkpoint", tmp_path / "converted"
 
     def interrupted(cls):
         read, calls = cls.read, []
@@ -116,10 +116,10 @@ def test_an_interrupted_conversion_is_not_taken_for_a_whole_one(tmp_path, monkey
     assert sorted(os.listdir(checkpoint)) == ["iter_0000000", "latest_checkpointed_iteration.txt"]
     interrupted(CheckpointReader)
     with pytest.raises(KeyboardInterrupt):
-        to_hf(checkpoint, found)
+        to_hf(checkpoint, converted)
     monkeypatch.undo()
     assert sorted(os.listdir(tmp_path)) == ["checkpoint", "source"]
-    assert equal_tensors(read_tensors(to_hf(checkpoint, found)), read_tensors(source))
+    assert equal_tensors(read_tensors(to_hf(checkpoint, converted)), read_tensors(source))
     for tool, flags in (("hf_to_megatron.py", ["--hf-model", str(source)]),
                         ("megatron_to_hf.py", ["--load", str(checkpoint)])):
         assert run_script(TOOLS / tool, *flags, "--output", str(tmp_path / tool), before=KILLED)[0] == -9

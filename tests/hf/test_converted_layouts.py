@@ -34,7 +34,7 @@ from megatron_ebft.parallel import groups
 
 def logits(policy: list, tokens: torch.Tensor) -> torch.Tensor | None:
     """[B, S, V] of the whole vocabulary; on the last stage."""
-    found = []
+    outputs = []
 
     def forward_step(iterator, model):
         mb = next(iterator)
@@ -42,7 +42,7 @@ def logits(policy: list, tokens: torch.Tensor) -> torch.Tensor | None:
         def collect(out_SBV):
             shards = [torch.empty_like(out_SBV) for _ in range(parallel_state.get_tensor_model_parallel_world_size())]
             torch.distributed.all_gather(shards, out_SBV.contiguous(), group=groups.tp_group())
-            found.append(torch.cat(shards, -1)[..., :VOCAB].transpose(0, 1))
+            outputs.append(torch.cat(shards, -1)[..., :VOCAB].transpose(0, 1))
             return out_SBV.sum(), {}
 
         mask, readout = as_mask(CausalPattern(None)), lambda hidden, model: model.head(hidden)
@@ -51,13 +51,13 @@ def logits(policy: list, tokens: torch.Tensor) -> torch.Tensor | None:
     rows = GoldBatch(tokens.to(device()), torch.arange(len(tokens)))
     with torch.no_grad():
         run_schedule(forward_step, GoldMicroBatches(rows, 1), policy, forward_only=True)
-    return torch.cat(found).cpu() if found else None
+    return torch.cat(outputs).cpu() if outputs else None
 
 
 def four_ranks(folder: str) -> dict:
     """Largest difference of a logit by model and layout; None where this rank is no last stage."""
     init_device()
-    tokens, found = torch.load(f"{folder}/tokens.pt"), {}
+    tokens, differences = torch.load(f"{folder}/tokens.pt"), {}
     for tp, pp in ((1, 1), (2, 1), (1, 2), (2, 2)):
         enter_world(4)
         groups.init_parallel(tp, pp, seed=1)
@@ -69,13 +69,13 @@ def four_ranks(folder: str) -> dict:
             run = SmallRun(args=args, **sizes)
             load_weights(checkpoint, run.model)
             out, expected = logits(run.model, tokens), torch.load(f"{folder}/{kind}.logits")
-            found[f"{kind} {tp} {pp}"] = None if out is None else (out - expected).abs().max().item()
+            differences[f"{kind} {tp} {pp}"] = None if out is None else (out - expected).abs().max().item()
             if (tp, pp) == (2, 2):
                 Saver(f"{checkpoint} 2 2").save(TrainState(3, 6), *run.parts,
                                 {"architecture": asdict(args), "tokenizer": None})
         del run
         groups.shut_down()
-    return found
+    return differences
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +97,9 @@ def by_layout(tmp_path_factory):
 def test_logits_are_those_of_transformers(by_layout, kind, layout):
     folder, differences = by_layout
     tp, pp = map(int, layout.split())
-    found = differences[f"{kind} {layout}"]
-    assert len(found) == 4 // pp and max(found) <= 1e-4  # on every rank of a last stage
-    assert tp == 1 or max(found) > 0  # unsplit sums may round as theirs do, split ones do not
+    largest = differences[f"{kind} {layout}"]
+    assert len(largest) == 4 // pp and max(largest) <= 1e-4  # on every rank of a last stage
+    assert tp == 1 or max(largest) > 0  # unsplit sums may round as theirs do, split ones do not
     assert torch.load(folder / f"{kind}.logits").std() > 0.5
 
 

@@ -59,11 +59,11 @@ def test_training_needs_nothing_but_the_checkpoint(learner, tmp_path, one_rank, 
                                     str(checkpoint)]))
     assert resumed.state.iteration == 1 and resumed.companions == run.companions
 
-    found = to_hf(tmp_path / "trained", tmp_path / "found", "--verify")
-    before, after = read_tensors(source), read_tensors(found)
+    converted = to_hf(tmp_path / "trained", tmp_path / "converted", "--verify")
+    before, after = read_tensors(source), read_tensors(converted)
     assert before.keys() == after.keys() and all(not torch.equal(before[name], after[name]) for name in before)
-    assert {path.name for path in source.iterdir() if "model" not in path.name} <= set(os.listdir(found))
-    known, mine = (transformers.AutoTokenizer.from_pretrained(x) for x in (source, found))
+    assert {path.name for path in source.iterdir() if "model" not in path.name} <= set(os.listdir(converted))
+    known, mine = (transformers.AutoTokenizer.from_pretrained(x) for x in (source, converted))
     text = "the lazy fox"
     assert mine(text) == known(text) and mine.eos_token == known.eos_token
 
@@ -82,9 +82,9 @@ def test_the_template_has_its_own_tokenizer(learner, tmp_path):
     template = save_model(tmp_path / "template", "llama 3.2")
     (template / "tokenizer.model").write_text("another kind of tokenizer")
     (template / "generation_config.json").write_text('{"temperature": 0.5}')
-    found = to_hf(checkpoint, tmp_path / "found", "--hf-template", str(template))
-    assert (found / "tokenizer.model").exists() and not (found / "tokenizer.json").exists()
-    assert json.loads((found / "generation_config.json").read_text()) == {"temperature": 0.5}
+    converted = to_hf(checkpoint, tmp_path / "converted", "--hf-template", str(template))
+    assert (converted / "tokenizer.model").exists() and not (converted / "tokenizer.json").exists()
+    assert json.loads((converted / "generation_config.json").read_text()) == {"temperature": 0.5}
     (source / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="--hf-model .*source: its tokenizer cannot be used"):
         to_megatron(source, tmp_path / "a")

@@ -85,7 +85,7 @@ REFUSED = {  # by name: a family, what is done to its folder, what is said
     "index of numbers": ("llama 2", lambda x: (x / INDEX).write_text('{"weight_map": {"a": 3}}'), "damaged"),
     "index of other places": ("llama 2", lambda x: (x / INDEX).write_text(re.sub(
         r'("lm_head.weight": "model-)\d{5}', r"\g<1>00001", (x / INDEX).read_text())),
-        "index.json says that lm_head.weight is in model-00001-of-.*, where it is not; copy both again"),
+        "index.json says that lm_head.weight is in model-00001-of-.*, but it is not; copy both again"),
     "a shard twice": ("llama 2", lambda x: shutil.copy(next(x.glob("model-00001*")), next(x.glob(SHARD + "*"))),
                       "is in model-00001.* and in model-00002.*; remove"),
     "pickles": ("llama 2", lambda x: [p.rename(p.with_suffix(".bin")) for p in x.glob("*.safetensors")] and
@@ -122,7 +122,7 @@ def test_bad_checkpoints_are_refused(tmp_path):
     refused("--output .*output: is not empty; name a new folder")
     (output / "file").unlink()
     other = save_model(tmp_path / "other", "qwen2", intermediate_size=64)
-    refused("--hf-template .*other: config.json describes another model.*ffn_hidden_size 64 .checkpoint 48.",
+    refused("--hf-template .*other: config.json does not describe the checkpoint's model: ffn_hidden_size 64 .che",
             "--hf-template", str(other))
     refused("--hf-template .*nothing: no config.json there", "--hf-template", str(tmp_path / "nothing"))
     (other / "config.json").write_text("{")
@@ -145,7 +145,7 @@ def test_bad_checkpoints_are_refused(tmp_path):
     refused("--verify-tolerance nan: must be above 0", "--verify-tolerance", "nan")
     record = checkpoint / "iter_0000000/ebft.json"
     text = record.read_text()
-    for old, new, message in (('"num_layers": 4', '"num_layers": 5', "another model than the checkpoint: num_layers 4"),
+    for old, new, message in (('"num_layers": 4', '"num_layers": 5', "the checkpoint's model: num_layers 4"),
                               ('"format": 3', '"format": 1', "a checkpoint of format 1, and this version")):
         record.write_text(text.replace(old, new))
         reseal(checkpoint / "iter_0000000")

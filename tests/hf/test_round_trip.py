@@ -32,13 +32,13 @@ def test_round_trip(tmp_path, kind, tied):
     source = save_model(tmp_path / "source", kind, dtype, tie_word_embeddings=tied)
     assert (source / INDEX).exists()
     checkpoint = to_megatron(source, tmp_path / "checkpoint")
-    found = to_hf(checkpoint, tmp_path / "found", "--max-shard-size", "15e-6")
-    assert equal_tensors(read_tensors(found), read_tensors(source)) and len(read_tensors(source)) == len(json.loads(
-        (found / INDEX).read_text())["weight_map"])
+    converted = to_hf(checkpoint, tmp_path / "converted", "--max-shard-size", "15e-6")
+    assert equal_tensors(read_tensors(converted), read_tensors(source)) and len(read_tensors(source)) == len(json.loads(
+        (converted / INDEX).read_text())["weight_map"])
     for name in ("config.json", "generation_config.json"):
-        assert (found / name).read_bytes() == (source / name).read_bytes()
-    assert max(path.stat().st_size for path in found.glob("*.safetensors")) < 20_000
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(found, dtype=dtype)
+        assert (converted / name).read_bytes() == (source / name).read_bytes()
+    assert max(path.stat().st_size for path in converted.glob("*.safetensors")) < 20_000
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(converted, dtype=dtype)
     expected = random_model(kind, tie_word_embeddings=tied).to(dtype).state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
 
@@ -49,12 +49,13 @@ def test_a_configuration_made_from_the_architecture_alone(tmp_path, kind):
     checkpoint = to_megatron(source, tmp_path / "checkpoint")
     shutil.rmtree(checkpoint / "iter_0000000/hugging_face")
     reseal(checkpoint / "iter_0000000")
-    found = to_hf(checkpoint, tmp_path / "found", "--verify")
-    assert equal_tensors(read_tensors(found), read_tensors(source)) and (found / "generation_config.json").exists()
-    mine, known = read_model(str(found), "--x"), read_model(str(source), "--x")
+    converted = to_hf(checkpoint, tmp_path / "converted", "--verify")
+    assert equal_tensors(read_tensors(converted), read_tensors(source))
+    assert (converted / "generation_config.json").exists()
+    mine, known = read_model(str(converted), "--x"), read_model(str(source), "--x")
     assert mine.architecture == known.architecture and mine.entries == known.entries
     tokens = torch.arange(LENGTH)[None] % VOCAB
-    models = [transformers.AutoModelForCausalLM.from_pretrained(x) for x in (source, found)]
+    models = [transformers.AutoModelForCausalLM.from_pretrained(x) for x in (source, converted)]
     assert torch.equal(*(model(tokens).logits for model in models))
     templated = to_hf(checkpoint, tmp_path / "templated", "--hf-template", str(source))
     assert (templated / "config.json").read_bytes() == (source / "config.json").read_bytes()
@@ -96,5 +97,5 @@ def test_tensors_keep_a_dtype_of_their_own(tmp_path):
     assert equal_tensors(read_tensors(converted), mixed)
     name = "model.layers.1.self_attn.k_proj.weight"
     save_file(mixed | {name: mixed[name].float()}, source / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=f"{name}, .* have several dtypes, and become one tensor; give --dtype"):
+    with pytest.raises(ValueError, match=f"{name}, .* have several dtypes, but become one tensor; give --dtype"):
         to_megatron(source, tmp_path / "c")

@@ -32,7 +32,7 @@ def test_verification_notices_and_names_the_layer(tmp_path, monkeypatch, capsys)
     assert os.listdir(tmp_path / "wrong") == []
     monkeypatch.setattr(Entry, "split", lambda entry, x: split(entry, x)[::-1 if swapped(entry) else 1])
     with pytest.raises(ValueError, match="differ by .*the first to differ is decoder layer 3 of 4"):
-        to_hf(checkpoint, tmp_path / "found", "--verify")
+        to_hf(checkpoint, tmp_path / "converted", "--verify")
     monkeypatch.undo()
     assert sorted(os.listdir(tmp_path)) == ["good", "source", "wrong"]
     scaled = {name: x * (1 + 1e-2 * (name == "lm_head.weight")) for name, x in read_tensors(source).items()}
