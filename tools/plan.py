@@ -63,7 +63,7 @@ CLUSTER = Group("cluster", (
          default_text="the GPU's"),
     Flag("--gpus-per-node", int, "GPUs that NVLink connects", valid=at_least(1), default_text="8"),
     Flag("--json", str, "write all figures to this file", metavar="FILE")))
-READS = STEP | {"ebft_document_mask", "ebft_answer_only", "ebft_track_kl"}
+READS = STEP | {"training_mode", "ebft_document_mask", "ebft_answer_only", "ebft_track_kl"}
 
 
 @dataclass

@@ -128,6 +128,7 @@ def ebft_config(args: argparse.Namespace, num_layers: int) -> EBFTConfig:
         ValueError: naming the flag.
     """
     multiple, tiles = row_multiple(args), math.lcm(row_multiple(args), flex_attention.TILE)
+    require_multiple(args, multiple)
     is_known = args.hidden_size and args.num_attention_heads  # else a checkpoint's architecture is still to be read
     head_dim = args.kv_channels or (args.hidden_size // args.num_attention_heads if is_known else 128)
     kernel = kernels.choose(args.transformer_impl, args.ebft_attention, dtype=_dtype(args),
@@ -205,15 +206,14 @@ def _gathers_blocks(args) -> bool:
 
 
 def check_fp8_sizes(args: argparse.Namespace, architecture: ModelArgs) -> None:
-    """Check the sizes that FP8 products take.
+    """Check the architecture against what FP8 products take.
 
     Raises:
-        ValueError: naming the flag: a row, or a tensor rank's part of a matrix, has a size that FP8 products do not
-            take; or more layers stay out of FP8 in training than Megatron-Core allows.
+        ValueError: naming the flag: a tensor rank's part of a matrix has a size that FP8 products do not take, or more
+            layers stay out of FP8 in training than Megatron-Core allows.
     """
     if not fp8_recipes(args) or args.ebft_fp8_emulate:
         return
-    require_multiple(args, row_multiple(args))
     tp, head = args.tensor_model_parallel_size, architecture.kv_channels
     for flag, size, multiple in (
             ("--hidden-size", architecture.hidden_size, BLOCK if _gathers_blocks(args) else ROWS),

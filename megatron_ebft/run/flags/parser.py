@@ -48,9 +48,11 @@ class Parser(argparse.ArgumentParser):
 
     def _flags(self) -> dict[str, Flag]:
         """Every flag this program parses, by attribute name, with its own defaults."""
-        flags = {flag.dest: replace(flag, default=self.defaults[flag.dest], required=False)
-                 if flag.dest in self.defaults else flag for flag in FLAGS.values() if self.reads}
-        return flags | {flag.dest: flag for group in self.own for flag in group.flags}
+        flags = {flag.dest: flag for group in self.own for flag in group.flags}
+        for name, flag in FLAGS.items() if self.reads else ():
+            is_required = flag.required and name in self.reads and name not in self.defaults
+            flags.setdefault(name, replace(flag, default=self.defaults.get(name, flag.default), required=is_required))
+        return flags
 
     def _add_flag(self, flag: Flag) -> None:
         if flag.type is bool:

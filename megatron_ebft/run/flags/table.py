@@ -20,5 +20,5 @@ ESSENTIALS = Group("the flags to start with", tuple(FLAGS[dest] for dest in (
     "training_mode", "train_iters", "pretrained_checkpoint", "use_checkpoint_args", "data_path", "seq_length",
     "global_batch_size", "lr", "bf16", "tensor_model_parallel_size", "save", "load")))
 STEP = frozenset(dest for group in (MODEL, METHOD, OPTIMIZER, PARALLELISM, PRECISION, FP8) for dest in group.dests) | {
-    "training_mode", "train_iters", "micro_batch_size", "global_batch_size", "seed", "seq_length", "vocab_size"}
-"""Attributes that one step on random weights and random rows reads."""
+    "train_iters", "micro_batch_size", "global_batch_size", "seed", "seq_length", "vocab_size"}
+"""Attributes that one EBFT step on random weights and random rows reads."""
