@@ -134,7 +134,7 @@ def real():
     found = {}
     for world_size in sorted({size for size, _ in LAYOUTS.values()}):
         layouts = [layout for layout in LAYOUTS if LAYOUTS[layout][0] == world_size]
-        by_rank = run_ranks(world_size, "test_plan:real_steps", layouts, timeout=400)
+        by_rank = run_ranks(world_size, "test_plan:real_steps", layouts)
         found |= dict(zip(layouts, zip(*by_rank, strict=True), strict=True))
     return found
 
