@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests, the `gpu` marker, and which tests share a worker of pytest-xdist."""
+"""Fixtures shared by all tests, their markers, and which of them share a worker of pytest-xdist."""
 
 from pathlib import Path
 
@@ -62,19 +62,28 @@ def arguments(data):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Mark tests, and put those with ranks first: they take longest.
-
-    A worker of pytest-xdist takes whole modules, whose fixtures are then made once. All tests with ranks go to the same
-    worker, so that there is one pool of ranks.
-    """
     for item in items:
-        has_ranks = hasattr(item.module, "run_ranks")
-        item.add_marker(pytest.mark.xdist_group("ranks" if has_ranks else str(item.path.relative_to(TESTS))))
         if item.originalname in OLDEST:
             item.add_marker("oldest")
         if item.get_closest_marker("gpu") and not have_gpu():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-    items.sort(key=lambda item: not hasattr(item.module, "run_ranks"))
     missing = OLDEST - {item.originalname for item in items}
     if config.option.markexpr == "oldest" and missing:
         raise pytest.UsageError(f"conftest.py's OLDEST names tests that do not exist: {', '.join(sorted(missing))}")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A worker of pytest-xdist takes whole files, whose fixtures are then made once.
+
+    All files with ranks go to the same worker, so that there is one pool of ranks. (They could say so with the marker
+    xdist_group; pytest-xdist 3.8 overlooks it with pytest 9.2.)
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return "ranks" if "run_ranks(" in (TESTS.parent / file).read_text() else file
+
+    return ByFile(config, log)

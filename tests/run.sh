@@ -13,7 +13,7 @@ venv="$(default_venv)"
 ensure_venv "$venv" dev
 
 cores="$(nproc)"
-workers="${WORKERS:-$((cores < 8 ? cores : 8))}" # more than eight have no modules left to run
+workers="${WORKERS:-$((cores < 8 ? cores : 8))}" # more would have no files left to run
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"   # the tests start several ranks at once on tensors of a few kilobytes
 cd "$REPO"
-exec "$venv/bin/python" -m pytest --numprocesses="$workers" --dist=loadgroup "$@"
+exec "$venv/bin/python" -m pytest --numprocesses="$workers" "$@"
