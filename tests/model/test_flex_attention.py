@@ -252,7 +252,7 @@ def test_compilations_of_a_run(monkeypatch):
               (held_out, 31, False), (held_out, 32, False))
     for document_BT in (None, documents(1, 1024)):
         for blocks, steps, has_gradient in passes:
-            for kept in range(0, blocks.num_blocks + 1, 3):
+            for kept in range(0, blocks.num_blocks + 1, blocks.num_blocks // flex_attention.ROW_SIZES):
                 computed_BKN = (torch.arange(blocks.num_blocks) < kept)[None, :, None].expand(1, -1, 4)
                 row = split_blocks(blocks, 0, steps)[0]
                 row = row.keep(computed_BKN, first.expand(computed_BKN.shape), row.room(computed_BKN))

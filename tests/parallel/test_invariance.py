@@ -140,33 +140,50 @@ def gather(value) -> list:
 def train(folder: str, names: list[str]) -> dict:
     """Metrics of each step by name; rollouts of each step and final weights go to the folder.
 
-    The same processes form one world after another; those that a small one has no use for wait for the next.
+    The same processes form one world after another, in which all ways to share work out that need the same process
+    groups follow each other. Ranks that a small world has no use for wait for the next one.
     """
-    found, rank = {}, int(os.environ["RANK"])
-    vocabulary = None
+    metrics, vocabulary = {}, None
     init_device()
-    for name in names:
-        world, flags = GRID[name]
+    for world, sizes, members in worlds(names):
         if not enter_world(world):
             continue
-        args = parse_args(FLAGS + (OTHER if name.startswith("other") else []) + flags)
-        groups.init_parallel(**parallel_sizes(args))
-        gold, run = gold_rows(), build_run(args, f"{folder}/other.pt" if name.startswith("other") else None)
-        metrics, state = [], {"rollouts": []}
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(step, "sample_rollouts", watched(state["rollouts"]))
-            for _ in range(STEPS):
-                metrics.append(train_step(run, gold, PhaseTimer(), check=run.state.iteration == 0))
-                run.state.iteration += 1
-        state["weights"] = models.whole_tensors(run.policy, of_gradients=False)
-        if rank == 0:
-            torch.save(state, f"{folder}/{name}.pt")
-        if name == "tp1 pp1 dp2":
+        groups.init_parallel(**sizes)
+        for name in members:
+            groups.set_seed(sizes["seed"])
+            metrics[name] = train_steps(folder, name)
+        if "tp1 pp1 dp2" in members:
             vocabulary = vocabulary_parallel()
-        found[name] = metrics
-        del run
         groups.shut_down()
-    return {"metrics": found, "vocabulary": vocabulary}
+    return {"metrics": metrics, "vocabulary": vocabulary}
+
+
+def worlds(names: list[str]) -> list[tuple[int, dict, list[str]]]:
+    """Number of ranks, sizes of process groups, and the names that take them."""
+    by_sizes = {}
+    for name in names:
+        sizes = parallel_sizes(parsed(name))
+        by_sizes.setdefault((GRID[name][0], *sizes.items()), (sizes, []))[1].append(name)
+    return [(world, sizes, members) for (world, *_), (sizes, members) in by_sizes.items()]
+
+
+def parsed(name: str):
+    return parse_args(FLAGS + (OTHER if name.startswith("other") else []) + GRID[name][1])
+
+
+def train_steps(folder: str, name: str) -> list[dict[str, float]]:
+    """Metrics of each step; rank 0 leaves rollouts and final weights in the folder."""
+    gold, run = gold_rows(), build_run(parsed(name), f"{folder}/other.pt" if name.startswith("other") else None)
+    metrics, state = [], {"rollouts": []}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "sample_rollouts", watched(state["rollouts"]))
+        for _ in range(STEPS):
+            metrics.append(train_step(run, gold, PhaseTimer(), check=run.state.iteration == 0))
+            run.state.iteration += 1
+    state["weights"] = models.whole_tensors(run.policy, of_gradients=False)
+    if dist.get_rank() == 0:
+        torch.save(state, f"{folder}/{name}.pt")
+    return metrics
 
 
 def watched(found: list):
@@ -245,7 +262,7 @@ def _differences_of_shards(width: int, alone) -> dict[str, float]:
 def results(tmp_path_factory):
     """By name: metrics of each step, rollouts and weights; and the vocabulary comparison."""
     folder = tmp_path_factory.mktemp("invariance")
-    by_rank = run_ranks(8, "test_invariance:train", str(folder), list(GRID), timeout=600)
+    by_rank = run_ranks(8, "test_invariance:train", str(folder), list(GRID))
     found = {}
     for name, (world, _) in GRID.items():
         metrics = [rank["metrics"][name] for rank in by_rank[:world]]

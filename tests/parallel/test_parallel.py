@@ -6,8 +6,10 @@
 4. The order in which pipeline stages decode, against the formula for their idle time.
 """
 
+import collections
 import weakref
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from types import SimpleNamespace
 
@@ -36,12 +38,11 @@ from megatron_ebft.rollout.sampler import Rollouts
 
 VOCAB, ROWS, T, BLOCKS, HIDDEN = 251, 2, 20, 5, 32
 SETTINGS = bf.Settings(bf.Geometry(4, 3, 3, 6), temperature=0.8, norm="joint", pooling="last_token", ce_coef=0.3)
-GRAM_CASES = {  # parallel sizes (TP, PP, samples, sequence parallel), feature norm and pooling
-    f"{layout} {norm} {pooling}": (*sizes, norm, pooling)
-    for (layout, sizes), norm, pooling in product(
-        {"tp2 pp2": (2, 2, 1, False), "tp2 sp samples": (2, 1, 2, True), "pp2 samples": (1, 2, 2, False),
-         "tp2 sp pp2": (2, 2, 1, True), "pp4": (1, 4, 1, False)}.items(),
-        ("joint", "layer"), ("last_token", "mean"))}
+LAYOUTS = {  # TP, PP, sample ranks, sequence parallel
+    "tp2 pp2": (2, 2, 1, False), "tp2 sp samples": (2, 1, 2, True), "pp2 samples": (1, 2, 2, False),
+    "tp2 sp pp2": (2, 2, 1, True), "pp4": (1, 4, 1, False)}
+GRAM_CASES = {f"{layout} {norm} {pooling}": (*sizes, norm, pooling) for (layout, sizes), norm, pooling in product(
+    LAYOUTS.items(), ("joint", "layer"), ("last_token", "mean"))}
 
 
 def settings(norm: str, pooling: str, n: int = 6) -> bf.Settings:
@@ -77,34 +78,31 @@ def method(chosen: bf.Settings, samples: int = 1, pad_to: int = 1, **sizes) -> E
 
 
 def rank_work(folder: str) -> dict:
+    """Results by name. Whatever needs the same process groups is done in one world."""
     init_device()
-    found = {}
-
-    def start(tp: int, pp: int, samples: int = 1, **virtual):
+    results = {}
+    for (tp, pp, samples, virtual), tasks in tasks_by_world(folder).items():
         enter_world(4)
-        groups.init_parallel(tp, pp, seed=1, sample_parallel_size=samples, **virtual)
+        groups.init_parallel(tp, pp, seed=1, sample_parallel_size=samples, virtual_pipeline_model_parallel_size=virtual)
+        results |= {name: task() for name, task in tasks.items()}
+        groups.shut_down()
+    return results
 
-    for sp in (False, True):
-        start(2, 2)
-        for name in STEPS:
-            found[f"golden {name} {'sp' * sp}"] = golden_step(name, sp)
-        groups.shut_down()
+
+def tasks_by_world(folder: str) -> dict[tuple, dict]:
+    """(TP, PP, sample ranks, virtual stages) → name → what to do there."""
+    tasks = collections.defaultdict(dict)
+    for name, sp in product(STEPS, (False, True)):
+        tasks[2, 2, 1, None][f"golden {name} {'sp' * sp}"] = partial(golden_step, name, sp)
     for name, (tp, pp, samples, sp, norm, pooling) in GRAM_CASES.items():
-        start(tp, pp, samples)
-        found[name] = gram_differences(folder, settings(norm, pooling), tp, pp, samples, sp)
-        groups.shut_down()
-    start(1, 1, 4)
-    found["64 samples"] = step_of_64_samples(folder)
-    groups.shut_down()
+        tasks[tp, pp, samples, None][name] = partial(
+            gram_differences, folder, settings(norm, pooling), tp, pp, samples, sp)
     for sp in (False, True):
-        start(2, 1, 2)
-        found[f"watched {'sp' * sp}"] = watched_step(sp)
-        groups.shut_down()
-    for virtual in (None, 2):
-        start(1, 4 if virtual is None else 2, virtual_pipeline_model_parallel_size=virtual)
-        found[f"timeline {virtual or 1}"] = rollout_timelines(virtual)
-        groups.shut_down()
-    return found
+        tasks[2, 1, 2, None][f"watched {'sp' * sp}"] = partial(watched_step, sp)
+    tasks[1, 1, 4, None]["64 samples"] = partial(step_of_64_samples, folder)
+    tasks[1, 4, 1, None]["timeline 1"] = partial(rollout_timelines, None)
+    tasks[1, 2, 1, 2]["timeline 2"] = partial(rollout_timelines, 2)
+    return tasks
 
 
 def overrides(tp: int, pp: int, sp: bool = False) -> dict:
@@ -296,7 +294,7 @@ def by_rank(one_rank, tmp_path_factory):
     grads = {name: p.main_grad.clone() for name, p in policy[0].module.named_parameters()}
     torch.save({"advantage": rewards.advantage, "losses": means.reduce(), "gradient": grads,
                 "scale": max(x.abs().max().item() for x in gradient.values())}, folder / "64.pt")
-    return run_ranks(4, "test_parallel:rank_work", str(folder), timeout=400)
+    return run_ranks(4, "test_parallel:rank_work", str(folder))
 
 
 @pytest.mark.parametrize("sp", ["", "sp"])

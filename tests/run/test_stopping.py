@@ -1,5 +1,6 @@
 """Runs that stop early and go on, ranks that hang, saves and steps that fail."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 import torch
 from ranks import free_port
 from safetensors import safe_open
-from small_run import dataset, scalars
+from small_run import MODEL, SMALL, scalars
 from small_run import start as start_run
 from torch.utils.tensorboard import SummaryWriter
 
@@ -25,6 +26,7 @@ from megatron_ebft.method import step as method_step
 from megatron_ebft.model.weights import unwrap
 from megatron_ebft.parallel import groups
 from megatron_ebft.run import loop, stopping
+from megatron_ebft.run.flags import parse_args
 from megatron_ebft.run.stopping import StopAsked, Stopper
 from megatron_ebft.run.watchdog import Report, diagnose
 
@@ -37,17 +39,27 @@ def start(args) -> tuple:
     return start_run(args)
 
 
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory, one_rank) -> Path:
+    """The folder of a run that nothing stops."""
+    folder = tmp_path_factory.mktemp("whole")
+    run, log = start(parse_args([*data, *MODEL, *SMALL, *FLAGS, "--save", str(folder)]))
+    assert loop.train(run, log)
+    log.close(0.0)
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def no_requests(monkeypatch):
     monkeypatch.setattr(signals, "received", [])
 
 
-def test_kills(tmp_path):
+def test_kills(data, tmp_path):
     """SIGKILL four times, USR1 and TERM once: see kills.py, which does the same twenty times by hand."""
-    rows = dataset(tmp_path)
     kinds = [signal.SIGKILL, signal.SIGKILL, signal.SIGUSR1, signal.SIGKILL, signal.SIGTERM, signal.SIGKILL]
-    kills.interrupted_run(tmp_path / "broken", rows, 30, kinds, seed=0)
-    kills.interrupted_run(tmp_path / "whole", rows, 30, [], seed=0)
+    steps = kills.STEPS_BETWEEN * (len(kinds) + 1)
+    kills.interrupted_run(tmp_path / "broken", data, steps, kinds, seed=0)
+    kills.interrupted_run(tmp_path / "whole", data, steps, [], seed=0)
     assert kills.compare(tmp_path / "whole", tmp_path / "broken") > 300
 
 
@@ -78,28 +90,22 @@ STOPS = {  # where the signal arrives; the step that is the last, and the evalua
 
 
 @pytest.mark.parametrize("place", STOPS)
-def test_a_request_stops_and_the_run_goes_on(arguments, tmp_path, one_rank, monkeypatch, place, capsys):
+def test_a_request_stops_and_the_run_goes_on(arguments, whole, tmp_path, monkeypatch, place, capsys):
     *where, step, evaluated = STOPS[place]
-
-    def flags(name):
-        return arguments(*FLAGS, "--save", str(tmp_path / name), "--load", str(tmp_path / name))
-
-    run, log = start(flags("whole"))
-    assert loop.train(run, log)
-    log.close(0.0)
-    run, log = start(flags("broken"))
+    args = arguments(*FLAGS, "--save", str(tmp_path), "--load", str(tmp_path))
+    run, log = start(args)
     with monkeypatch.context() as patch:
         ask_at(patch, *where)
         assert not loop.train(run, log)
     log.close(0.0, is_done=False)
     assert (run.state.iteration, run.state.evaluated) == (step, evaluated)
     assert f"stopping after step {step}/6: SIGUSR1" in capsys.readouterr().out
-    assert latest_iteration(str(tmp_path / "broken")) == (step or None)
+    assert latest_iteration(str(tmp_path)) == (step or None)
     signals.received.clear()
-    run, log = start(flags("broken"))
+    run, log = start(args)
     assert loop.train(run, log) and run.state.restarts == (step > 0)
     log.close(0.0)
-    assert kills.compare(tmp_path / "whole", tmp_path / "broken") > 100
+    assert kills.compare(whole, tmp_path) > 100
 
 
 def test_a_stop_file_and_a_deadline(one_rank, tmp_path, monkeypatch):
@@ -108,14 +114,14 @@ def test_a_stop_file_and_a_deadline(one_rank, tmp_path, monkeypatch):
     file.write_text("")
     with pytest.raises(StopAsked, match=f"--ebft-stop-file {file}"):
         Stopper(None, str(file)).check()
-    monkeypatch.setattr(stopping, "_process_start", time.monotonic() - 100)
+    monkeypatch.setattr(time, "monotonic", lambda: stopping._process_start + 100)
     stopper = Stopper(minutes=2.0)  # 20 seconds are left
     stopper.check()
     stopper.longest_step, stopper.longest_save = 8.0, 4.0
     stopper.check()
     stopper.longest_save = 6.0  # 1.5 × (8 + 6) = 21
     stopper.check(steps=0)
-    with pytest.raises(StopAsked, match="--exit-duration-in-mins 2, (19|20) s before its end"):
+    with pytest.raises(StopAsked, match="--exit-duration-in-mins 2, 20 s before its end"):
         stopper.check()
 
 
@@ -177,7 +183,12 @@ def test_a_disk_without_room_for_tensorboard_costs_a_warning(arguments, tmp_path
 
 
 def test_the_deadline_knows_saves_of_earlier_processes(arguments, tmp_path, one_rank, monkeypatch):
-    """Of a save in the background, until it is whole; a finished run cannot be asked for fewer steps."""
+    """Of a save in the background, until it is whole; a finished run cannot be asked for fewer steps.
+
+    A clock that ticks when it is read makes a save that lasts two steps longer than any one step.
+    """
+    ticks = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
     flags = [*FLAGS, "--async-save", "--save", str(tmp_path), "--load", str(tmp_path)]
     finished = Saver.finished
 
@@ -218,12 +229,13 @@ import os, signal, sys, time
 import torch, torch.distributed as dist
 from megatron_ebft.run.watchdog import Watchdog
 dist.init_process_group("gloo")
-watchdog = Watchdog(3.0 if sys.argv[3] == "1" else 0.5)
+timeout, patience, seconds = map(float, sys.argv[3:])
+watchdog = Watchdog(timeout)
 watchdog.watch()
 for phase in ("rollout of step 7", "features of step 7", "train of step 7"):
-    watchdog.enter(phase, int(sys.argv[3]))
+    watchdog.enter(phase, patience)
     if phase.startswith(sys.argv[1]) and dist.get_rank() == 1:
-        os.kill(os.getpid(), signal.SIGSTOP) if sys.argv[2] == "stopped" else time.sleep(60 // int(sys.argv[3]) ** 2)
+        os.kill(os.getpid(), signal.SIGSTOP) if sys.argv[2] == "stopped" else time.sleep(seconds)
     dist.all_reduce(torch.ones(1))
 watchdog.stop()
 """
@@ -232,26 +244,26 @@ watchdog.stop()
 @pytest.mark.parametrize("how, says", [("stopped", "does not answer"), ("asleep", "does not come to meet the others")])
 def test_a_rank_that_hangs_is_named(how, says):
     """Rank 1 hangs in `features`; rank 0, which waits for it, says so and ends with code 70."""
-    ranks = start_hanging(how, patience=1)
+    ranks = start_hanging(how, timeout=6, patience=1, seconds=600)
     try:
-        said = ranks[0].communicate(timeout=60)[1]
+        said = ranks[0].communicate(timeout=300)[1]
     finally:
         for rank in ranks:
             rank.kill()
             rank.wait()
     assert ranks[0].returncode == 70, said
-    assert "error: no progress for 3 s: rank 1 on " in said and says in said and "in features of step 7" in said
+    assert "error: no progress for 6 s: rank 1 on " in said and says in said and "in features of step 7" in said
 
 
 def test_a_long_save_is_no_hang():
     """Phases that may take longer do."""
-    ranks = start_hanging("asleep", patience=6)
-    assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
+    ranks = start_hanging("asleep", timeout=1, patience=20, seconds=3)
+    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
 
 
-def start_hanging(how: str, patience: int) -> list[subprocess.Popen]:
+def start_hanging(how: str, timeout: int, patience: int, seconds: int) -> list[subprocess.Popen]:
     port = str(free_port())
-    command = [sys.executable, "-c", HANGS, "features", how, str(patience)]
+    command = [sys.executable, "-c", HANGS, "features", how, str(timeout), str(patience), str(seconds)]
     return [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {
         "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
         "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(__file__).parents[2])}) for rank in (0, 1)]

@@ -3,11 +3,14 @@
 import math
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
 from paced import Pace
+from ranks import ENVIRONMENT, free_port
 from small_run import MODEL, SMALL, TIMED, VOCAB, finish, save, scalars, start, start_ranks, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -38,14 +41,13 @@ def test_killed_run_continues_bit_for_bit(data, tmp_path, one_rank):
     finish(start_ranks(flags(whole)))
     pace.allow(4)
     ranks = start_ranks(flags(killed), pace=pace.file)
-    for line in ranks[0].stdout:
+    for line in ranks[0].output:
         if line.startswith("saved"):  # iteration 3 is whole; step 4 has begun, or waits at its end
             time.sleep(0.05)
-            for process in ranks:
-                os.killpg(process.pid, signal.SIGKILL)  # with the processes that Megatron-Core saves with
+            for rank in ranks:
+                os.killpg(rank.pid, signal.SIGKILL)  # with the processes that Megatron-Core saves with
             break
-    ranks[0].communicate()
-    assert [process.wait() for process in ranks] == [-signal.SIGKILL] * 2
+    assert [rank.wait() for rank in ranks] == [-signal.SIGKILL] * 2
     output = finish(start_ranks(flags(killed)))
     assert "step 3/6" not in output and "step 4/6" in output
 
@@ -292,8 +294,13 @@ def test_unknown_values_name_their_flag():
 
 
 def test_a_world_that_does_not_fit_is_refused(data):
-    processes = start_ranks([*data, *MODEL, *SMALL, "--train-iters", "1", "--global-batch-size", "3"])
-    output = processes[0].communicate(timeout=60)[0]
-    assert processes[0].returncode == 64 and "Traceback" not in output
+    """The command as a user starts it; every other test forks its ranks."""
+    command = [sys.executable, "-m", "megatron_ebft.train", *data, *MODEL, *SMALL, "--train-iters", "1",
+               "--global-batch-size", "3"]
+    world = os.environ | ENVIRONMENT | {"WORLD_SIZE": "2", "MASTER_PORT": str(free_port()), "MASTER_ADDR": "127.0.0.1"}
+    ranks = [subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              env=world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+    output = ranks[0].communicate()[0]
+    assert ranks[0].returncode == 64 and "Traceback" not in output
     assert "error: --global-batch-size 3: must be a multiple of --micro-batch-size 1 × 2 ranks" in output
-    processes[1].wait(timeout=20)
+    ranks[1].communicate()

@@ -48,14 +48,15 @@ def interrupted_run(folder: Path, data: list[str], steps: int, kinds: list[int],
             pace.allow(last)
             ranks = start_ranks(flags(folder, data, steps), pace=pace.file)
         seen = interrupt(ranks, kind, last, pace, generator) if kind else []
-        rest = ranks[0].stdout.read() if kind != signal.SIGKILL else ""
+        rest = ranks[0].output.read() if kind != signal.SIGKILL else ""
         if kind == signal.SIGKILL:  # as srun --kill-on-bad-exit does
             time.sleep(generator.random() * 0.2)
             for rank in ranks:
                 rank.kill()
-        codes = [rank.wait(timeout=600) for rank in ranks]
-        expected = {None: 0, signal.SIGKILL: -signal.SIGKILL}.get(kind, 75)
-        assert codes == [expected] * len(ranks), (kind, codes, seen, rest)
+        codes = [rank.wait() for rank in ranks]
+        # Of two ranks the one that was not killed may have noticed that the other is gone, and ended with 1.
+        expected = {None: {0}, signal.SIGKILL: {-signal.SIGKILL, 1}}.get(kind, {75})
+        assert set(codes) <= expected and codes != [1, 1], (kind, codes, seen, rest)
         lines.append(f"{signal.Signals(kind).name if kind else 'to the end'}: {', '.join(seen)}")
     return lines
 
@@ -63,14 +64,14 @@ def interrupted_run(folder: Path, data: list[str], steps: int, kinds: list[int],
 def interrupt(ranks: list, kind: int, last: int, pace, generator: random.Random) -> list[str]:
     """Send a signal to one rank in the step after `last`; the steps that were seen before."""
     seen = []
-    for line in ranks[0].stdout:
+    for line in ranks[0].output:
         if line.startswith("step"):
             seen.append(line.split()[1])
             if seen[-1].split("/")[0] == str(last):
                 break
     pace.allow(last + 1)
     time.sleep(generator.random() * 0.3)
-    generator.choice(ranks).send_signal(kind)
+    os.kill(generator.choice(ranks).pid, kind)
     if kind != signal.SIGKILL:
         pace.free()
     return seen

@@ -2,13 +2,14 @@
 
     EBFT_PACE=FILE python tests/support/paced.py -m megatron_ebft.train FLAGS...
 
-FILE holds the number of the last step that may begin; without FILE, and without EBFT_PACE, the run is free. A test that
-interrupts a run this way does not depend on how fast the machine is. Any other arguments are passed to Python as they
-are, so that a job script can take this file for its interpreter.
+FILE holds the number of the last step that may begin; without FILE, and without EBFT_PACE, the run is free. So is one
+that a signal has asked to stop. A test that interrupts a run this way does not depend on how fast the machine is. Any
+other arguments are passed to Python as they are, so that a job script can take this file for its interpreter.
 """
 
 import os
 import runpy
+import signal
 import sys
 import time
 from pathlib import Path
@@ -40,18 +41,23 @@ def is_allowed(file: str, step: int) -> bool:
 
 
 def hold_before_steps(file: str) -> None:
+    """Make the training loop wait in this process."""
     from megatron_ebft.run.watchdog import Watchdog
 
-    enter, seconds = Watchdog.enter, float(os.environ.get("EBFT_PACE_SECONDS", "0"))
+    enter, set_handler, signals = Watchdog.enter, signal.signal, []
 
-    def held(self, phase: str, *options) -> None:
+    def set_noting_handler(number, handler):
+        if not callable(handler):
+            return set_handler(number, handler)
+        return set_handler(number, lambda *args: (signals.append(number), handler(*args)))
+
+    def enter_when_allowed(self, phase: str, *options) -> None:
         enter(self, phase, *options)
         if phase.startswith("data of step "):
-            while not is_allowed(file, int(phase.split()[-1])):
+            while not signals and not is_allowed(file, int(phase.split()[-1])):
                 time.sleep(0.005)
-            time.sleep(seconds)  # makes every step slower, to try out a slow machine
 
-    Watchdog.enter = held
+    signal.signal, Watchdog.enter = set_noting_handler, enter_when_allowed
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 import json
 import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
 import torch
+from paced import hold_before_steps
 from preprocess_data import main as preprocess
-from ranks import free_port
+from ranks import ENVIRONMENT, free_port, server
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_ebft.checkpointing.loader import load_weights
@@ -29,7 +30,7 @@ SMALL = ["--seq-length", "24", "--micro-batch-size", "1", "--global-batch-size",
 TIMED = ("seconds/", "run/", "train/tokens_per_second", "train/distance_to_start")
 """Scalars that differ between equal runs, and the one that is measured at the first step of each process."""
 PATIENCE = 600
-"""Seconds after which a process hangs. A step takes a tenth of a second; a machine may be a hundred times slower."""
+"""Seconds after which a process hangs. A step takes a tenth of a second; some machines are much slower."""
 
 
 def dataset(folder: Path) -> list[str]:
@@ -56,24 +57,55 @@ def save(run, folder) -> None:
     Saver(str(folder)).save(run.state, run.policy, run.optimizer, run.scheduler, run.metadata)
 
 
-def start_ranks(flags: list[str], ranks: int = 2, pace: Path | None = None) -> list[subprocess.Popen]:
-    """`python -m megatron_ebft.train` on each rank, at the pace of a file (paced.py); rank 0's output is piped."""
-    environment = os.environ | {"WORLD_SIZE": str(ranks), "MASTER_PORT": str(free_port()), "MASTER_ADDR": "127.0.0.1",
-                                "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = ["-m", "megatron_ebft.train", *flags]
-    if pace is not None:
-        environment["EBFT_PACE"] = str(pace)
-        command = [str(Path(__file__).parent / "paced.py"), *command]
-    return [subprocess.Popen([sys.executable, *command], text=True, stderr=subprocess.STDOUT, start_new_session=True,
-                             stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
-                             env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-            for rank in range(ranks)]
+class TrainingRank:
+    """`python -m megatron_ebft.train FLAGS`, forked from a process that has already imported the package.
+
+    Args:
+        pace: see paced.py.
+    """
+
+    def __init__(self, flags: list[str], variables: dict[str, str], pace: Path | None):
+        self._reader, writer = server().Pipe(duplex=False)
+        self._process = server().Process(target=_train, args=(flags, variables, pace and str(pace), writer))
+        self._process.start()
+        writer.close()  # so that the end of the process is the end of the pipe
+        self.pid = self._process.pid
+        self.output = open(self._reader.fileno(), closefd=False)
+
+    def wait(self) -> int:
+        """The exit code, negative for a signal."""
+        self._process.join(PATIENCE)
+        assert self._process.exitcode is not None, f"process {self.pid} hangs"
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        """SIGKILL, unless it has ended."""
+        self._process.kill()
 
 
-def finish(processes: list[subprocess.Popen]) -> str:
+def _train(flags: list[str], variables: dict[str, str], pace: str | None, writer) -> None:
+    os.setsid()  # a process group of its own, so that a test can kill it with the processes that it has started
+    for stream in (1, 2):
+        os.dup2(writer.fileno(), stream)
+    writer.close()
+    sys.stdout.reconfigure(line_buffering=True)
+    os.environ.update(variables)
+    if pace:
+        hold_before_steps(pace)
+    sys.argv[1:] = flags
+    runpy.run_module("megatron_ebft.train", run_name="__main__", alter_sys=True)
+
+
+def start_ranks(flags: list[str], ranks: int = 2, pace: Path | None = None) -> list[TrainingRank]:
+    """The training command on each rank."""
+    world = ENVIRONMENT | {"WORLD_SIZE": str(ranks), "MASTER_PORT": str(free_port()), "MASTER_ADDR": "127.0.0.1"}
+    return [TrainingRank(flags, world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, pace) for rank in range(ranks)]
+
+
+def finish(ranks: list[TrainingRank]) -> str:
     """Wait for the ranks to end with 0; rank 0's output."""
-    output = processes[0].communicate(timeout=PATIENCE)[0]
-    assert [process.wait(timeout=PATIENCE) for process in processes] == [0] * len(processes), output
+    output = ranks[0].output.read()
+    assert [rank.wait() for rank in ranks] == [0] * len(ranks), output
     return output
 
 

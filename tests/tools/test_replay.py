@@ -105,7 +105,7 @@ def data(tmp_path_factory):
 def folder(data, tmp_path_factory) -> Path:
     """Where the ranks left their files."""
     folder = tmp_path_factory.mktemp("replay")
-    run_ranks(4, "test_replay:rank_work", str(folder), data, timeout=400)
+    run_ranks(4, "test_replay:rank_work", str(folder), data)
     return folder
 
 
