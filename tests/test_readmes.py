@@ -18,7 +18,8 @@ def test_files_exist(readme):
     """Links, and names with a folder: relative to the README, to the repository or to the package."""
     text = readme.read_text()
     links = {link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link}
-    code = {name for span in re.findall(r"`([^`\n]+)`", text) for name in re.findall(rf"[\w./-]+/[\w-]+{SUFFIXES}", span)}
+    spans = re.findall(r"`([^`\n]+)`", text)
+    code = {name for span in spans for name in re.findall(rf"[\w./-]+/[\w-]+{SUFFIXES}", span)}
     places = (readme.parent, ROOT, ROOT / "megatron_ebft")
     missing = [name for name in sorted(links - {""} | code)
                if not any((place / name).exists() for place in places)]
