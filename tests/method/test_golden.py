@@ -38,9 +38,9 @@ def test_rewards_losses_and_gradient(name, split):
     case = Case(name, *split)
     rewards, scores = case.rewards(), case.gradient()
     reward = rewards.alignment - case.config.diversity_coef * rewards.diversity
-    for key, found in (("alignment", rewards.alignment), ("diversity", rewards.diversity), ("reward", reward),
+    for key, actual in (("alignment", rewards.alignment), ("diversity", rewards.diversity), ("reward", reward),
                        ("advantage", rewards.advantage)):
-        assert largest_difference(found, by_sample(case.golden[key], case.docs)) <= 1e-5, key
+        assert largest_difference(actual, by_sample(case.golden[key], case.docs)) <= 1e-5, key
 
     B, T = case.docs.shape
     log_probs = case.golden["log_probs"].unflatten(0, (B, -1))  # [B, n, T + NB·G − 1]

@@ -26,28 +26,28 @@ from megatron_ebft.rollout.sampler import sample_rollouts
 pytestmark = pytest.mark.usefixtures("one_rank", "float64")
 
 
-def largest_relative_error(found: dict, expected: dict) -> float:
+def largest_relative_error(actual: dict, expected: dict) -> float:
     """Over the parameters, of the package's gradient times K·G."""
-    assert found.keys() == expected.keys()
-    return max(relative_error(found[name], expected[name]) for name in expected)
+    assert actual.keys() == expected.keys()
+    return max(relative_error(actual[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("advantage", ["rloo", "reinforce"])
 @pytest.mark.parametrize("n", [2, 3])
 def test_the_policy_gradient_is_unbiased(n, advantage):
     toy = Toy(n)
-    found = toy.expected_policy_gradient(advantage, alpha=1.0)
+    actual = toy.expected_policy_gradient(advantage, alpha=1.0)
     expected = {name: grad / (toy.blocks * G) for name, grad in toy.feature_matching_gradient().items()}
     assert toy.blocks == 2 and all(grad.norm() > 1e-6 for grad in expected.values())
-    assert largest_relative_error(found, expected) <= 1e-10
+    assert largest_relative_error(actual, expected) <= 1e-10
 
 
 @pytest.mark.parametrize("advantage, alpha", [("rloo", 0.0), ("rloo", 0.5), ("group_norm", 1.0)])
 def test_other_coefficients_give_another_gradient(advantage, alpha):
     toy = Toy(2)
-    found = toy.expected_policy_gradient(advantage, alpha)
+    actual = toy.expected_policy_gradient(advantage, alpha)
     expected = {name: grad / (toy.blocks * G) for name, grad in toy.feature_matching_gradient().items()}
-    assert largest_relative_error(found, expected) > 0.05
+    assert largest_relative_error(actual, expected) > 0.05
 
 
 def test_the_sampler_draws_each_outcome_with_its_probability(monkeypatch):

@@ -81,9 +81,9 @@ def test_every_result_is_the_same(options):
     assert 0 < valid.sum() < valid.numel() and min(step.saved) > 0.1 and plain.saved == [0, 0]
     for key in ("alignment", "diversity", "advantage"):
         assert largest_difference(getattr(step.rewards, key)[valid], getattr(plain.rewards, key)[valid]) <= 1e-6
-    is_scored, found = step.scores.is_scored_BKNG, step.scores.rollout_BKNG
-    assert largest_difference(found[is_scored], plain.scores.rollout_BKNG[is_scored]) <= 1e-12
-    assert found.isnan().equal(~is_scored) and is_scored[..., 0].all() and not is_scored.all()
+    is_scored, log_probs = step.scores.is_scored_BKNG, step.scores.rollout_BKNG
+    assert largest_difference(log_probs[is_scored], plain.scores.rollout_BKNG[is_scored]) <= 1e-12
+    assert log_probs.isnan().equal(~is_scored) and is_scored[..., 0].all() and not is_scored.all()
     assert step.means == pytest.approx(plain.means, rel=1e-9, abs=1e-12)
     total = sum(x.norm() ** 2 for x in plain.gradient.values()) ** 0.5
     assert step.gradient.keys() == plain.gradient.keys() and total > 0.01
@@ -133,13 +133,13 @@ def test_a_rollout_stands_where_its_equal_does():
         assert 0 <= row.num_rollouts - counts.max() < 2 and row.num_rollouts < part.num_rollouts
         assert row.kept.is_here_BKN[needed[:, part.blocks] & part.is_real[:, None]].all()
         index = row.pooled_index(range(G))
-        for found, plain in ((row.pack(gold, tokens), part.pack(gold, tokens)),
+        for kept, plain in ((row.pack(gold, tokens), part.pack(gold, tokens)),
                              (row.positions(starts, ROWS), part.positions(starts, ROWS))):
-            found = found.gather(1, index.flatten(1)).view(index.shape)
+            kept = kept.gather(1, index.flatten(1)).view(index.shape)
             plain = plain[:, part.pooled_index(range(G))[0]]
             here = torch.cat([row.kept.is_here_BKN, torch.ones(ROWS, row.size, 1, dtype=torch.bool)], dim=2)
-            assert torch.equal(found[here], plain[here])
-            assert torch.equal(found[~here], plain[:, :, -1:].expand_as(plain)[~here])  # where the reference does
+            assert torch.equal(kept[here], plain[here])
+            assert torch.equal(kept[~here], plain[:, :, -1:].expand_as(plain)[~here])  # where the reference does
         assert torch.equal(row.kept.is_here_BKN, computed.gather(-1, first)[:, part.blocks]
                            & part.is_real[:, None]) and not row.kept.is_here_BKN[2].any()
 

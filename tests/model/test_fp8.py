@@ -59,9 +59,9 @@ def test_error_of_a_matrix_product(recipe):
     """Relative, of normally distributed numbers: e4m3 has 3 bits after the leading one."""
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(512, 1024, generator=generator), torch.randn(768, 1024, generator=generator)
-    found = fp8.round_activations(x, recipe) @ fp8.round_weights(weight, recipe).t()
+    product = fp8.round_activations(x, recipe) @ fp8.round_weights(weight, recipe).t()
     exact = x @ weight.t()
-    assert 0.03 <= (found - exact).norm() / exact.norm() <= 0.05
+    assert 0.03 <= (product - exact).norm() / exact.norm() <= 0.05
 
 
 # ---------------------------------------------------------------- what it touches
@@ -131,9 +131,9 @@ def test_training(arguments, tmp_path, one_rank, monkeypatch, capsys):
     assert run.config.layout.pad_to == 16 and loop.train(run, log)
     assert method_flags(run.args)["ebft_importance_cap"] == 2.0  # a dumped step's loss can be computed again
     log.close(0.0)
-    found = scalars(tmp_path)
-    assert all(1.001 < value < 2 for _, value in found["train/mismatch_ratio"])
-    assert all(0 < value < 0.1 for _, value in found["train/mismatch_kl"]) and "train/importance_truncated" in found
+    logged = scalars(tmp_path)
+    assert all(1.001 < value < 2 for _, value in logged["train/mismatch_ratio"])
+    assert all(0 < value < 0.1 for _, value in logged["train/mismatch_kl"]) and "train/importance_truncated" in logged
     capsys.readouterr()
     monkeypatch.setattr(loop, "HEALTHY_MISMATCH", 1.001)
     run, log = start(arguments(*flags))
@@ -212,8 +212,8 @@ def test_the_correction_of_the_loss(one_rank, float64, length):
     expected = {name: grad / count for name, grad in toy.feature_matching_gradient().items()}
 
     def bias(cap: float, are_all_from_q: bool) -> float:
-        found = expected_gradient(toy, log_q, cap, are_all_from_q)
-        return relative_error(*(torch.cat([x[name].flatten() for name in expected]) for x in (found, expected)))
+        gradient = expected_gradient(toy, log_q, cap, are_all_from_q)
+        return relative_error(*(torch.cat([x[name].flatten() for name in expected]) for x in (gradient, expected)))
 
     off, on, untruncated = (bias(cap, are_all_from_q=True) for cap in (0.0, 2.0, 1e9))
     alone_off, alone_on, alone_untruncated = (bias(cap, are_all_from_q=False) for cap in (0.0, 2.0, 1e9))

@@ -63,11 +63,11 @@ def as_complex(x_SBHD, width):
 def test_rotation_is_a_product_of_complex_numbers(width):
     leaves = [x.requires_grad_() for x in heads(torch.float64)]
     weights = [torch.randn(x.shape, dtype=torch.float64) for x in leaves]
-    found = rotary.rotate(*leaves, rotary.angles(positions(), frequencies(width)))
+    rotated = rotary.rotate(*leaves, rotary.angles(positions(), frequencies(width)))
     expected = [as_complex(x, width) for x in leaves]
     gradients = [torch.autograd.grad(sum((x * w).sum() for x, w in zip(out, weights)), leaves)
-                 for out in (found, expected)]
-    for actual, wanted in zip((*found, *gradients[0]), (*expected, *gradients[1])):
+                 for out in (rotated, expected)]
+    for actual, wanted in zip((*rotated, *gradients[0]), (*expected, *gradients[1])):
         torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-12)
 
 
@@ -75,8 +75,8 @@ def test_bfloat16_is_rounded_once():
     q, k = heads(torch.bfloat16)
     by = rotary.angles(positions(), frequencies(D, torch.float32))
     assert by.cos_SB1R.dtype == torch.float32
-    for found, exact in zip(rotary.rotate(q, k, by), rotary.rotate(q.float(), k.float(), by)):
-        assert found.dtype == torch.bfloat16 and found.equal(exact.bfloat16())
+    for rotated, exact in zip(rotary.rotate(q, k, by), rotary.rotate(q.float(), k.float(), by)):
+        assert rotated.dtype == torch.bfloat16 and rotated.equal(exact.bfloat16())
 
 
 @pytest.mark.usefixtures("one_rank")
@@ -130,7 +130,7 @@ def test_q_and_k_are_one_kernel(monkeypatch):
     expected = both_passes((48, 2, 8, 2), D // 2)
     compiled(monkeypatch, options={"force_pointwise_cat": True})
     metrics.reset()
-    found = both_passes((48, 2, 8, 2), D // 2)
+    results = both_passes((48, 2, 8, 2), D // 2)
     assert metrics.generated_kernel_count == 2  # both directions
-    for actual, wanted in zip(found, expected):
+    for actual, wanted in zip(results, expected):
         torch.testing.assert_close(actual, wanted)

@@ -132,9 +132,9 @@ class Step:
 
 def check_gradient(step: Step, expected: dict) -> None:
     total = sum(grad.norm() ** 2 for grad in expected.values()) ** 0.5
-    found = models.gradients(step.policy, step.config)
-    assert found.keys() == expected.keys()
-    for name, grad in found.items():
+    gradients = models.gradients(step.policy, step.config)
+    assert gradients.keys() == expected.keys()
+    for name, grad in gradients.items():
         assert (grad - expected[name]).norm() <= TOLERANCE * (expected[name].norm() + 0.01 * total), name
 
 
@@ -157,8 +157,8 @@ def test_a_step_is_brute_force(case):
     assert torch.equal(valid, expected["valid"])
 
     encoder = models.build_encoder(step.config, step.encoder_weights)
-    for found, key in zip(step.features(encoder), ("features_rollout", "features_gold")):
-        assert_close(found.cpu()[valid], expected[key][valid])
+    for features, key in zip(step.features(encoder), ("features_rollout", "features_gold")):
+        assert_close(features.cpu()[valid], expected[key][valid])
     rewards = models.rewarded(encoder, step.gold, step.rollouts, step.method)
     for key in ("alignment", "diversity", "advantage"):
         assert_close(getattr(rewards, key).cpu()[valid], expected[key][valid])
@@ -180,9 +180,9 @@ def test_a_step_is_brute_force(case):
     check_gradient(step, expected["grads"])
 
 
-def assert_close(found, expected):
-    if found.numel():
-        assert largest_difference(found, expected.cpu()) <= TOLERANCE
+def assert_close(actual, expected):
+    if actual.numel():
+        assert largest_difference(actual, expected.cpu()) <= TOLERANCE
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
@@ -210,12 +210,12 @@ def test_features_of_completions_cut_short():
     encoder = models.build_encoder(step.config, step.encoder_weights)
     rows = MicroBatches(step.gold, step.rollouts.tokens_BKNG, step.method.layout, 5, 2, 0)
     with torch.no_grad():
-        found = models.block_features(encoder, step.method.feature_map, next(iter(rows)), [1, 2, 5])
+        by_length = models.block_features(encoder, step.method.feature_map, next(iter(rows)), [1, 2, 5])
     layers, anchors = bf.feature_layers(step.config), step.settings.geometry.anchors(16)
     hidden, _ = bf.rollout_pass(step.encoder_weights, step.config, step.docs, step.rollouts.tokens_BKNG.cpu(),
                                 step.settings.geometry, EOD)
     gold_hidden, _ = bf.gold_pass(step.encoder_weights, step.config, step.docs, EOD)
     features, gold_features = bf.token_features(hidden, layers), bf.token_features(gold_hidden, layers)
-    for length, (rollouts, reference) in zip((1, 2, 5), found):
+    for length, (rollouts, reference) in zip((1, 2, 5), by_length):
         assert_close(rollouts, features[..., :length, :].mean(-2))
         assert_close(reference, torch.stack([gold_features[:, a : a + length].mean(1) for a in anchors], dim=1))

@@ -54,14 +54,14 @@ SAMPLES, BLOCKS, VIRTUAL = "--ebft-sample-parallel-size", "--ebft-blocks-per-mic
 def grid() -> dict[str, tuple[int, list[str]]]:
     """Number of ranks and flags by name: each way to share the work out by itself, every two of them together, all of
     them (of 8 ranks, where a step takes longest, with sequence parallelism alone), and a few more."""
-    found = {}
+    splits = {}
     for tp, pp, dp, sp, samples in product((1, 2), (1, 2), (1, 2), (False, True), (1, 2)):
         if (sp and tp == 1) or samples > dp or (tp * pp * dp == 8 and not (sp and samples == 2)):
             continue
         name = f"tp{tp}{' sp' * sp} pp{pp} dp{dp}{' samples' * (samples > 1)}"
-        found[name] = tp * pp * dp, [TP, str(tp), PP, str(pp), SAMPLES, str(samples)] + [SP] * sp
-    alone, two = found["tp1 pp1 dp1"][1], found["tp1 pp1 dp2"][1]
-    found |= {
+        splits[name] = tp * pp * dp, [TP, str(tp), PP, str(pp), SAMPLES, str(samples)] + [SP] * sp
+    alone, two = splits["tp1 pp1 dp1"][1], splits["tp1 pp1 dp2"][1]
+    splits |= {
         "2 rows": (1, [*alone, "--micro-batch-size", "2"]),
         "3 blocks": (1, [*alone, BLOCKS, "3"]),
         "2 rows, 3 blocks": (2, [*two, "--micro-batch-size", "2", BLOCKS, "3", "--ebft-rollout-rows", "1"]),
@@ -77,7 +77,7 @@ def grid() -> dict[str, tuple[int, list[str]]]:
         "other tp2 sp pp2": (4, [TP, "2", SP, PP, "2"]),
         "other pp2 samples": (4, [PP, "2", SAMPLES, "2", "--overlap-grad-reduce"]),
     }
-    return found
+    return splits
 
 
 GRID = grid()
@@ -186,7 +186,7 @@ def train_steps(folder: str, name: str) -> list[dict[str, float]]:
     return metrics
 
 
-def watched(found: list):
+def watched(rollouts_by_step: list):
     """sample_rollouts that leaves the tokens of the whole global batch, [ROWS, K, n, G]."""
     def sample(policy, gold, *args, **options):
         rollouts = sample_rollouts(policy, gold, *args, **options)
@@ -197,7 +197,7 @@ def watched(found: list):
         for rows, columns, part in gather((gold.index_B.tolist(), mine, tokens.cpu())):
             whole[rows, :, columns] = part
         assert (whole >= 0).all()
-        found.append(whole)
+        rollouts_by_step.append(whole)
         return rollouts
 
     return sample
@@ -263,24 +263,24 @@ def results(tmp_path_factory):
     """By name: metrics of each step, rollouts and weights; and the vocabulary comparison."""
     folder = tmp_path_factory.mktemp("invariance")
     by_rank = run_ranks(8, "test_invariance:train", str(folder), list(GRID))
-    found = {}
+    by_name = {}
     for name, (world, _) in GRID.items():
         metrics = [rank["metrics"][name] for rank in by_rank[:world]]
         assert all(x == metrics[0] for x in metrics), name  # every rank reports the global batch
-        found[name] = metrics[0], torch.load(folder / f"{name}.pt")
-    return found, [rank["vocabulary"] for rank in by_rank[:2]]
+        by_name[name] = metrics[0], torch.load(folder / f"{name}.pt")
+    return by_name, [rank["vocabulary"] for rank in by_rank[:2]]
 
 
 @pytest.mark.parametrize("name", GRID)
 def test_steps_are_the_same(results, name):
     alone = "other alone" if name.startswith("other") else "tp1 pp1 dp1"
     (metrics, state), (expected, expected_state) = results[0][name], results[0][alone]
-    for found, wanted in zip(metrics, expected, strict=True):
-        assert found.keys() == wanted.keys()
-        for key in found.keys() - set(SAVED):
-            assert found[key] == pytest.approx(wanted[key], rel=1e-5, abs=1e-6), key
-    for found, wanted in zip(state["rollouts"], expected_state["rollouts"], strict=True):
-        assert torch.equal(found, wanted)
+    for actual, wanted in zip(metrics, expected, strict=True):
+        assert actual.keys() == wanted.keys()
+        for key in actual.keys() - set(SAVED):
+            assert actual[key] == pytest.approx(wanted[key], rel=1e-5, abs=1e-6), key
+    for actual, wanted in zip(state["rollouts"], expected_state["rollouts"], strict=True):
+        assert torch.equal(actual, wanted)
     assert state["weights"].keys() == expected_state["weights"].keys()
     for key, wanted in expected_state["weights"].items():
         if key.endswith(("linear_qkv.bias", "k_layernorm.bias")):

@@ -124,22 +124,22 @@ def golden_step(name: str, sp: bool) -> dict[str, float]:
     rewards = models.rewarded(encoder, gold, rollouts, run)
     scores = gradient.policy_gradient(policy, gold, rollouts, rewards.advantage, run, means)
     reward = rewards.alignment - run.diversity_coef * rewards.diversity
-    found = {key: largest_difference(value, by_sample(golden[key], docs)) for key, value in (
+    differences = {key: largest_difference(value, by_sample(golden[key], docs)) for key, value in (
         ("alignment", rewards.alignment), ("diversity", rewards.diversity), ("reward", reward),
         ("advantage", rewards.advantage))}
     B, T = docs.shape
     log_probs = golden["log_probs"].unflatten(0, (B, -1))
     _, K, n, G = tokens.shape
-    found["gold log_probs"] = largest_difference(scores.gold_BT, log_probs[:, 0, : T - 1]) / 2
+    differences["gold log_probs"] = largest_difference(scores.gold_BT, log_probs[:, 0, : T - 1]) / 2
     step_major = log_probs[:, :, T - 1 :].view(B, n, G, K)
-    found["rollout log_probs"] = largest_difference(scores.rollout_BKNG, step_major.permute(0, 3, 1, 2)) / 2
+    differences["rollout log_probs"] = largest_difference(scores.rollout_BKNG, step_major.permute(0, 3, 1, 2)) / 2
     losses = means.reduce()
     for key in ("rl_loss", "ce_loss"):
-        found[key] = abs(losses[key] - golden[key].item())
+        differences[key] = abs(losses[key] - golden[key].item())
     grads = models.gradients(policy, config)
     assert {"grad." + key for key in grads} == {key for key in golden if key.startswith("grad.")}
-    found["gradient"] = max(relative_error(grad, golden["grad." + key]) for key, grad in grads.items())
-    return found
+    differences["gradient"] = max(relative_error(grad, golden["grad." + key]) for key, grad in grads.items())
+    return differences
 
 
 def gram_differences(folder: str, chosen: bf.Settings, tp: int, pp: int, samples: int, sp: bool) -> dict:
@@ -188,8 +188,8 @@ def step_of_64_samples(folder: str) -> dict[str, float]:
     rewards = models.rewarded(models.build_encoder(config, weights), gold, rollouts, run)
     gradient.policy_gradient(policy, gold, rollouts, rewards.advantage, run, means)
     part = expected["advantage"].chunk(4, dim=2)[groups.sample_rank()]
-    found = {"advantage": largest_difference(rewards.advantage, part)}
-    found |= {key: abs(value - expected["losses"][key]) for key, value in means.reduce().items()}
+    differences = {"advantage": largest_difference(rewards.advantage, part)}
+    differences |= {key: abs(value - expected["losses"][key]) for key, value in means.reduce().items()}
     for (name, p), (other, grad) in zip(policy[0].module.named_parameters(), expected["gradient"].items(), strict=True):
         assert name == other
         summed = p.main_grad.clone()
@@ -197,8 +197,9 @@ def step_of_64_samples(folder: str) -> dict[str, float]:
             policy_owned = shard_of(policy[0], p)
             summed, grad = summed.flatten()[policy_owned], grad.flatten()[policy_owned]
         if summed.numel():
-            found["gradient"] = max(found.get("gradient", 0.0), largest_difference(summed, grad) / expected["scale"])
-    return found
+            difference = largest_difference(summed, grad) / expected["scale"]
+            differences["gradient"] = max(differences.get("gradient", 0.0), difference)
+    return differences
 
 
 def shard_of(chunk, parameter) -> slice:
@@ -234,17 +235,17 @@ def watched_step(sp: bool) -> dict[str, list]:
     config, weights = llama()
     policy = models.build_policy(config, weights, 4, **overrides(2, 1, sp))
     encoder = models.build_encoder(config, weights, vocab_multiple=4, **overrides(2, 1, sp))
-    run, gold, found = method(SETTINGS, 2, pad_to=2 if sp else 1), models.gold_batch(gold_tokens()), {}
+    run, gold, shapes = method(SETTINGS, 2, pad_to=2 if sp else 1), models.gold_batch(gold_tokens()), {}
     with Watch() as watch:
         rollouts = sampler.sample_rollouts(policy, gold, run.layout, run.sampling, 0)
-    found["sampling"] = sorted(watch.shapes)
+    shapes["sampling"] = sorted(watch.shapes)
     with Watch() as watch:
         rewards = models.rewarded(encoder, gold, rollouts, run)
-    found["features"] = sorted(watch.shapes)
+    shapes["features"] = sorted(watch.shapes)
     with Watch() as watch:
         gradient.policy_gradient(policy, gold, rollouts, rewards.advantage, run, Means())
-    found["training"] = sorted(watch.shapes)
-    return found
+    shapes["training"] = sorted(watch.shapes)
+    return shapes
 
 
 def rollout_timelines(virtual: int | None) -> list:

@@ -283,6 +283,6 @@ def test_who_is_to_blame():
          "x.py:1 f, last moved 7 s ago. The others wait in train of step 2", 0),
         (reports(_2=dict(number=4, phase="features of step 2")), "rank 2 on node2 is behind the others: in fea", 0),
         (reports(_0=dict(reported=60.0, moved=50.0)), "rank 0 on node0 does not answer", 1)]
-    for found, text, speaker in cases:
-        said, by = diagnose(found, 100.0, 10.0)
+    for reports_by_rank, text, speaker in cases:
+        said, by = diagnose(reports_by_rank, 100.0, 10.0)
         assert text in said and by == speaker, said

@@ -77,12 +77,12 @@ def test_the_same_run_on_one_rank_and_on_four(arguments, data, tmp_path, one_ran
     (folder / "latest_checkpointed_iteration.txt").write_text("2")
     second = finish(start_ranks([*flags, "--ebft-sample-parallel-size", "2"], 4))
     assert "step 2/4" not in second and "step 3/4" in second and "--tensor-model-parallel-size 2 → 1" in second
-    expected, found = scalars(tmp_path / "one" / "tensorboard"), scalars(folder / "tensorboard")
+    expected, logged = scalars(tmp_path / "one" / "tensorboard"), scalars(folder / "tensorboard")
     for tag in (tag for tag in expected if tag.startswith(("train/", "eval/")) and "tokens_per" not in tag):
         steps = [step for step, _ in expected[tag]]
         if tag != "train/distance_to_start":  # measured at the first step of each process
-            assert [step for step, _ in found[tag]] == steps, tag
-        for (_, value), (_, wanted) in zip(found[tag], expected[tag]):
+            assert [step for step, _ in logged[tag]] == steps, tag
+        for (_, value), (_, wanted) in zip(logged[tag], expected[tag]):
             assert value == pytest.approx(wanted, rel=1e-5, abs=1e-5), tag
     for name, value in weights(tmp_path / "one").items():
         assert (value - weights(folder)[name])[:VOCAB].abs().max() <= 1e-5, name
@@ -118,13 +118,13 @@ def test_every_metric_is_logged(arguments, tmp_path, one_rank, capsys):
     run, log = start(arguments("--tensorboard-dir", str(tmp_path), "--ebft-kl-coef", "0.1", "--ebft-document-mask"))
     train(run, log)
     log.close(0.0)
-    found = scalars(tmp_path)
-    assert {f"train/{name}" for name in EVERY_STEP | {"kl_loss"}} <= found.keys()
-    assert {f"eval/{name}" for name in EVALUATED} <= found.keys()
-    assert {f"seconds/{name}" for name in ("rollout", "features", "train", "optimizer", "step")} <= found.keys()
-    assert abs(found["eval/kl_to_start"][0][1]) < 1e-7 and found["eval/kl_to_start"][-1][1] > 1e-5
-    assert found["train/distance_to_start"][0] == (1, 0.0)
-    assert all(value < 1e-5 for _, value in found["train/mismatch"])
+    logged = scalars(tmp_path)
+    assert {f"train/{name}" for name in EVERY_STEP | {"kl_loss"}} <= logged.keys()
+    assert {f"eval/{name}" for name in EVALUATED} <= logged.keys()
+    assert {f"seconds/{name}" for name in ("rollout", "features", "train", "optimizer", "step")} <= logged.keys()
+    assert abs(logged["eval/kl_to_start"][0][1]) < 1e-7 and logged["eval/kl_to_start"][-1][1] > 1e-5
+    assert logged["train/distance_to_start"][0] == (1, 0.0)
+    assert all(value < 1e-5 for _, value in logged["train/mismatch"])
     console = capsys.readouterr().out
     assert "step 4/4" in console and "left" in console and "rollout" in console
     texts = EventAccumulator(str(tmp_path)).Reload().Tensors("rollouts/text_summary")
@@ -187,8 +187,8 @@ def test_every_kind_of_model_and_method_trains(arguments, tmp_path, one_rank, fl
     """The first step checks itself: sampler = trainer = start, rewards finite."""
     run, log = start(arguments("--tensorboard-dir", str(tmp_path), "--train-iters", "2", *flags))
     train(run, log)
-    found = scalars(tmp_path)
-    assert len(found["train/loss"]) == 2 and all(math.isfinite(v) for points in found.values() for _, v in points)
+    logged = scalars(tmp_path)
+    assert len(logged["train/loss"]) == 2 and all(math.isfinite(v) for points in logged.values() for _, v in points)
 
 
 def test_short_answers_are_evaluated_at_the_lengths_they_have(arguments, one_rank):

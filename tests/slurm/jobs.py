@@ -66,8 +66,8 @@ class Job:
 
     def show(self, name: str) -> str:
         """A field of scontrol's; of an array, the one of its first task."""
-        found = re.search(rf"\b{name}=(\S*)", self.cluster.run("scontrol", "show", "-o", "job", self.number))
-        return found[1]
+        field = re.search(rf"\b{name}=(\S*)", self.cluster.run("scontrol", "show", "-o", "job", self.number))
+        return field[1]
 
     def text(self) -> str:
         return self.output.read_text() if self.output.exists() else ""

@@ -69,7 +69,7 @@ class Case:
                                     self.means)
 
     def check_gradient(self, tolerance: float) -> None:
-        found = models.gradients(self.policy, self.model)
-        assert {"grad." + name for name in found} == {key for key in self.golden if key.startswith("grad.")}
-        for name, grad in found.items():
+        gradients = models.gradients(self.policy, self.model)
+        assert {"grad." + name for name in gradients} == {key for key in self.golden if key.startswith("grad.")}
+        for name, grad in gradients.items():
             assert relative_error(grad, self.golden["grad." + name]) <= tolerance, name

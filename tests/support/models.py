@@ -148,11 +148,11 @@ def whole_tensors(policy: list, of_gradients: bool) -> dict[str, Tensor]:
                 p.copy_(value)
     everywhere = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everywhere, parts)
-    found = {}
+    whole = {}
     for key, shape, where, data in (part for rank in everywhere for part in rank):
-        found.setdefault(key, torch.full(shape, torch.nan, dtype=data.dtype))[where] = data
-    assert not any(x.isnan().any() for x in found.values())
-    return found
+        whole.setdefault(key, torch.full(shape, torch.nan, dtype=data.dtype))[where] = data
+    assert not any(x.isnan().any() for x in whole.values())
+    return whole
 
 
 def gradients(policy: list, config: dict) -> dict[str, Tensor]:
@@ -223,7 +223,7 @@ def block_features(encoder, feature_map: FeatureMap, micro_batch: MicroBatch,
     Returns:
         for each length that completions are cut to, rollouts [b, size, n, D] and references [b, size, D], float32.
     """
-    row, found = micro_batch.row, []
+    row, pooled = micro_batch.row, []
     with Catch(encoder, feature_map.layers) as catch:
         encoder(micro_batch.tokens, micro_batch.positions, as_mask(StridedPattern(row, micro_batch.document_BT)))
     for length in lengths:
@@ -236,8 +236,8 @@ def block_features(encoder, feature_map: FeatureMap, micro_batch: MicroBatch,
             joined = torch.cat(states, dim=-1)
             if feature_map.norm == "joint":
                 joined = torch.nn.functional.normalize(joined, dim=-1)
-            found.append(joined.mean(-2))
-    return list(zip(found[::2], found[1::2]))
+            pooled.append(joined.mean(-2))
+    return list(zip(pooled[::2], pooled[1::2]))
 
 
 @dataclass

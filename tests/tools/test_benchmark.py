@@ -61,11 +61,11 @@ def test_fp8_on_a_gpu():
     gpu = {"peak_tflops": None, "layers": "te", "attention": "flex", "attention_share": {"sft": 0, "ebft": 0},
            "peak_bytes": {"sft": 1, "ebft": 1}, "planned_peak_bytes": {"sft": 1, "ebft": 1}, "kernels": {},
            "rollout_products_ms": {"ebft": 80.0, benchmark_report.NO_FP8: 120.0}}
-    found = result(gpu)
-    found["seconds"][benchmark_report.NO_FP8] = {**found["seconds"]["ebft"], "rollout": 0.35, "step": 1.1}
-    found["gflops"][benchmark_report.NO_FP8] = found["gflops"]["ebft"]
+    results = result(gpu)
+    results["seconds"][benchmark_report.NO_FP8] = {**results["seconds"]["ebft"], "rollout": 0.35, "step": 1.1}
+    results["gflops"][benchmark_report.NO_FP8] = results["gflops"]["ebft"]
     assert ("With FP8 rollout 1.40 ×, features 1.00 ×, step 1.10 × as fast; matrix products of rollouts 1.50 × (80.0 "
-            "and 120.0 ms)") in benchmark_report.table(found)
+            "and 120.0 ms)") in benchmark_report.table(results)
 
 
 @pytest.mark.parametrize("name", benchmark.SHAPES)
@@ -78,8 +78,8 @@ def test_shapes_are_flags_of_training_and_of_the_plan(name):
 def test_plan_counts_what_a_gpu_cannot():
     flags = ("--train-iters 9 --num-layers 4 --hidden-size 64 --num-attention-heads 4 --bf16 --seq-length 24 "
              "--vocab-size 1000 --global-batch-size 2 --ebft-kl-coef 0.1 --ebft-rollout-length 4").split()
-    found = benchmark.planned([*flags, "--world-size", "1", "--ebft-rollout-fp8", "blockwise"])  # planned without
-    assert found["flops"]["train"] > found["flops"]["features"] > 0 < found["peak"]
+    rank = benchmark.planned([*flags, "--world-size", "1", "--ebft-rollout-fp8", "blockwise"])  # planned without
+    assert rank["flops"]["train"] > rank["flops"]["features"] > 0 < rank["peak"]
     assert isinstance(torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType)  # as the profiler names kernels
 
 

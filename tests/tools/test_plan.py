@@ -68,11 +68,11 @@ def real_steps(layouts: list[str]) -> list[dict]:
     from megatron_ebft.common.device import init_device
 
     init_device()
-    found = []
+    by_layout = []
     for layout in layouts:
         enter_world(LAYOUTS[layout][0])
-        found.append(real_step(flags(layout)))
-    return found
+        by_layout.append(real_step(flags(layout)))
+    return by_layout
 
 
 def real_step(argv: list[str]) -> dict:
@@ -89,7 +89,7 @@ def real_step(argv: list[str]) -> dict:
               for model in (*run.policy, run.encoder, run.start) if model is not None]
     buffers = [[buffer.grad_data, buffer.param_data] for chunk in run.policy for buffer in chunk.buffers]
     state = optimizer_tensors(run.optimizer)
-    found = {"parameters": storage_bytes(models), "optimizer": storage_bytes(models, buffers, state)
+    held = {"parameters": storage_bytes(models), "optimizer": storage_bytes(models, buffers, state)
              - storage_bytes(models, buffers), "gradients": storage_bytes([grads for grads, _ in buffers])}
     counters = Counters()
     train_step(run, gold, counters, check=False)
@@ -98,7 +98,7 @@ def real_step(argv: list[str]) -> dict:
     is_compared = torch.distributed.get_rank() in compared_ranks(torch.distributed.get_world_size())
     peak = allocator_peak(profile, storage_bytes(models, buffers, state, vars(gold))) if is_compared else None
     shut_down()
-    return {**found, "flops": counters.flops, "flows": counters.flows, "peak": peak}
+    return {**held, "flops": counters.flops, "flows": counters.flows, "peak": peak}
 
 
 def compared_ranks(world_size: int) -> set[int]:
@@ -116,8 +116,8 @@ def allocator_peak(profile, held: int) -> int:
         if event.name.startswith("c10d::"):
             return
         if event.name == "[memory]":
-            found = event.extra_fields
-            records.append((event.start_time_ns, found.alloc_size, found.ptr, end))
+            allocation = event.extra_fields
+            records.append((event.start_time_ns, allocation.alloc_size, allocation.ptr, end))
         if end is None and event.name.startswith("aten::"):
             end = event.end_time_ns
         for child in event.children:
@@ -136,25 +136,25 @@ def allocator_peak(profile, held: int) -> int:
 
 @pytest.fixture(scope="module")
 def real():
-    """By layout, what each of its ranks found."""
-    found = {}
+    """By layout, what each of its ranks measured."""
+    by_layout = {}
     for world_size in sorted({size for size, _ in LAYOUTS.values()}):
         layouts = [layout for layout in LAYOUTS if LAYOUTS[layout][0] == world_size]
         by_rank = run_ranks(world_size, "test_plan:real_steps", layouts)
-        found |= dict(zip(layouts, zip(*by_rank, strict=True), strict=True))
-    return found
+        by_layout |= dict(zip(layouts, zip(*by_rank, strict=True), strict=True))
+    return by_layout
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_plan_is_what_happens(real, layout):
     for rank in compared_ranks(len(real[layout])):
-        found = real[layout][rank]
+        measured = real[layout][rank]
         planned = plan.measure_rank(flags(layout), rank, like_gpu=False)
         held = planned["held"]
-        assert sum(held.get(kind, 0) for kind in ("weights", "encoder", "start")) == found["parameters"]
-        assert held["gradients"] == found["gradients"]
-        assert held["optimizer"] == found["optimizer"]
-        for phase, flops in found["flops"].items():
+        assert sum(held.get(kind, 0) for kind in ("weights", "encoder", "start")) == measured["parameters"]
+        assert held["gradients"] == measured["gradients"]
+        assert held["optimizer"] == measured["optimizer"]
+        for phase, flops in measured["flops"].items():
             assert planned["phases"][phase]["flops"] == flops > 0 or phase == "optimizer"
-            assert [flow[:-1] for flow in planned["phases"][phase]["flows"]] == found["flows"][phase]
-        assert plan.peak_gib(planned) * plan.GIB == pytest.approx(found["peak"], rel=0.15)
+            assert [flow[:-1] for flow in planned["phases"][phase]["flows"]] == measured["flows"][phase]
+        assert plan.peak_gib(planned) * plan.GIB == pytest.approx(measured["peak"], rel=0.15)

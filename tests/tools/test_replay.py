@@ -114,16 +114,16 @@ def folder(data, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(("name", "layout"), REPLAYED)
 def test_golden_steps(folder, name, layout):
-    golden, found = load_file(GOLDEN / f"{name}.safetensors"), load_file(folder / f"{name} {layout}.safetensors")
-    assert found.keys() - golden.keys() == {"index"} and not golden.keys() - found.keys()
+    golden, replayed = load_file(GOLDEN / f"{name}.safetensors"), load_file(folder / f"{name} {layout}.safetensors")
+    assert replayed.keys() - golden.keys() == {"index"} and not golden.keys() - replayed.keys()
     for key, expected in golden.items():
-        assert found[key].dtype == expected.dtype
+        assert replayed[key].dtype == expected.dtype
         if key.startswith("grad."):
-            assert relative_error(found[key], expected) <= 1e-5, key
+            assert relative_error(replayed[key], expected) <= 1e-5, key
         elif key in INPUTS:
-            assert torch.equal(found[key], expected), key
+            assert torch.equal(replayed[key], expected), key
         else:
-            assert largest_difference(found[key], expected) <= TOLERANCE.get(key, 1e-5), key
+            assert largest_difference(replayed[key], expected) <= TOLERANCE.get(key, 1e-5), key
     before = metadata(GOLDEN / f"{name}.safetensors")
     assert before.items() <= metadata(folder / f"{name} {layout}.safetensors").items()
 
@@ -131,13 +131,14 @@ def test_golden_steps(folder, name, layout):
 @pytest.mark.parametrize("layout", ["1x1", "tp2 pp2"])
 def test_a_step_of_a_run(folder, layout):
     """Masks, whitening, layer norm of features and the KL term are taken from the file; weights from checkpoints."""
-    expected, found = load_file(dumped(folder, "one", 3)), load_file(folder / f"{layout}.safetensors")
-    assert {key for key in found.keys() - expected.keys() if not key.startswith("grad.")} == {
+    expected, replayed = load_file(dumped(folder, "one", 3)), load_file(folder / f"{layout}.safetensors")
+    assert {key for key in replayed.keys() - expected.keys() if not key.startswith("grad.")} == {
         "features_gold", "features_rollout"}
     for key, value in expected.items():
-        assert largest_difference(found[key], value) <= (0 if key in INPUTS else TOLERANCE.get(key, 1e-5)), key
-    assert found["kl_loss"] > 1e-6 and json.loads(metadata(folder / f"{layout}.safetensors")["flags"])["iteration"] == 3
-    norm = sum(value.square().sum() for key, value in found.items() if key.startswith("grad.")).sqrt()
+        assert largest_difference(replayed[key], value) <= (0 if key in INPUTS else TOLERANCE.get(key, 1e-5)), key
+    assert replayed["kl_loss"] > 1e-6
+    assert json.loads(metadata(folder / f"{layout}.safetensors")["flags"])["iteration"] == 3
+    norm = sum(value.square().sum() for key, value in replayed.items() if key.startswith("grad.")).sqrt()
     assert norm.item() == pytest.approx(scalars(folder / "one" / "tensorboard")["train/grad_norm"][2][1], rel=1e-4)
 
 
@@ -148,11 +149,11 @@ def test_an_encoder_in_fp8(tmp_path):
     output = tmp_path / "out.safetensors"
     replay.main(["--hf-model", str(GOLDEN / "llama"), "--batch", str(GOLDEN / "step.safetensors"), "--output",
                  str(output), "--tolerance", "10", "--ebft-encoder-fp8", "blockwise", "--ebft-fp8-emulate"])
-    golden, found = load_file(GOLDEN / "step.safetensors"), load_file(output)
-    assert 1e-3 < relative_error(found["features_rollout"], golden["features_rollout"]) < 0.3
-    features = torch.cat([found["features_rollout"], found["features_gold"][:, None]], dim=1).transpose(1, 2)
+    golden, replayed = load_file(GOLDEN / "step.safetensors"), load_file(output)
+    assert 1e-3 < relative_error(replayed["features_rollout"], golden["features_rollout"]) < 0.3
+    features = torch.cat([replayed["features_rollout"], replayed["features_gold"][:, None]], dim=1).transpose(1, 2)
     alignment, _ = energy.rewards(features @ features.mT, "none")
-    assert largest_difference(alignment, by_sample(found["alignment"], found["docs"])) <= 1e-5
+    assert largest_difference(alignment, by_sample(replayed["alignment"], replayed["docs"])) <= 1e-5
 
 
 # ---------------------------------------------------------------- training
@@ -177,11 +178,11 @@ def test_a_dump_holds_the_step(folder):
 
 @pytest.mark.parametrize(("first", "second"), [("one", "one again"), ("samples", "samples again")])
 def test_a_replayed_run_is_the_same_to_the_last_bit(folder, one_rank, first, second):
-    expected, found = scalars(folder / first / "tensorboard"), scalars(folder / second / "tensorboard")
-    assert expected.keys() == found.keys() and len(expected["train/loss"]) == 3
+    expected, actual = scalars(folder / first / "tensorboard"), scalars(folder / second / "tensorboard")
+    assert expected.keys() == actual.keys() and len(expected["train/loss"]) == 3
     for tag in expected:
         if not tag.startswith(("seconds/", "run/")) and tag != "train/tokens_per_second":
-            assert found[tag] == expected[tag], tag
+            assert actual[tag] == expected[tag], tag
     trained, again = weights(folder / first), weights(folder / second)
     assert all(torch.equal(value, again[name]) for name, value in trained.items())
     for iteration in (1, 2, 3):
@@ -193,13 +194,13 @@ def test_a_replayed_run_is_the_same_to_the_last_bit(folder, one_rank, first, sec
 def test_another_layout_dumps_the_same(folder, other):
     """Sampled there, or replayed from here."""
     for iteration in (1, 2, 3):
-        expected, found = (load_file(dumped(folder, run, iteration)) for run in ("one", other))
-        assert expected.keys() == found.keys()
+        expected, actual = (load_file(dumped(folder, run, iteration)) for run in ("one", other))
+        assert expected.keys() == actual.keys()
         for key, value in expected.items():
             if not value.is_floating_point():
-                assert torch.equal(found[key], value), (key, iteration)
+                assert torch.equal(actual[key], value), (key, iteration)
             else:
-                assert largest_difference(found[key], value) <= 2e-5, (key, iteration)
+                assert largest_difference(actual[key], value) <= 2e-5, (key, iteration)
 
 
 @pytest.fixture

@@ -29,13 +29,13 @@ def test_positions_in_a_file_restart_at_documents():
     documents = torch.tensor([bf.document_ids(row, eod) for row in tokens])
     layout = StridedLayout(20, geometry.context, geometry.stride, geometry.rollout_length, geometry.num_samples)
     positions = step_major_positions(layout, document_starts(documents), len(tokens))
-    found = bf.sequences_to_rollouts(positions, 20, geometry.num_samples, geometry.rollout_length)
+    by_rollout_positions = bf.sequences_to_rollouts(positions, 20, geometry.num_samples, geometry.rollout_length)
     for b, row in enumerate(tokens):
         ids = documents[b].tolist()
         assert positions[2 * b, :20].tolist() == [i - ids.index(document) for i, document in enumerate(ids)]
         for k, anchor in enumerate(geometry.anchors(20)):
             first = len(bf.context_tokens(row, anchor, eod))
-            assert found[b, k].tolist() == 2 * [list(range(first, first + geometry.rollout_length))]
+            assert by_rollout_positions[b, k].tolist() == 2 * [list(range(first, first + geometry.rollout_length))]
 
 
 def test_what_differs_is_named(tmp_path, capsys):
@@ -102,7 +102,7 @@ def test_what_is_wrong_with_a_file_is_named(tmp_path, change, message):
     (["--load", "/nowhere"], "--hf-model, --load: give one of the two"),
     (["--hf-model", ""], "--hf-model, --load: give one of the two"),
     (["--hf-model", "", "--load", "/nowhere"], "--load /nowhere: no such directory"),
-    (["--ebft-stride", "4"], "unrecognized arguments: --ebft-stride"),
+    (["--ebft-stride", "4"], "--ebft-stride: tools/replay.py does not read this training flag"),
     (["--sequence-parallel"], "--sequence-parallel: needs --tensor-model-parallel-size"),
     (["--micro-batch-size", "3"], "--micro-batch-size 3: does not divide the 2 documents of --batch"),
     (["--output", "/nowhere/out"], "--output /nowhere/out: /nowhere is no folder"),
