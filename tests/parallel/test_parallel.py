@@ -294,7 +294,7 @@ def by_rank(one_rank, tmp_path_factory):
     gradient.policy_gradient(policy, gold, local_rollouts(64), rewards.advantage, run, means)
     grads = {name: p.main_grad.clone() for name, p in policy[0].module.named_parameters()}
     torch.save({"advantage": rewards.advantage, "losses": means.reduce(), "gradient": grads,
-                "scale": max(x.abs().max().item() for x in gradient.values())}, folder / "64.pt")
+                "scale": max(x.abs().max().item() for x in grads.values())}, folder / "64.pt")
     return run_ranks(4, "test_parallel:rank_work", str(folder))
 
 
