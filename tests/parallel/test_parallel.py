@@ -32,6 +32,7 @@ from megatron_ebft.data.micro_batches import MicroBatches
 from megatron_ebft.method import energy, features, gradient
 from megatron_ebft.method.config import EBFTConfig
 from megatron_ebft.method.means import Means
+from megatron_ebft.model.weights import local_layers
 from megatron_ebft.parallel import groups
 from megatron_ebft.rollout import sampler, schedule
 from megatron_ebft.rollout.sampler import Rollouts
@@ -155,7 +156,7 @@ def gram_differences(folder: str, chosen: bf.Settings, tp: int, pp: int, samples
         counted = count_received(patch)
         gram = models.rewarded(encoder, gold, Rollouts(rollouts.tokens_BKNG[mine], None, None), run).gram
     expected = torch.load(f"{folder}/{chosen.norm} {chosen.pooling}.pt")
-    here = sum(layer in weights.local_layers(encoder) for layer in run.feature_map.layers)
+    here = sum(layer in local_layers(encoder) for layer in run.feature_map.layers)
     predicted = exchange_bytes(run.feature_map, run.layout, per_group, 3, HIDDEN, 4, here, tensor=tp,
                                         is_sequence_parallel=sp, pipeline=pp, samples=samples)
     return {"difference": largest_difference(gram, expected[mine]), "counted": sum(counted),
