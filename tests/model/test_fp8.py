@@ -212,8 +212,8 @@ def test_the_correction_of_the_loss(one_rank, float64, length):
     expected = {name: grad / count for name, grad in toy.feature_matching_gradient().items()}
 
     def bias(cap: float, are_all_from_q: bool) -> float:
-        gradient = expected_gradient(toy, log_q, cap, are_all_from_q)
-        return relative_error(*(torch.cat([x[name].flatten() for name in expected]) for x in (gradient, expected)))
+        actual = expected_gradient(toy, log_q, cap, are_all_from_q)
+        return relative_error(*(torch.cat([x[name].flatten() for name in expected]) for x in (actual, expected)))
 
     off, on, untruncated = (bias(cap, are_all_from_q=True) for cap in (0.0, 2.0, 1e9))
     alone_off, alone_on, alone_untruncated = (bias(cap, are_all_from_q=False) for cap in (0.0, 2.0, 1e9))

@@ -191,17 +191,17 @@ def test_the_kl_term_is_brute_force(estimator):
     step = Step(Case(eods=(6,), blocks_per_microbatch=3, qkv_bias=True), kl_coef=0.5, kl_estimator=estimator)
     expected = step.brute_force()
     if estimator == "k1":
-        expected_gradient = step.brute_force(replace(step.settings, kl_estimator="k2"))["grads"]
+        grads = step.brute_force(replace(step.settings, kl_estimator="k2"))["grads"]
     else:
-        expected_gradient = expected["grads"]
-    reference = models.build_start(step.config, step.reference_weights)
+        grads = expected["grads"]
+    start_model = models.build_start(step.config, step.reference_weights)
     encoder = models.build_encoder(step.config, step.encoder_weights)
-    start = gradient.score(reference, step.gold, step.rollouts, step.method).rollout_BKNG
+    start = gradient.score(start_model, step.gold, step.rollouts, step.method).rollout_BKNG
     rewards = models.rewarded(encoder, step.gold, step.rollouts, step.method)
     means = Means()
     gradient.policy_gradient(step.policy, step.gold, step.rollouts, rewards.advantage, step.method, means, start)
     assert means.reduce()["kl_loss"] == pytest.approx(expected["kl"].item(), abs=TOLERANCE)
-    check_gradient(step, expected_gradient)
+    check_gradient(step, grads)
 
 
 def test_features_of_completions_cut_short():

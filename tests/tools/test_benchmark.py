@@ -76,7 +76,7 @@ def test_shapes_are_flags_of_training_and_of_the_plan(name):
 
 
 def test_plan_counts_what_a_gpu_cannot():
-    flags = ("--train-iters 9 --num-layers 4 --hidden-size 64 --num-attention-heads 4 --bf16 --seq-length 24 "
+    flags = ("--train-iters 9 --num-layers 4 --hidden-size 64 --num-attention-heads 4 --bf16 --seq-length 32 "
              "--vocab-size 1000 --global-batch-size 2 --ebft-kl-coef 0.1 --ebft-rollout-length 4").split()
     rank = benchmark.planned([*flags, "--world-size", "1"])
     assert rank["flops"]["train"] > rank["flops"]["features"] > 0 < rank["peak"]
