@@ -29,7 +29,8 @@ ROWS, T, BLOCKS, VOCAB = 2, 15, 4, 24
 
 
 def one_step(tp: int, pp: int) -> dict:
-    """Gram matrices of the blocks that count in this rank's rows (others are 0), and the gradient of the whole batch by Hugging Face name.
+    """Gram matrices of this rank's rows, 0 for blocks that do not count, and the gradient of the whole batch by Hugging
+    Face name.
 
     Row 1 has fewer answers, so that data-parallel ranks have other numbers of valid tokens. Embeddings are tied.
     """
