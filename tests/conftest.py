@@ -21,9 +21,10 @@ OLDEST = {
     "test_golden_steps_at_tp2_pp2", "test_a_request_stops_and_the_run_goes_on",
     "test_killed_run_continues_bit_for_bit", "test_every_kind_of_model_and_method_trains", "test_bad_flags_are_named",
     "test_training_continues_bit_for_bit", "test_two_ranks", "test_round_trip",
-    "test_training_needs_nothing_but_the_checkpoint"}
+    "test_training_needs_nothing_but_the_checkpoint", "test_another_optimizer_or_schedule",
+    "test_a_checkpoint_of_gpt_model_loads", "test_a_checkpoint_of_format_3", "test_the_gpt_family_may_go"}
 """Tests that also run on the oldest supported versions: golden steps, brute force, tensor and pipeline ranks, saving
-and resuming, conversion, flags."""
+and resuming, conversion, flags, and what reads Megatron-Core differently in different versions."""
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def pytest_collection_modifyitems(config, items):
         if item.get_closest_marker("gpu") and not have_gpu():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
     missing = OLDEST - {item.originalname for item in items}
-    if config.option.markexpr == "oldest" and missing:
+    if config.option.markexpr == "oldest" and missing and config.args == config.getini("testpaths"):
         raise pytest.UsageError(f"conftest.py's OLDEST names tests that do not exist: {', '.join(sorted(missing))}")
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "megatron_ebft"
 BELOW = {
-    "run": {"hf", "method", "rollout", "checkpointing", "data", "model", "layout", "parallel", "common"},
+    "run": {"method", "rollout", "checkpointing", "data", "model", "layout", "parallel", "common"},
     "hf": {"checkpointing", "data", "model", "parallel", "common"},
     "method": {"rollout", "data", "model", "layout", "parallel", "common"},
     "rollout": {"data", "model", "layout", "parallel", "common"},

@@ -93,8 +93,8 @@ def build(args):
     from megatron_ebft.data.micro_batches import GoldBatch
     from megatron_ebft.parallel.groups import document_rank, document_size
     from megatron_ebft.run.configs import ebft_config, model_args
-    from megatron_ebft.run.loop import Run
     from megatron_ebft.run.models import build_models, build_optimizer
+    from megatron_ebft.run.state import Run
 
     config = ebft_config(args, args.num_layers)
     models = build_models(args, model_args(args, args.vocab_size), config)

@@ -38,7 +38,7 @@ from dataclasses import asdict, dataclass
 from unittest import mock
 
 from megatron_ebft.run.flags.checks import check_args
-from megatron_ebft.run.flags.flag import Flag, Group, above, at_least
+from megatron_ebft.run.flags.flag import Flag, Group, above, at_least, spelled
 from megatron_ebft.run.flags.parser import Parser
 from megatron_ebft.run.flags.table import STEP
 
@@ -101,8 +101,8 @@ def build(args, meter):
     from megatron_ebft.data.micro_batches import GoldBatch
     from megatron_ebft.parallel.groups import document_size
     from megatron_ebft.run.configs import ebft_config, model_args
-    from megatron_ebft.run.loop import Run
     from megatron_ebft.run.models import build_models, build_optimizer
+    from megatron_ebft.run.state import Run
 
     def unchanged(model) -> None:
         """Weights have no values to copy."""
@@ -349,12 +349,12 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Cluster]:
     args.ebft_skip_duplicates, args.ebft_rollout_fp8, args.ebft_encoder_fp8, args.fp8_format = False, "off", "off", None
     for name in ("vocab_size", "num_layers", "hidden_size", "num_attention_heads"):
         if vars(args)[name] is None:
-            raise ValueError(f"--{name.replace('_', '-')}: give it; the plan reads neither tokenizer nor checkpoint")
+            raise ValueError(f"{spelled(name)}: give it; the plan reads neither tokenizer nor checkpoint")
     cluster = asdict(GPUS[args.gpu]) if args.gpu != "custom" else {"gpus_per_node": 8}
     cluster |= {name: vars(args)[name] for name in asdict(GPUS["h100"]) if vars(args)[name] is not None}
     for name in asdict(GPUS["h100"]):
         if name not in cluster:
-            raise ValueError(f"--{name.replace('_', '-')}: --gpu custom needs it")
+            raise ValueError(f"{spelled(name)}: --gpu custom needs it")
     model_parallel = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
     if args.world_size % model_parallel:
         raise ValueError(f"--world-size {args.world_size}: must be a multiple of --tensor-model-parallel-size × "

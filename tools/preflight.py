@@ -180,10 +180,13 @@ def check_run(args, problems: Problems) -> list[str]:
     from megatron_ebft.data.tokenizer import build_tokenizer
     from megatron_ebft.run import build, configs, resume
 
-    are_flags_right, is_resumed, tokenizer, words = False, False, None, []
+    is_resumed, tokenizer, words = False, None, []
+    for flag in FLAGS.values():
+        with problems.collected():
+            flag.check(vars(args)[flag.dest])
+    are_ranges_right = not problems
     with problems.collected():
         check_args(args)
-        are_flags_right = True
     with problems.collected(), rank_zero(args.world_size, configs.parallel_sizes(args)):
         build.check_batch(args)
     with problems.collected():
@@ -205,7 +208,8 @@ def check_run(args, problems: Problems) -> list[str]:
         with problems.collected():
             parameters, size = checkpoint_bytes(args, tokenizer.vocab_size)
             words.append(f"{parameters / 1e6:.4g} M parameters")
-            if are_flags_right and (args.training_mode == "ebft" or args.ebft_encoder_load):
+        with problems.collected():
+            if are_ranges_right and (args.training_mode == "ebft" or args.ebft_encoder_load):
                 configs.ebft_config(args, configs.model_args(args, tokenizer.vocab_size).num_layers)
     with problems.collected():
         words.append(check_save(args, size))

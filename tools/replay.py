@@ -147,7 +147,7 @@ def compute(step, models, config, say) -> dict[str, torch.Tensor]:
     from megatron_ebft.run.step_file import gather_results
 
     policy, encoder = models.policy, models.encoder
-    gold, rollouts = step.mine()
+    gold, rollouts = step.local_part()
     rows = encoder_rows(gold, rollouts, config)
     with phase("features", [encoder], len(rows), say), torch.no_grad(), quantised([encoder], config.encoder_fp8):
         features_BKND, features_BKD = gather_features(encoder, config.feature_map, rows)

@@ -53,7 +53,7 @@ def evaluation_config(config: EBFTConfig, longest: int) -> tuple[EBFTConfig, lis
 
 def evaluate(policy: list, encoder, start, batches: Iterable[GoldBatch], config: EBFTConfig | None,
              longest: int, micro_batch_size: int) -> tuple[dict[str, float], EvaluationRollouts | None]:
-    """All evaluation metrics over `batches`, the same on every rank. A metric without any valid completion is absent.
+    """All evaluation metrics over `batches`, the same on every rank. Metrics without a valid completion are absent.
 
     Args:
         encoder: None in plain next-token training without one: cross entropy only.

@@ -42,6 +42,7 @@ class EBFTStep:
 
 def ebft_step(*, policy: list, encoder, start, optimizer, gold: GoldBatch, config: EBFTConfig, iteration: int,
               rollouts: Rollouts | None = None, phase: Callable[[str], AbstractContextManager],
+              after_rollouts: Callable[[], None] = lambda: None,
               inspect: Callable[[EBFTStep], None] = lambda step: None) -> dict[str, float]:
     """One optimizer step on the global batch; returns its metrics, the same on every rank.
 
@@ -52,6 +53,7 @@ def ebft_step(*, policy: list, encoder, start, optimizer, gold: GoldBatch, confi
         iteration: steps done so far; names the step in the sampler's random numbers.
         rollouts: rollouts of these rows; None: they are sampled.
         phase: makes the context of each phase, from its name.
+        after_rollouts: is called after sampling, which takes longest; may end the step by an exception.
         inspect: is called with the step before the weights change; may raise StepFailed.
 
     Raises:
@@ -62,6 +64,7 @@ def ebft_step(*, policy: list, encoder, start, optimizer, gold: GoldBatch, confi
     with phase("rollout"):
         rollouts = rollouts or sample_rollouts(policy, gold, config.layout, config.sampling, iteration,
                                                config.rollout_rows)
+    after_rollouts()
     with phase("features"):
         gram = feature_grams(encoder, gold, rollouts, config, means)
         rewards = compute_rewards(gram, rollouts, config)

@@ -11,8 +11,7 @@ from megatron_ebft.data.datasets import build_datasets
 from megatron_ebft.data.tokenizer import build_tokenizer
 from megatron_ebft.model.architecture import ModelArgs
 from megatron_ebft.parallel.groups import document_size
-from megatron_ebft.run.configs import ebft_config, model_args, virtual_stages
-from megatron_ebft.run.loop import Run
+from megatron_ebft.run.configs import ebft_config, model_args, policy_overrides, virtual_stages
 from megatron_ebft.run.models import Models, Source, build_models, build_optimizer, fixed_fields
 from megatron_ebft.run.resume import (
     changed_flags,
@@ -22,6 +21,7 @@ from megatron_ebft.run.resume import (
     gather_companions,
     restore_architecture,
 )
+from megatron_ebft.run.state import Run
 from megatron_ebft.run.step_dump import check_replay
 from megatron_ebft.run.stopping import Stopper
 
@@ -41,6 +41,7 @@ def build_run(args: argparse.Namespace) -> Run:
     tokenizer, architecture = _tokenizer_and_architecture(args, resume)
     wants_encoder = args.training_mode == "ebft" or args.ebft_encoder_load is not None
     config = ebft_config(args, architecture.num_layers) if wants_encoder else None
+    policy_overrides(args)  # refuses FP8 that cannot run, before data are read
     train_data, valid_data = build_data(args, tokenizer)
     if args.ebft_replay_steps:
         done = read_record(resume, "--load")["train_state"]["iteration"] if resume else 0
@@ -48,8 +49,9 @@ def build_run(args: argparse.Namespace) -> Run:
 
     pretrained, encoder = args.pretrained_checkpoint, args.ebft_encoder_load
     models = build_models(
-        args, architecture, config, policy_from=pretrained and Source("--pretrained-checkpoint", pretrained),
-        encoder_from=encoder and Source("--ebft-encoder-load", encoder),
+        args, architecture, config,
+        policy_from=Source("--pretrained-checkpoint", pretrained) if pretrained else None,
+        encoder_from=Source("--ebft-encoder-load", encoder) if encoder else None,
         has_start=args.training_mode == "ebft" and bool(args.ebft_kl_coef or args.ebft_track_kl))
     optimizer, scheduler = build_optimizer(args, models.policy)
     companions = gather_companions(args, *origin)

@@ -21,6 +21,7 @@ from megatron_ebft.model.fp8 import FP8
 from megatron_ebft.model.fp8_sizes import BLOCK, ROWS
 from megatron_ebft.rollout.sampler import SamplingConfig
 from megatron_ebft.run.flags.checks import fp8_recipes, fp8_row_multiple, require_multiple
+from megatron_ebft.run.flags.flag import spelled
 
 
 def model_args(args: argparse.Namespace, vocab_size: int) -> ModelArgs:
@@ -31,7 +32,7 @@ def model_args(args: argparse.Namespace, vocab_size: int) -> ModelArgs:
     """
     for flag in ("num_layers", "hidden_size", "num_attention_heads"):
         if vars(args)[flag] is None:
-            raise ValueError(f"--{flag.replace('_', '-')}: give it, or --use-checkpoint-args with a checkpoint")
+            raise ValueError(f"{spelled(flag)}: give it, or --use-checkpoint-args with a checkpoint")
     hidden, heads = args.hidden_size, args.num_attention_heads
     groups = args.num_query_groups or heads
     if args.kv_channels is None and hidden % heads:

@@ -7,7 +7,7 @@ from megatron_ebft import __version__
 from megatron_ebft.common.device import have_gpu
 from megatron_ebft.parallel.groups import document_size, dp_size
 from megatron_ebft.rollout.schedule import idle_fraction, row_groups
-from megatron_ebft.run.loop import Run
+from megatron_ebft.run.state import Run
 
 
 def mixed_precision(args) -> str:

@@ -1,19 +1,12 @@
 """The training loop, for both modes: data, step, log, evaluation, checkpoint."""
 
 import time
-from dataclasses import dataclass, field
 
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-
-from megatron_ebft.checkpointing.record import TrainState
 from megatron_ebft.common.device import upload
 from megatron_ebft.common.errors import StepFailed
 from megatron_ebft.common.timer import PhaseTimer
 from megatron_ebft.data.micro_batches import GoldBatch
 from megatron_ebft.data.rows import document_ids, rows_for_step
-from megatron_ebft.method.config import EBFTConfig
 from megatron_ebft.method.evaluation import evaluate
 from megatron_ebft.method.sft import sft_step
 from megatron_ebft.method.step import EBFTStep, ebft_step
@@ -21,42 +14,12 @@ from megatron_ebft.parallel.groups import document_rank, document_size
 from megatron_ebft.rollout.sampler import Rollouts
 from megatron_ebft.run.saves import Saves
 from megatron_ebft.run.self_check import self_check
+from megatron_ebft.run.state import Run
 from megatron_ebft.run.step_dump import StepDump, replayed_step
-from megatron_ebft.run.stopping import StopAsked, Stopper
-from megatron_ebft.run.watchdog import Watchdog
+from megatron_ebft.run.stopping import StopAsked
 
 HEALTHY_MISMATCH = 1.05
 """mean exp |Δ log-probability| between sampler and trainer up to which training is reported to go well."""
-
-
-@dataclass(kw_only=True)
-class Run:
-    """Everything the loop works on."""
-
-    mode: str
-    """`ebft` or `sft`."""
-    policy: list[DistributedDataParallel]
-    """One for each virtual pipeline stage of this rank."""
-    encoder: object | None = None
-    """Frozen feature network; None in SFT without one."""
-    start: object | None = None
-    """Frozen starting policy; None when nothing asks for KL."""
-    optimizer: MegatronOptimizer
-    scheduler: OptimizerParamScheduler
-    config: EBFTConfig | None = None
-    """The method; None without an encoder."""
-    train_data: object | None = None
-    valid_data: object | None = None
-    tokenizer: object | None = None
-    args: object
-    """Flags of the loop itself: intervals, batch sizes, folders, masks."""
-    metadata: dict = field(default_factory=dict)
-    """Recorded in every checkpoint."""
-    state: TrainState = field(default_factory=TrainState)
-    companions: dict[str, bytes] = field(default_factory=dict)
-    """Small files to keep in every checkpoint, by name."""
-    stopper: Stopper = field(default_factory=Stopper)
-    watchdog: Watchdog = field(default_factory=Watchdog)
 
 
 def train(run: Run, log) -> bool:
@@ -82,7 +45,7 @@ def train(run: Run, log) -> bool:
         while state.iteration < args.train_iters:
             run.stopper.check()
             start = time.perf_counter()
-            timer = PhaseTimer(on_enter=lambda phase: enter_phase(run, phase))
+            timer = PhaseTimer(on_enter=lambda phase: run.watchdog.enter(f"{phase} of step {state.iteration + 1}"))
             with timer("data"):
                 gold, rollouts = next_rows(run)
             metrics = train_step(run, gold, timer, check=first, rollouts=rollouts)
@@ -119,6 +82,7 @@ def train_step(run: Run, gold: GoldBatch, phase, check: bool, rollouts: Rollouts
 
     Raises:
         StepFailed: a failed self-check, or a loss or gradient that is not finite; the weights are as they were.
+        StopAsked: after the rollouts, on every rank; nothing has changed.
     """
     first, last = run.state.consumed_samples, run.state.consumed_samples + run.args.global_batch_size - 1
     try:
@@ -135,7 +99,7 @@ def train_step(run: Run, gold: GoldBatch, phase, check: bool, rollouts: Rollouts
                 metrics = ebft_step(
                     policy=run.policy, encoder=run.encoder, start=run.start if run.config.kl_coef or check else None,
                     optimizer=run.optimizer, gold=gold, config=run.config, iteration=run.state.iteration,
-                    rollouts=rollouts, phase=phase, inspect=inspect)
+                    rollouts=rollouts, phase=phase, after_rollouts=lambda: run.stopper.check(steps=0), inspect=inspect)
     except StepFailed as failure:
         raise StepFailed(f"step {run.state.iteration + 1} (samples {first} to {last}): {failure}") from failure
     metrics["lr"] = run.optimizer.param_groups[0]["lr"]
@@ -156,15 +120,8 @@ def gold_batch(run: Run, dataset, consumed_samples: int) -> GoldBatch:
 def next_rows(run: Run) -> tuple[GoldBatch, Rollouts | None]:
     """This rank's rows of the next step, with their rollouts where a dumped step is replayed."""
     if run.args.ebft_replay_steps:
-        return replayed_step(run.args, run.state.iteration + 1, run.tokenizer.vocab_size).mine()
+        return replayed_step(run.args, run.state.iteration + 1, run.tokenizer.vocab_size).local_part()
     return gold_batch(run, run.train_data, run.state.consumed_samples), None
-
-
-def enter_phase(run: Run, phase: str) -> None:
-    """A phase of a step begins. After the rollouts, which take longest, the run may stop: nothing has changed yet."""
-    if phase == "features":
-        run.stopper.check(steps=0)
-    run.watchdog.enter(f"{phase} of step {run.state.iteration + 1}")
 
 
 def is_due(iteration: int, interval: int, args) -> bool:

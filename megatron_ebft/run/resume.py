@@ -1,8 +1,8 @@
 """Where a run begins: a checkpoint of its own to continue from, or weights to start from; and whether they fit.
 
-The policy starts from --pretrained-checkpoint, or from the seed; a --load that holds weights alone, as a conversion
-makes them, is such a start, too. A checkpoint in --load then takes the policy further. The encoder and the start it was
-trained with are recorded in it by content hash, and must be the ones at hand.
+The policy starts from --pretrained-checkpoint, or from the seed; a --load that holds only weights, as a conversion
+makes them, is such a start. A checkpoint in --load then takes the policy further. It records by content hash the
+encoder and the start it was trained with, which must be the ones at hand.
 """
 
 import os
@@ -11,10 +11,11 @@ from megatron_ebft.checkpointing.companions import COMPANIONS, SENTENCEPIECE, TO
 from megatron_ebft.checkpointing.folders import POINTER, RECORD, complete_iterations, resolve
 from megatron_ebft.checkpointing.record import first_readable, read_metadata
 from megatron_ebft.model.architecture import free_fields
+from megatron_ebft.run.flags.flag import spelled
 
 
 def find_resume(args) -> bool:
-    """Whether --load holds a checkpoint. None is fine where the run itself will save there."""
+    """Whether --load holds a checkpoint. An empty --load is allowed only if it is also --save."""
     if not args.load:
         return False
     is_own = bool(args.save) and os.path.abspath(args.load) == os.path.abspath(args.save)
@@ -79,7 +80,7 @@ def check_origins(saved: dict, now: dict, args) -> None:
 
 def changed_flags(saved: dict, now: dict) -> list[str]:
     """Flags that are not what they were when a checkpoint was saved, as `--flag old → new`."""
-    return [f"--{name.replace('_', '-')} {saved[name]} → {value}" for name, value in now.items()
+    return [f"{spelled(name)} {saved[name]} → {value}" for name, value in now.items()
             if name in saved and saved[name] != value]
 
 

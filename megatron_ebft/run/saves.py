@@ -4,13 +4,14 @@ import time
 from contextlib import contextmanager
 
 from megatron_ebft.checkpointing.saver import Saver
+from megatron_ebft.run.state import Run
 from megatron_ebft.run.watchdog import PATIENCE
 
 
 class Saves:
     """The checkpoints of a run with --save. A save that fails costs a warning, unless it is the last one."""
 
-    def __init__(self, run, log):
+    def __init__(self, run: Run, log):
         args = run.args
         self.run, self.log = run, log
         self.saver = Saver(args.save, is_async=args.async_save, keep=args.ebft_keep_checkpoints,
@@ -40,7 +41,7 @@ class Saves:
         with self._attempt():
             folder = self.saver.finished(wait)
             self.log.saved(folder)
-            if folder is not None:  # of a save in the background, the writing included
+            if folder is not None:  # for a save in the background this includes the writing
                 longest = max(self.run.state.longest_save, time.perf_counter() - self.begun)
                 self.run.state.longest_save = self.run.stopper.longest_save = longest
 

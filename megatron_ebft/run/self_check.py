@@ -15,6 +15,7 @@ from megatron_ebft.method.step import EBFTStep
 from megatron_ebft.model.fp8 import FP8
 from megatron_ebft.rollout.sampler import sample_rollouts
 from megatron_ebft.run.flags.checks import fp8_recipes
+from megatron_ebft.run.state import Run
 
 LIMIT_FLOAT32, LIMIT_BF16 = 1e-3, 5e-2
 """Mean |Δ log-probability| per token above which sampler and trainer, or trainer and start, are not the same model."""
@@ -22,7 +23,7 @@ LIMIT_FP8 = 0.3
 """The same for what FP8 may add to it."""
 
 
-def self_check(run, step: EBFTStep) -> None:
+def self_check(run: Run, step: EBFTStep) -> None:
     """Raises StepFailed, naming every problem, on all ranks.
 
     FP8's rounding would hide a mistake. Where the sampler or the training pass runs in FP8, they are compared without
@@ -47,7 +48,7 @@ def self_check(run, step: EBFTStep) -> None:
         raise StepFailed("first-step self-check failed; nothing was trained. " + "; ".join(problems))
 
 
-def _sampler_problems(run, gold: GoldBatch, mismatch: float, limit: float) -> list[str]:
+def _sampler_problems(run: Run, gold: GoldBatch, mismatch: float, limit: float) -> list[str]:
     """What is wrong between sampler and training pass, which differ by `mismatch` a token."""
     recipes = {flag: recipe for flag, recipe in fp8_recipes(run.args).items() if flag != "--ebft-encoder-fp8"}
     has_fp8 = bool(recipes)
@@ -62,7 +63,7 @@ def _sampler_problems(run, gold: GoldBatch, mismatch: float, limit: float) -> li
     return []
 
 
-def mismatch_without_fp8(run, gold: GoldBatch) -> float:
+def mismatch_without_fp8(run: Run, gold: GoldBatch) -> float:
     """Mean |Δ log-probability| a token between training pass and sampler, for rollouts drawn without FP8."""
     config, means = run.config, Means()
     sampling = replace(config.sampling, fp8=FP8())

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron_ebft.common.errors import StepFailed
 from megatron_ebft.method.step import EBFTStep
 from megatron_ebft.parallel.errors import collective_errors
+from megatron_ebft.run.flags.flag import spelled
 from megatron_ebft.run.step_file import Step, gather_results, gather_step, read_step, step_writer
 
 DUMP, REPLAY = "--ebft-dump-steps", "--ebft-replay-steps"
@@ -84,7 +85,7 @@ def replayed_step(args, iteration: int, vocab_size: int) -> Step:
         raise ValueError(f"{REPLAY} {path}: is step {step.iteration}, not {iteration}")
     for name in MUST_AGREE:
         if vars(step.args)[name] != vars(args)[name]:
-            raise ValueError(f"{REPLAY} {path}: was made with --{name.replace('_', '-')} {vars(step.args)[name]}, and "
+            raise ValueError(f"{REPLAY} {path}: was made with {spelled(name)} {vars(step.args)[name]}, and "
                              f"this run has {vars(args)[name]}")
     if step.rollouts.log_probs_BKNG is None or step.rollouts.entropy_BKNG is None:
         raise ValueError(f"{REPLAY} {path}: has no sampler_log_probs and entropy, which training compares with; it "

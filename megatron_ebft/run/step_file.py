@@ -52,6 +52,7 @@ from megatron_ebft.parallel.groups import (
 from megatron_ebft.rollout.sampler import Rollouts
 from megatron_ebft.run.flags import build_parser, method_flags
 from megatron_ebft.run.flags.checks import check_args
+from megatron_ebft.run.flags.flag import spelled
 from megatron_ebft.run.flags.parser import as_argv
 
 INPUTS = ("docs", "sequences", "position_ids", "index", "document_ids", "answer_mask", "sampler_log_probs", "entropy")
@@ -83,7 +84,7 @@ class Step:
     def layout(self) -> StridedLayout:
         return _layout(self.args)
 
-    def mine(self) -> tuple[GoldBatch, Rollouts]:
+    def local_part(self) -> tuple[GoldBatch, Rollouts]:
         """This rank's rows, and its samples of them, on its device."""
         count = len(self.gold.tokens_BT) // document_size()
         rows = slice(document_rank() * count, (document_rank() + 1) * count)
@@ -229,16 +230,12 @@ def _flags(metadata: dict[str, str], tensors: dict, where: str) -> tuple[argpars
     for key, name in GOLDEN.items():
         if vars(from_entries)[name] != vars(args)[name]:
             raise ValueError(f"{where}: the metadata contradict themselves: {key} is {metadata[key]}, and flags say "
-                             f"{_flag(name)} {vars(args)[name]}")
+                             f"{spelled(name)} {vars(args)[name]}")
     blocks = _layout(args).num_blocks
     if metadata["blocks"] != str(blocks):
         raise ValueError(f"{where}: the metadata contradict themselves: blocks is {metadata['blocks']}, but there are "
                          f"{blocks} blocks of this stride and context in {args.seq_length} tokens")
     return args, iteration
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _check_tensors(tensors: dict[str, Tensor], args: argparse.Namespace, vocab_size: int, where: str) -> None:

@@ -26,7 +26,7 @@ def test_two_tokens_by_hand(cap, loss, gradient):
     assert log_probs.grad.tolist() == [pytest.approx(gradient)]
 
 
-def test_a_step_is_brute_force(one_rank):
+def test_a_golden_step_above_the_cap(one_rank):
     """Log-ratios from -1.5 to 1.5: a quarter of the tokens are above the cap."""
     golden, settings, docs, tokens = load_golden("step")
     log_probs = by_rollout(torch.nn.functional.pad(golden["log_probs"], (1, 0)), settings, docs)

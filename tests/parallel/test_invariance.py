@@ -28,8 +28,9 @@ from megatron_ebft.rollout import token_sampling
 from megatron_ebft.rollout.sampler import sample_rollouts
 from megatron_ebft.run.configs import ebft_config, model_args, optimizer_config, parallel_sizes
 from megatron_ebft.run.flags import parse_args
-from megatron_ebft.run.loop import Run, train_step
+from megatron_ebft.run.loop import train_step
 from megatron_ebft.run.models import build_models
+from megatron_ebft.run.state import Run
 
 ROWS, T, VOCAB, EOD, STEPS = 4, 20, 24, 0, 2
 FLAGS = """--train-iters 3 --global-batch-size 4 --seq-length 20 --num-layers 4 --hidden-size 16 --ffn-hidden-size 24

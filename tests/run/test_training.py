@@ -164,6 +164,7 @@ def test_an_encoder_of_its_own(arguments, tmp_path, one_rank):
     assert all(torch.equal(p, begun[name]) for name, p in unwrap(run.policy[0]).named_parameters())
     save(run, tmp_path)
     build_run(arguments(*flags, "--ebft-encoder-load", str(tmp_path / "base")))
+    build_run(arguments("--pretrained-checkpoint", "", "--ebft-encoder-load", ""))  # a script's empty variables
     with pytest.raises(ValueError, match="--ebft-encoder-load: the encoder's weights are not those"):
         build_run(arguments(*flags))
 

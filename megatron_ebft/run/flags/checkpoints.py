@@ -11,8 +11,9 @@ CHECKPOINTS = Group("checkpoints", (
          "resumed from an earlier step are removed, too", default=0, valid=at_least(0)),
     Flag("--save-retain-interval", int, "with --ebft-keep-checkpoints, also keep the checkpoints of every Nth step "
          "(0: none)", default=0, valid=at_least(0)),
-    Flag("--load", str, "folder to resume from, bit for bit. If it is empty, the run starts afresh. If it holds "
-         "weights only (from tools/convert), the run starts from them", metavar="DIR"),
+    Flag("--load", str, "checkpoint folder to resume from, bit for bit. If it is also --save and holds no checkpoint, "
+         "the run starts afresh. If it holds only weights (from tools/convert), the run starts from them",
+         metavar="DIR"),
     Flag("--pretrained-checkpoint", str, "folder with the weights to start from, of a run or a converted model. The "
          "encoder gets the same weights unless --ebft-encoder-load is given", metavar="DIR"),
     Flag("--ebft-encoder-load", str, "folder with the encoder's weights, if they differ from the start (for a run that "

@@ -26,6 +26,7 @@ for _kind, _pattern in (("null", r"~|null|Null|NULL|"), ("bool", r"true|True|TRU
                         ("int", r"[-+]?[0-9]+"),
                         ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"^(?:{_pattern})$"), None)
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))  # 010 is ten
 
 
 def read_config(path: str) -> dict:
@@ -72,8 +73,10 @@ def _entries(path: str) -> list[tuple]:
 def _value(name: str, value):
     """The value of a flag. LookupError: there is no such flag; ValueError: the value is wrong."""
     if name in map(dest, REFUSED):
-        return None if value is False else "on" if value is True else str(value)
+        return None if value in (None, False) else "on" if value is True else str(value)
     flag = FLAGS[name]
+    if value is None and flag.default is None:
+        return None
     if flag.many:
         if value == []:
             raise ValueError("must have at least one value")

@@ -37,6 +37,11 @@ def dest(name: str) -> str:
     return name.removeprefix("--").replace("-", "_")
 
 
+def spelled(dest: str) -> str:
+    """The inverse of `dest`: --seq-length for seq_length."""
+    return f"--{dest.replace('_', '-')}"
+
+
 @dataclass(frozen=True)
 class Flag:
     """One flag of a command line. A switch (`type` bool) --x also has --no-x."""

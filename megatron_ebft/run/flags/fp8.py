@@ -13,8 +13,8 @@ FP8 = Group("FP8", (
          choices=("off", *RECIPES)),
     Flag("--ebft-fp8-emulate", bool, "round to FP8 and multiply in the usual precision: the same numbers on any "
          "hardware, slowly", default=False),
-    Flag("--fp8-format", str, "run the policy's linear layers in the training pass in FP8, by Transformer Engine. e4m3 "
-         "in both directions; hybrid: e4m3 forward, e5m2 backward", choices=("e4m3", "hybrid"),
+    Flag("--fp8-format", str, "run the policy's linear layers in the training pass in FP8, by Transformer Engine. "
+         "e4m3: both directions. hybrid: e4m3 forward, e5m2 backward", choices=("e4m3", "hybrid"),
          default_text="no FP8 in training"),
     Flag("--fp8-recipe", str, "scaling of --fp8-format. Delayed scaling is not supported, since its history would have "
          "to be saved", default="blockwise", choices=RECIPES),

@@ -5,7 +5,7 @@ import difflib
 import textwrap
 from dataclasses import replace
 
-from megatron_ebft.run.flags.flag import Flag, Group, dest
+from megatron_ebft.run.flags.flag import Flag, Group, dest, spelled
 from megatron_ebft.run.flags.help_text import format_groups, spelling, text_width
 from megatron_ebft.run.flags.refused import REFUSED
 from megatron_ebft.run.flags.table import FLAGS, GROUPS
@@ -61,7 +61,8 @@ class Parser(argparse.ArgumentParser):
             self.add_argument(flag.name, type=flag.type, choices=flag.choices or None, nargs="+" if flag.many else None)
 
     def error(self, message: str):
-        raise ValueError(f"{message}; --help lists all flags")
+        command = "" if self.shows_training else "python -m megatron_ebft.train "
+        raise ValueError(f"{message}; {command}--help lists all flags")
 
     def parse_args(self, argv: list[str] | None = None, namespace: None = None) -> argparse.Namespace:
         """All values. The ranges of the program's own flags are checked; `check_args` checks the training flags.
@@ -138,7 +139,7 @@ def as_argv(values: dict) -> list[str]:
     """A command line that sets attributes to these values."""
     words = []
     for name, value in values.items():
-        flag = f"--{name.replace('_', '-')}"
+        flag = spelled(name)
         if isinstance(value, bool):
             words.append(flag if value else f"--no-{flag[2:]}")
         elif isinstance(value, list):

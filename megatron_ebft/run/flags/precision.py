@@ -1,4 +1,4 @@
-"""Flags of precision, kernels and memory. None of them changes what is computed, up to rounding."""
+"""Flags of precision, kernels and memory. They change speed, memory and rounding, not the method."""
 
 from megatron_ebft.run.flags.flag import Flag, Group, at_least
 

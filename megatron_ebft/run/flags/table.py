@@ -18,7 +18,8 @@ FLAGS: dict[str, Flag] = {flag.dest: flag for group in GROUPS for flag in group.
 """By attribute name."""
 ESSENTIALS = Group("the flags to start with", tuple(FLAGS[dest] for dest in (
     "training_mode", "train_iters", "pretrained_checkpoint", "use_checkpoint_args", "data_path", "seq_length",
-    "global_batch_size", "lr", "bf16", "tensor_model_parallel_size", "save", "load")))
+    "global_batch_size", "lr", "ebft_rollout_length", "ebft_stride", "ebft_num_samples", "ebft_temperature",
+    "ebft_ce_coef", "bf16", "tensor_model_parallel_size", "save", "load")))
 STEP = frozenset(dest for group in (MODEL, METHOD, OPTIMIZER, PARALLELISM, PRECISION, FP8) for dest in group.dests) | {
     "train_iters", "micro_batch_size", "global_batch_size", "seed", "seq_length", "vocab_size"}
 """Attributes that one EBFT step on random weights and random rows reads."""

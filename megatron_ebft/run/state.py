@@ -1,0 +1,47 @@
+"""Everything a training run works on."""
+
+import argparse
+from dataclasses import dataclass, field
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+from torch.utils.data import Dataset
+
+from megatron_ebft.checkpointing.record import TrainState
+from megatron_ebft.data.tokenizer import Tokenizer
+from megatron_ebft.method.config import EBFTConfig
+from megatron_ebft.model.decoder import Decoder
+from megatron_ebft.run.stopping import Stopper
+from megatron_ebft.run.watchdog import Watchdog
+
+
+@dataclass(kw_only=True)
+class Run:
+    """Everything the loop works on."""
+
+    mode: str
+    """`ebft` or `sft`."""
+    policy: list[DistributedDataParallel]
+    """One for each virtual pipeline stage of this rank."""
+    encoder: Decoder | Float16Module | None = None
+    """Frozen feature network; None in SFT without one."""
+    start: Decoder | Float16Module | None = None
+    """Frozen starting policy; None when nothing asks for KL."""
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    config: EBFTConfig | None = None
+    """The method; None without an encoder."""
+    train_data: Dataset | None = None
+    valid_data: Dataset | None = None
+    tokenizer: Tokenizer | None = None
+    args: argparse.Namespace
+    """Flags of the loop itself: intervals, batch sizes, folders, masks."""
+    metadata: dict = field(default_factory=dict)
+    """Recorded in every checkpoint."""
+    state: TrainState = field(default_factory=TrainState)
+    companions: dict[str, bytes] = field(default_factory=dict)
+    """Small files to keep in every checkpoint, by name."""
+    stopper: Stopper = field(default_factory=Stopper)
+    watchdog: Watchdog = field(default_factory=Watchdog)
