@@ -4,6 +4,7 @@ import json
 import os
 import runpy
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -46,8 +47,14 @@ def dataset(folder: Path) -> list[str]:
 
 
 def start(args) -> tuple:
-    """A run and its logger."""
+    """A run and its logger.
+
+    TensorBoard reads files in the order of their names: second, process, and a number as text, in which 10 comes before
+    9. Two loggers of one process must not begin in the same second.
+    """
     run = build_run(args)
+    while any(f".{int(time.time())}." in file.name for file in Path(args.tensorboard_dir).glob("events*")):
+        time.sleep(0.05)
     return run, Logger(args.tensorboard_dir, run.state.iteration, args.train_iters, 48, args.ebft_rollout_length,
                        run.tokenizer)
 

@@ -1,0 +1,107 @@
+"""What two ranks must tell each other: one step at TP 2, at PP 2 and at DP 2 against this process alone, and a request
+to stop. Takes seconds; test_invariance.py and test_parallel.py have every layout."""
+
+from pathlib import Path
+
+import brute_force as bf
+import models
+import plain_llama
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallelConfig
+from models import largest_difference, relative_error
+from ranks import enter_world, run_ranks
+
+from megatron_ebft.common import signals
+from megatron_ebft.common.device import init_device
+from megatron_ebft.method import gradient
+from megatron_ebft.method.means import Means
+from megatron_ebft.model import build
+from megatron_ebft.parallel import groups
+from megatron_ebft.rollout.sampler import Rollouts
+from megatron_ebft.run.stopping import StopAsked, Stopper
+
+LAYOUTS = {"tensor": (2, 1), "pipeline": (1, 2), "data": (1, 1)}
+"""TP and PP on two ranks."""
+SETTINGS = bf.Settings(bf.Geometry(context=3, stride=3, rollout_length=3, num_samples=2), temperature=0.8, ce_coef=0.3)
+ROWS, T, BLOCKS, VOCAB = 2, 15, 4, 24
+
+
+def one_step(tp: int, pp: int) -> dict:
+    """Gram matrices of this rank's rows, 0 for blocks that do not count, and the gradient of the whole batch by Hugging
+    Face name.
+
+    Row 1 has fewer answers, so that data-parallel ranks have other numbers of valid tokens. Embeddings are tied.
+    """
+    sizes = dict(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, params_dtype=torch.float32,
+                 pipeline_dtype=torch.float32)
+    config, weights = plain_llama.random_llama(0, layers=4, hidden=16, ffn=24, heads=4, kv_heads=2, vocab=VOCAB,
+                                               tied=True)
+    generator = torch.Generator().manual_seed(1)
+    gold_BT = torch.randint(VOCAB, (ROWS, T), generator=generator)
+    tokens_BKNG = torch.randint(VOCAB, (ROWS, BLOCKS, 2, 3), generator=generator)
+    answer_BT = torch.arange(T) >= torch.tensor([[0], [8]])
+    here = torch.arange(ROWS).chunk(groups.document_size())[groups.document_rank()]
+    gold, rollouts = models.gold_batch(gold_BT[here], None, answer_BT[here]), Rollouts(tokens_BKNG[here], None, None)
+    method = models.ebft_config(SETTINGS, T, config["num_hidden_layers"])
+    rewards = models.rewarded(models.build_encoder(config, weights, **sizes), gold, rollouts, method)
+    policy = build.build_policy(models.architecture(config), DistributedDataParallelConfig(), **sizes)
+    models.load(policy, config, weights)
+    policy[0].zero_grad_buffer()
+    gradient.policy_gradient(policy, gold, rollouts, rewards.advantage, method, Means())
+    gram = rewards.gram * gold.valid_blocks(method.layout)[..., None, None]
+    return {"rows": here, "gram": gram, "gradients": models.gradients(policy, config)}
+
+
+def differences(expected_file: str) -> dict[str, dict[str, float]]:
+    """By layout, what this rank has against the step on one rank."""
+    init_device()
+    by_layout, expected = {}, torch.load(expected_file)
+    for name, (tp, pp) in LAYOUTS.items():
+        enter_world(2)
+        groups.init_parallel(tp, pp, seed=1)
+        step = one_step(tp, pp)
+        by_layout[name] = {
+            "gram": largest_difference(step["gram"], expected["gram"][step["rows"]]),
+            "gradient": max(relative_error(step["gradients"][key], x) for key, x in expected["gradients"].items())}
+        groups.shut_down()
+    return by_layout
+
+
+@pytest.fixture(scope="module")
+def by_rank(one_rank, tmp_path_factory):
+    path: Path = tmp_path_factory.mktemp("two_ranks") / "one.pt"
+    torch.save(one_step(1, 1), path)
+    return run_ranks(2, "test_two_ranks:differences", str(path))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gram_matrices(by_rank, layout):
+    assert max(rank[layout]["gram"] for rank in by_rank) <= 1e-5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradient(by_rank, layout):
+    assert max(rank[layout]["gradient"] for rank in by_rank) <= 1e-5
+
+
+def asked_on_one_rank(asking: int) -> list[str]:
+    """What two checks say on this rank. Before the second one, a signal arrives at the rank `asking`."""
+    enter_world(2)
+    said = []
+    for requests in ([], ["SIGUSR1"]):
+        signals.received[:] = requests if dist.get_rank() == asking else []
+        try:
+            Stopper().check()
+            said.append("")
+        except StopAsked as reason:
+            said.append(str(reason))
+    signals.received.clear()
+    dist.destroy_process_group()
+    return said
+
+
+@pytest.mark.parametrize("asking", [0, 1])
+def test_a_request_to_one_rank_stops_both(asking):
+    assert run_ranks(2, "test_two_ranks:asked_on_one_rank", asking) == [["", "SIGUSR1"]] * 2
