@@ -315,7 +315,8 @@ def main() -> int:
             print(f"{done}/{len(chosen)} {mutation.name}: {problem or f'caught in {seconds:.1f} s'}; about "
                   f"{left / 60:.0f} min left", file=sys.stderr, flush=True)
     print("\n".join(["| mutation | file | caught by | processor seconds |", "|---|---|---|--:|", *rows]))
-    print("\n".join(f"not caught: {line}" for line in wrong), file=sys.stderr)
+    for line in wrong:
+        print(f"not caught: {line}", file=sys.stderr)
     return 1 if wrong else 0
 
 
