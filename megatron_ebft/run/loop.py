@@ -12,7 +12,7 @@ from megatron_ebft.method.sft import sft_step
 from megatron_ebft.method.step import EBFTStep, ebft_step
 from megatron_ebft.parallel.groups import document_rank, document_size
 from megatron_ebft.rollout.sampler import Rollouts
-from megatron_ebft.run.saves import Saves
+from megatron_ebft.run.saves import RunCheckpoints
 from megatron_ebft.run.self_check import self_check
 from megatron_ebft.run.state import Run
 from megatron_ebft.run.step_dump import StepDump, replayed_step
@@ -32,7 +32,7 @@ def train(run: Run, log) -> bool:
     args, state = run.args, run.state
     batches = [gold_batch(run, run.valid_data, i * args.global_batch_size)
                for i in range(args.eval_iters)] if run.valid_data is not None else []
-    saves = Saves(run, log) if args.save else None
+    saves = RunCheckpoints(run, log) if args.save else None
     if state.iteration:
         state.restarts += 1
         state.lost_to_restarts += time.time() - state.reached

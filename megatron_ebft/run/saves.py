@@ -8,7 +8,7 @@ from megatron_ebft.run.state import Run
 from megatron_ebft.run.watchdog import PATIENCE
 
 
-class Saves:
+class RunCheckpoints:
     """The checkpoints of a run with --save. A save that fails costs a warning, unless it is the last one."""
 
     def __init__(self, run: Run, log):

@@ -5,6 +5,7 @@ import os
 import resource
 from dataclasses import asdict
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from checkpoint_runs import META, SmallRun, equal_tensors
@@ -30,36 +31,31 @@ def test_folder_layout(saved):
     assert set(record["layout"].values()) == {1}
 
 
-def test_a_killed_save_leaves_the_older_checkpoint(copy, saved, monkeypatch):
-    run, rename = saved[1], os.rename
+def killed_save(run, folder, iteration) -> None:
+    """A save that is killed just before its folder gets its name."""
+    rename = os.rename
 
     def killed_before(source, target):
-        if os.path.basename(source).startswith("iter_0000004.tmp"):
+        if os.path.basename(source).startswith(f"iter_{iteration:07d}.tmp"):
             raise KeyboardInterrupt
         rename(source, target)
 
-    monkeypatch.setattr(os, "rename", killed_before)
-    with pytest.raises(KeyboardInterrupt):
-        run.save(copy, 4)
-    monkeypatch.undo()
+    with mock.patch("os.rename", killed_before), pytest.raises(KeyboardInterrupt):
+        run.save(folder, iteration)
+
+
+def test_a_killed_save_leaves_the_older_checkpoint(copy, saved):
+    run = saved[1]
+    killed_save(run, copy, 4)
     assert len(list(copy.glob("iter_0000004.tmp.*"))) == 1 and latest_iteration(str(copy)) == 3
     load_checkpoint(str(copy), *SmallRun().parts)
     run.save(copy, 5)
     assert not list(copy.glob("*.tmp*")) and latest_iteration(str(copy)) == 5
 
 
-def test_a_save_over_an_iteration_is_safe(copy, saved, monkeypatch):
-    run, rename = saved[1], os.rename
-
-    def killed_between(source, target):
-        if os.path.basename(source).startswith("iter_0000003.tmp"):
-            raise KeyboardInterrupt
-        rename(source, target)
-
-    monkeypatch.setattr(os, "rename", killed_between)
-    with pytest.raises(KeyboardInterrupt):
-        run.save(copy, 3)
-    monkeypatch.undo()
+def test_a_save_over_an_iteration_is_safe(copy, saved):
+    run = saved[1]
+    killed_save(run, copy, 3)
     assert not (copy / "iter_0000003").exists() and latest_iteration(str(copy)) == 3
     assert load_checkpoint(str(copy), *SmallRun().parts)[0].iteration == 3  # from iter_0000003.old
     os.rename(copy / "iter_0000002", copy / "iter_0000009")
