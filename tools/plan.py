@@ -135,7 +135,7 @@ def measure(args, cluster: Cluster) -> dict:
     from exchange import feature_exchange
     from meter import Meter
 
-    from megatron_ebft.model.attention import PrefillPattern
+    from megatron_ebft.model.decoding import PrefillPattern
     from megatron_ebft.run.configs import model_args
     from megatron_ebft.run.loop import train_step
 

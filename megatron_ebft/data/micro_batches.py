@@ -98,7 +98,7 @@ class MicroBatches:
     def __post_init__(self):
         _check_micro_batch_size(self.micro_batch_size, len(self.gold.tokens_BT))
         self.parts = split_blocks(self.layout, self.blocks_per_microbatch, self.steps)
-        self.rows = [(rows, part) for rows in _row_slices(self.gold, self.micro_batch_size) for part in self.parts]
+        self.rows = [(rows, part) for rows in row_slices(self.gold, self.micro_batch_size) for part in self.parts]
         self.first_BKN = self.computed_BKN = None
         if self.needed_BKN is not None:
             self.first_BKN = first_alike(self.rollout_BKNG)
@@ -172,7 +172,7 @@ class GoldMicroBatches:
         return self.gold.tokens_BT.shape[1]
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        for rows in _row_slices(self.gold, self.micro_batch_size):
+        for rows in row_slices(self.gold, self.micro_batch_size):
             tokens, documents = self.gold.tokens_BT[rows], _rows_of(self.gold.document_BT, rows)
             starts = None if documents is None else document_starts(documents)
             yield MicroBatch(rows, None, tokens, gold_positions(tokens, starts), documents, is_first_part=True)
@@ -184,7 +184,13 @@ def _check_micro_batch_size(size: int, rows: int) -> None:
                          "(--global-batch-size over the data-parallel size)")
 
 
-def _row_slices(gold: GoldBatch, size: int) -> list[slice]:
+def row_slices(gold: GoldBatch, size: int) -> list[slice]:
+    """The rows of each micro-batch.
+
+    Raises:
+        ValueError: the micro-batch size does not divide the rows.
+    """
+    _check_micro_batch_size(size, len(gold.tokens_BT))
     return [slice(first, first + size) for first in range(0, len(gold.tokens_BT), size)]
 
 

@@ -141,15 +141,20 @@ class RowLayout:
         return torch.arange(self.steps).repeat(self.num_rollouts)
 
     @cached_property
-    def rollout_anchor(self) -> Tensor:
-        """Anchor of each rollout token's block, int64 [B, R]; [1, R] in a regular row, since all rows are the same."""
+    def anchor_of_rollouts(self) -> Tensor:
+        """Anchor of each rollout's block, int64 [B, U]; [1, U] in a regular row, since all rows are the same."""
         if self.kept is None:
             slot = torch.arange(self.size).repeat_interleave(self.layout.num_samples)[None]
         else:
             slot = self.kept.pick_BU // self.layout.num_samples
-        return self.anchors[slot].repeat_interleave(self.steps, dim=1)
+        return self.anchors[slot]
 
-    def _of_rollouts(self, values_BKNG: Tensor) -> Tensor:
+    @cached_property
+    def rollout_anchor(self) -> Tensor:
+        """Anchor of each rollout token's block, int64 [B, R] or [1, R]."""
+        return self.anchor_of_rollouts.repeat_interleave(self.steps, dim=1)
+
+    def of_rollouts(self, values_BKNG: Tensor) -> Tensor:
         """Values of the rollouts of this row, [B, U, G], from those of ALL blocks."""
         here = values_BKNG[:, upload(self.blocks, values_BKNG.device)].flatten(1, 2)
         if self.kept is None:
@@ -159,7 +164,7 @@ class RowLayout:
 
     def pack(self, gold_BT: Tensor, rollout_BKNG: Tensor) -> Tensor:
         """Tokens of the row [B, S], from its gold tokens and the rollouts of ALL blocks [B, NB, n, G]."""
-        kept = self._of_rollouts(rollout_BKNG)[..., : self.steps]
+        kept = self.of_rollouts(rollout_BKNG)[..., : self.steps]
         return pad(torch.cat([gold_BT, kept.flatten(1)], dim=1), self.length)
 
     def positions(self, starts_BT: Tensor | None, batch: int) -> Tensor:
@@ -214,23 +219,27 @@ class RowLayout:
             of the row, predicted by that one, [R, B, 1].
         """
         first = rollout_BKNG[:, upload(self.blocks, rollout_BKNG.device), :, 0]
-        return first.transpose(0, 1), self._of_rollouts(rollout_BKNG)[..., 1:].flatten(1).t()[:, :, None]
+        return first.transpose(0, 1), self.of_rollouts(rollout_BKNG)[..., 1:].flatten(1).t()[:, :, None]
 
     def join_targets(self, first_KBN: Tensor, later_RB1: Tensor) -> Tensor:
-        """The inverse of `split_targets`, for values read at the predictors: [B, size, N, G].
+        """The inverse of `split_targets`, for values read at the predictors: [B, size, N, G]."""
+        later = later_RB1.squeeze(-1).t().reshape(later_RB1.shape[1], self.num_rollouts, self.steps)
+        return self.join_steps(first_KBN.transpose(0, 1), later)
+
+    def join_steps(self, first_BKN: Tensor, later_BUt: Tensor) -> Tensor:
+        """Values of step 0 of every slot's rollouts, and of the later steps of the row's U rollouts: [B, size, N, G].
 
         Identical rollouts get the same values, whose gradients add up. Steps 1..G−1 of rollouts that were left out are
         arbitrary: another rollout's, or zero.
         """
-        later = later_RB1.squeeze(-1).t().reshape(later_RB1.shape[1], self.num_rollouts, self.steps)
         if self.kept is None:
-            later = later.unflatten(1, (self.size, self.layout.num_samples))
+            later = later_BUt.unflatten(1, (self.size, self.layout.num_samples))
         elif self.num_rollouts:
-            row = torch.arange(len(later), device=later.device)[:, None, None]
-            later = later[row, upload(self.kept.where_BKN, later.device)]
+            row = torch.arange(len(later_BUt), device=later_BUt.device)[:, None, None]
+            later = later_BUt[row, upload(self.kept.where_BKN, later_BUt.device)]
         else:
-            later = later.new_zeros(*self.kept.where_BKN.shape, self.steps)
-        return torch.cat([first_KBN.transpose(0, 1)[..., None], later], dim=-1)
+            later = later_BUt.new_zeros(*self.kept.where_BKN.shape, self.steps)
+        return torch.cat([first_BKN[..., None], later], dim=-1)
 
     def chunks(self, blocks_per_chunk: int) -> list["Chunk"]:
         """The rollouts of the row in chunks of as many as `blocks_per_chunk` blocks have, for attention."""

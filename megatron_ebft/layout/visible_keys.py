@@ -58,6 +58,11 @@ class VisibleKeys:
         """From `decoding`, which is step 0, to another step."""
         return replace(self, own_end=(self.own_end + step).where(self.own_end > self.own_start, self.own_end))
 
+    def gold_alone(self, num_gold: int) -> "VisibleKeys":
+        """The gold keys that it sees, as a pass over gold keys alone."""
+        nothing = torch.zeros_like(self.own_start)
+        return replace(self, own_start=nothing, own_end=nothing, num_keys=num_gold)
+
     def sees(self, keys: Tensor) -> Tensor:
         """Whether each query sees each of these keys (their numbers, int [C']), bool [B or 1, Q, C']."""
         gold_start, gold_end, own_start, own_end = (x[..., None] for x in self.rows().intervals)
@@ -88,8 +93,8 @@ def strided(row: RowLayout, starts_BT: Tensor | None, batch: int) -> VisibleKeys
 
 
 def decoding(row: RowLayout, starts_BT: Tensor | None, batch: int) -> VisibleKeys:
-    """Step 0 of every rollout of a regular row, and padding, against keys [gold | `row.steps` of every rollout]."""
-    anchor = row.anchors.repeat_interleave(row.layout.num_samples)[None]
+    """Step 0 of every rollout of a row, and padding, against keys [gold | `row.steps` of every rollout]."""
+    anchor = row.anchor_of_rollouts
     own_start = row.layout.seq_length + torch.arange(row.num_rollouts) * row.steps
     starts = None if starts_BT is None else _starts_at_anchors(anchor, starts_BT)
     return _uploaded(anchor, torch.stack([own_start, own_start + 1]), starts, batch, row.end,

@@ -11,7 +11,7 @@ from megatron_ebft.rollout.sampler import SamplingConfig
 
 @dataclass(kw_only=True)
 class EBFTConfig:
-    """The method, and three sizes that bound its memory without changing a result."""
+    """The method, and how to compute it: savings, sizes that bound its memory."""
 
     layout: StridedLayout
     """Blocks, anchors and rollouts of a row."""
@@ -46,6 +46,8 @@ class EBFTConfig:
     """Blocks of a row in one micro-batch; 0: all."""
     rollout_rows: int
     """Rows that decode together; 0: all, or as many as keep the pipeline busy."""
+    fused: bool = False
+    """Whether the forward pass that samples the rollouts is the one that is differentiated (fused.py)."""
 
     @property
     def num_samples(self) -> int:

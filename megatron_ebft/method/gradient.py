@@ -56,10 +56,7 @@ def score(model, gold: GoldBatch, rollouts: Rollouts, config: EBFTConfig, needed
 
 def policy_gradient(policy: list, gold: GoldBatch, rollouts: Rollouts, advantage_BKN: Tensor, config: EBFTConfig,
                     means: Means, start_BKNG: Tensor | None = None) -> Scores:
-    """Forward and backward of rl_coef·L_RL + γ·L_CE + β·KL; gradients are left in the policy's buffers.
-
-    Both means are over the valid tokens of the global batch, known before the schedule starts: every micro-batch adds
-    its share, and gradients are summed (not averaged) over micro-batches and data-parallel ranks.
+    """Forward and backward of the loss (`Loss`) of given rollouts; gradients are left in the policy's buffers.
 
     Args:
         means: receives the parts of the loss, and the share of tokens that was left out, "training_tokens_saved".
@@ -68,10 +65,23 @@ def policy_gradient(policy: list, gold: GoldBatch, rollouts: Rollouts, advantage
     Returns:
         The policy's own scores, detached.
     """
-    loss = _Loss(gold, rollouts, advantage_BKN, config, means, start_BKNG)
-    rows = training_rows(gold, rollouts, config, loss.needed_BKN())
+    loss, valid_BK, gold_valid_BT = Loss(gold, config, means), gold.valid_blocks(config.layout), gold.gold_valid()
+    needed_BKN = valid_BK[..., None].expand_as(advantage_BKN)  # rollouts that change the gradient
+    if start_BKNG is None:
+        needed_BKN = needed_BKN & (advantage_BKN != 0)
+    rows = training_rows(gold, rollouts, config, needed_BKN)
     means.add("training_tokens_saved", *rows.saved_tokens())
     collected = _Collected(rows)
+
+    def terms(mb: MicroBatch) -> LossTerms:
+        blocks, is_real = upload(mb.row.blocks, valid_BK.device), upload(mb.row.is_real, valid_BK.device)
+
+        def here(values):
+            return None if values is None else values[mb.rows][:, blocks]
+
+        return LossTerms(advantage_BKN=here(advantage_BKN), valid_BK=here(valid_BK) & is_real,
+                         gold_valid_BT=gold_valid_BT[mb.rows] if mb.is_first_part else None,
+                         sampled_BKNG=here(rollouts.log_probs_BKNG), start_BKNG=here(start_BKNG))
 
     def forward_step(iterator, model):
         mb = next(iterator)
@@ -79,7 +89,7 @@ def policy_gradient(policy: list, gold: GoldBatch, rollouts: Rollouts, advantage
         def loss_func(sections):
             log_probs, gold_log_probs = _by_token(mb, sections)
             collected.add(mb, log_probs, gold_log_probs)
-            return loss(mb, log_probs, gold_log_probs), torch.zeros((), dtype=torch.int), {}
+            return loss(log_probs, gold_log_probs, terms(mb)), torch.zeros((), dtype=torch.int), {}
 
         return _forward(model, mb, gold, rollouts, config), loss_func
 
@@ -87,53 +97,64 @@ def policy_gradient(policy: list, gold: GoldBatch, rollouts: Rollouts, advantage
     return collected.scores()
 
 
-class _Loss:
-    """The loss of each micro-batch, as its share of the global batch's."""
+@dataclass(kw_only=True)
+class LossTerms:
+    """What the loss of some rows and blocks needs besides log-probabilities."""
 
-    def __init__(self, gold: GoldBatch, rollouts: Rollouts, advantage_BKN: Tensor, config: EBFTConfig, means: Means,
-                 start_BKNG: Tensor | None):
-        self.rollouts, self.advantage_BKN, self.start_BKNG = rollouts, advantage_BKN, start_BKNG
+    advantage_BKN: Tensor
+    valid_BK: Tensor
+    """Blocks that count here, bool."""
+    gold_valid_BT: Tensor | None
+    """Gold tokens 1..T−1 that count here, bool [B, T−1]; None: none."""
+    sampled_BKNG: Tensor | None
+    """The sampler's log-probabilities; None: no importance weights."""
+    start_BKNG: Tensor | None
+    """The start's; None: no KL term. NaN where nothing counts."""
+
+
+class Loss:
+    """rl_coef·L_RL + γ·L_CE + β·KL of some rows and blocks, as their share of the global batch's.
+
+    Both means are over the valid tokens of the global batch, known before the schedule starts: every micro-batch adds
+    its share, and gradients are summed (not averaged) over micro-batches and data-parallel ranks.
+    """
+
+    def __init__(self, gold: GoldBatch, config: EBFTConfig, means: Means):
+        """
+        Args:
+            gold: all rows of this rank.
+            means: receives the parts of the loss.
+        """
         self.config, self.means = config, means
-        self.valid_BK, self.gold_valid = gold.valid_blocks(config.layout), gold.gold_valid()
         self.rollout_count, self.gold_count = token_counts(gold, config.layout).clamp(min=1)
 
-    def needed_BKN(self) -> Tensor:
-        """Rollouts that change the gradient, bool."""
-        needed_BKN = self.valid_BK[..., None].expand_as(self.advantage_BKN)
-        return needed_BKN if self.start_BKNG is not None else needed_BKN & (self.advantage_BKN != 0)
-
-    def __call__(self, mb: MicroBatch, log_probs: Tensor, gold_log_probs: Tensor) -> Tensor:
-        """log_probs: [b, size, N, G] of rollout tokens; gold_log_probs: [b, T−1] of gold tokens."""
-        blocks = upload(mb.row.blocks, self.valid_BK.device)
-        is_real = upload(mb.row.is_real, blocks.device)
-        valid = (self.valid_BK[mb.rows][:, blocks] & is_real)[:, :, None]
-        token_valid = valid[..., None].expand_as(log_probs)
-        loss = self._reinforce(mb, blocks, log_probs, valid, token_valid)
-        if self.start_BKNG is not None:
-            loss = loss + self._kl(mb, blocks, log_probs, token_valid)
-        if mb.is_first_part:  # gold tokens are in every part of a row and count once
-            loss = loss + self._cross_entropy(mb, gold_log_probs)
+    def __call__(self, log_probs_BKNG: Tensor, gold_log_probs_BT: Tensor, terms: LossTerms) -> Tensor:
+        valid = terms.valid_BK[:, :, None]
+        token_valid = valid[..., None].expand_as(log_probs_BKNG)
+        loss = self._reinforce(log_probs_BKNG, terms, valid, token_valid)
+        if terms.start_BKNG is not None:
+            loss = loss + self._kl(log_probs_BKNG, terms.start_BKNG, token_valid)
+        if terms.gold_valid_BT is not None:
+            loss = loss + self._cross_entropy(gold_log_probs_BT, terms.gold_valid_BT)
         return loss
 
-    def _reinforce(self, mb, blocks, log_probs, valid, token_valid) -> Tensor:
+    def _reinforce(self, log_probs, terms: LossTerms, valid, token_valid) -> Tensor:
         weight = None
-        if self.rollouts.log_probs_BKNG is not None:
-            sampled = self.rollouts.log_probs_BKNG[mb.rows][:, blocks]
-            weight = losses.importance_weight(log_probs, sampled, self.config.importance_cap)
-        rl = losses.reinforce_loss(log_probs, self.advantage_BKN[mb.rows][:, blocks], valid, weight)
+        if terms.sampled_BKNG is not None:
+            weight = losses.importance_weight(log_probs, terms.sampled_BKNG, self.config.importance_cap)
+        rl = losses.reinforce_loss(log_probs, terms.advantage_BKN, valid, weight)
         self.means.add("rl_loss", rl.detach(), token_valid.sum())
         return self.config.rl_coef * rl / self.rollout_count
 
-    def _kl(self, mb, blocks, log_probs, token_valid) -> Tensor:
-        # The start's may be NaN where nothing counts.
-        start = self.start_BKNG[mb.rows][:, blocks].where(token_valid, log_probs.detach())
+    def _kl(self, log_probs, start, token_valid) -> Tensor:
+        start = start.where(token_valid, log_probs.detach())
         kl = losses.kl_estimate(log_probs, start, self.config.kl_estimator).where(token_valid, 0.0).sum()
         self.means.add("kl_loss", kl.detach(), token_valid.sum())
         return self.config.kl_coef * kl / self.rollout_count
 
-    def _cross_entropy(self, mb, gold_log_probs) -> Tensor:
-        ce = losses.cross_entropy(gold_log_probs, self.gold_valid[mb.rows])
-        self.means.add("ce_loss", ce.detach(), self.gold_valid[mb.rows].sum())
+    def _cross_entropy(self, gold_log_probs, gold_valid) -> Tensor:
+        ce = losses.cross_entropy(gold_log_probs, gold_valid)
+        self.means.add("ce_loss", ce.detach(), gold_valid.sum())
         return self.config.ce_coef * ce / self.gold_count
 
 

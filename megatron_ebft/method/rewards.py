@@ -35,15 +35,17 @@ class Rewards:
 
 
 def feature_grams(encoder, gold: GoldBatch, rollouts: Rollouts, config: EBFTConfig,
-                  means: Means | None = None) -> Tensor:
+                  means: Means | None = None, blocks_BK: Tensor | None = None) -> Tensor:
     """Inner products of the features of every block's n rollouts and its gold completion, float64 [B, K, n+1, n+1].
 
-    With `skip_duplicates`, rollouts of blocks that do not count have the features of their gold completion.
+    With `skip_duplicates`, rollouts of blocks that are not asked for have the features of their gold completion.
 
     Args:
         means: receives the share of the encoder's tokens that was left out, "encoder_tokens_saved".
+        blocks_BK: blocks that are asked for, bool; None: all that count.
     """
-    needed_BKN = gold.valid_blocks(config.layout)[..., None].expand(rollouts.tokens_BKNG.shape[:3])
+    blocks_BK = gold.valid_blocks(config.layout) if blocks_BK is None else blocks_BK
+    needed_BKN = blocks_BK[..., None].expand(rollouts.tokens_BKNG.shape[:3])
     rows = encoder_rows(gold, rollouts, config, needed_BKN)
     if means is not None:
         means.add("encoder_tokens_saved", *rows.saved_tokens())

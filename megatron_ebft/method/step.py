@@ -7,43 +7,29 @@
     gradient      of rl_coef·L_RL + γ·L_CE + β·KL
     update        clip, AdamW
 
-Parallelism, precision and savings are below: in the functions called here. What a run adds (timers, dumped steps, the
-self-check) comes in through `phase` and `inspect`.
+The first five lines are one pass over each micro-batch (fused.py), or passes of their own (separate.py). Parallelism,
+precision and savings are below. What a run adds (timers, dumped steps, the self-check) comes in through `phase` and
+`inspect`.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-
-from torch import Tensor
 
 from megatron_ebft.data.micro_batches import GoldBatch
+from megatron_ebft.method.computed import Computed
 from megatron_ebft.method.config import EBFTConfig
 from megatron_ebft.method.diagnostics import measure_mismatch, measure_rewards
-from megatron_ebft.method.gradient import Scores, policy_gradient, score
+from megatron_ebft.method.fused import fused_gradient
 from megatron_ebft.method.means import Means
-from megatron_ebft.method.rewards import Rewards, compute_advantages, compute_rewards, feature_grams
+from megatron_ebft.method.separate import separate_gradient
 from megatron_ebft.method.update import clear_gradients, update
-from megatron_ebft.rollout.sampler import Rollouts, sample_rollouts
-
-
-@dataclass(kw_only=True)
-class EBFTStep:
-    """Everything a step computed up to its gradient, this rank's part."""
-
-    gold: GoldBatch
-    rollouts: Rollouts
-    rewards: Rewards
-    advantage_BKN: Tensor
-    scores: Scores
-    """The policy's."""
-    means: Means
+from megatron_ebft.rollout.sampler import Rollouts
 
 
 def ebft_step(*, policy: list, encoder, start, optimizer, gold: GoldBatch, config: EBFTConfig, iteration: int,
               rollouts: Rollouts | None = None, phase: Callable[[str], AbstractContextManager],
               after_rollouts: Callable[[], None] = lambda: None,
-              inspect: Callable[[EBFTStep], None] = lambda step: None) -> dict[str, float]:
+              inspect: Callable[[Computed, Means], None] = lambda *step: None) -> dict[str, float]:
     """One optimizer step on the global batch; returns its metrics, the same on every rank.
 
     Args:
@@ -54,33 +40,21 @@ def ebft_step(*, policy: list, encoder, start, optimizer, gold: GoldBatch, confi
         rollouts: rollouts of these rows; None: they are sampled.
         phase: makes the context of each phase, from its name.
         after_rollouts: is called after sampling, which takes longest; may end the step by an exception.
-        inspect: is called with the step before the weights change; may raise StepFailed.
+        inspect: is called with what the step has computed, before the weights change; may raise StepFailed.
 
     Raises:
         StepFailed: a loss or gradient that is not finite; the weights are as they were.
     """
-    means = Means()
+    means, valid_BK = Means(), gold.valid_blocks(config.layout)
     clear_gradients(policy, optimizer)
-    with phase("rollout"):
-        rollouts = rollouts or sample_rollouts(policy, gold, config.layout, config.sampling, iteration,
-                                               config.rollout_rows)
-    after_rollouts()
-    with phase("features"):
-        gram = feature_grams(encoder, gold, rollouts, config, means)
-        rewards = compute_rewards(gram, rollouts, config)
-        advantage_BKN = compute_advantages(rewards, config)
-    start_BKNG, valid_BK = None, gold.valid_blocks(config.layout)
-    if start is not None:
-        with phase("start_scores"):
-            needed_BKN = valid_BK[..., None].expand_as(advantage_BKN)
-            start_BKNG = score(start, gold, rollouts, config, needed_BKN).rollout_BKNG
-    with phase("train"):
-        scores = policy_gradient(policy, gold, rollouts, advantage_BKN, config, means,
-                                 start_BKNG if config.kl_coef else None)
-    measure_rewards(gram, rewards, valid_BK, config, means)
-    measure_mismatch(rollouts, scores, start_BKNG, valid_BK, config.importance_cap, means)
-    inspect(EBFTStep(gold=gold, rollouts=rollouts, rewards=rewards, advantage_BKN=advantage_BKN, scores=scores,
-                     means=means))
+    if config.fused and rollouts is None:
+        step = fused_gradient(policy, encoder, start, gold, config, iteration, means, phase, after_rollouts)
+    else:
+        step = separate_gradient(policy, encoder, start, gold, config, iteration, means, phase, after_rollouts,
+                                 rollouts)
+    measure_rewards(step.gram, step.rewards, valid_BK, config, means)
+    measure_mismatch(step.rollouts, step.scores, step.start_BKNG, valid_BK, config.importance_cap, means)
+    inspect(step, means)
     metrics = means.reduce()
     parts = {"rl_loss": config.rl_coef, "ce_loss": config.ce_coef, "kl_loss": config.kl_coef}
     metrics["loss"] = sum(coef * metrics[part] for part, coef in parts.items() if part in metrics)

@@ -6,16 +6,11 @@
    pass (decoder.py), and every core attention rotates q and k itself.
 2. `VisibleKeys` (visible_keys.py) says what each query sees. On GPUs FlexAttention computes a packed row in one call
    (flex_attention.py). Plain causal rows go to torch's SDPA, whose fused kernel needs no mask.
-3. Without FlexAttention, or with --ebft-attention sdpa, rollout queries are taken a few blocks at a time. Such a chunk
-   attends to gold[0 : last anchor of the chunk] and to its own rollout tokens, with one additive mask for both, so that
-   little is computed and then masked.
-4. In decoding, and always in chunks, the query heads that share a key head become more query rows of that head. So keys
-   are never expanded, and the tiles of a GPU stay full.
-5. In sampling, the keys and values of a layer are one buffer, [gold | own tokens of every rollout], written step by
-   step.
+3. Without FlexAttention, or with --ebft-attention sdpa, rollout tokens attend to the gold prefix of their block and to
+   their own rollout apart, and the two parts are merged (prefix_attention.py).
+4. The patterns of decoding are in decoding.py.
 
-Suffixes: B rows, S row length, T gold tokens, R rollout tokens, H query heads, J key heads, D head dimension,
-Q queries of a chunk, C keys of a chunk.
+Suffixes: B rows, S row length, T gold tokens, H query heads, J key heads, D head dimension, Q queries, C keys.
 """
 
 import math
@@ -29,14 +24,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from megatron_ebft.layout import visible_keys
 from megatron_ebft.layout.packed_row import RowLayout
 from megatron_ebft.layout.strided import document_starts
-from megatron_ebft.layout.visible_keys import VisibleKeys
-from megatron_ebft.model import flex_attention
-from megatron_ebft.model.flex_attention import TILE, TileMask, tile_mask
+from megatron_ebft.model import flex_attention, prefix_attention
+from megatron_ebft.model.flex_attention import TileMask, tile_mask
+from megatron_ebft.model.prefix_attention import Prefixes, additive, pack_heads, prefixes, unpack_heads
 from megatron_ebft.model.rotary import Angles, rotate
-
-CHUNK_ROWS = 128
-"""Approximate number of rollout tokens in a chunk. Smaller chunks need more kernel launches; larger ones compute more
-pairs that the mask hides."""
 
 
 class StridedAttention(MegatronModule):
@@ -89,30 +80,15 @@ def as_mask(pattern, angles: Angles | None = None) -> Tensor:
     return mask
 
 
-def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask for torch's SDPA: 0 where visible, −inf elsewhere."""
-    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
-
-
 def _starts(document_BT: Tensor | None) -> Tensor | None:
     return None if document_BT is None else document_starts(document_BT)
 
 
-def _pack_heads(q_BHQD: Tensor, key_heads: int) -> Tensor:
-    """Queries as rows of their key heads, the H/J heads of one query next to each other: [B, J, Q·H/J, D]."""
-    return q_BHQD.unflatten(1, (key_heads, -1)).transpose(2, 3).flatten(2, 3)
-
-
-def _unpack_heads(out_BJQD: Tensor, heads: int) -> Tensor:
-    """The inverse of `_pack_heads`: [B, H, Q, D]."""
-    return out_BJQD.unflatten(2, (-1, heads // out_BJQD.shape[1])).transpose(2, 3).flatten(1, 2)
-
-
 def _masked(q_BHQD, k_BJCD, v_BJCD, mask_BQC: Tensor, scale) -> Tensor:
-    """torch's SDPA of packed heads; the mask has one row for each row of `_pack_heads`."""
-    q_BJQD = _pack_heads(q_BHQD, k_BJCD.shape[1])
+    """torch's SDPA of packed heads; the mask has one row for each row of `pack_heads`."""
+    q_BJQD = pack_heads(q_BHQD, k_BJCD.shape[1])
     out = scaled_dot_product_attention(q_BJQD, k_BJCD, v_BJCD, attn_mask=mask_BQC[:, None], scale=scale)
-    return _unpack_heads(out, q_BHQD.shape[1])
+    return unpack_heads(out, q_BHQD.shape[1])
 
 
 @dataclass
@@ -131,52 +107,11 @@ class CausalPattern:
         if self._mask is None:
             visible = visible_keys.causal(*self.document_BT.shape, _starts(self.document_BT))
             keys = torch.arange(visible.num_keys, device=q_BHSD.device)
-            self._mask = tile_mask(visible) if flex else _additive(visible.repeat(heads_per_group).sees(keys),
+            self._mask = tile_mask(visible) if flex else additive(visible.repeat(heads_per_group).sees(keys),
                                                                    q_BHSD.dtype)
         if flex:
             return flex_attention.attend(q_BHSD, k_BJSD, v_BJSD, self._mask, scale)
         return _masked(q_BHSD, k_BJSD, v_BJSD, self._mask, scale)
-
-
-@dataclass
-class _Chunk:
-    """Blocks whose attention is computed together."""
-
-    queries: slice
-    """Of the rollout queries."""
-    keys: slice
-    """Of the rollout keys."""
-    gold: int
-    """Gold keys [0, gold)."""
-    mask_BQC: Tensor
-    """Additive; C is gold keys, then rollout keys."""
-
-
-def _chunks(row: RowLayout, visible: VisibleKeys, query_steps: int, heads_per_group: int, like: Tensor) -> list[_Chunk]:
-    """Chunks of the rollout queries in `visible`, `query_steps` of each rollout, against all keys of the row."""
-    if row.steps == 0:  # with rollouts of one token, a training row is gold alone
-        return []
-    blocks_per_chunk = max(1, CHUNK_ROWS // (row.layout.num_samples * row.steps))
-    chunks, own = [], torch.arange(row.layout.seq_length, visible.num_keys, device=like.device)
-    for chunk in row.chunks(blocks_per_chunk):
-        queries, keys = chunk.tokens(query_steps), chunk.tokens(row.steps)
-        key_numbers = torch.cat([torch.arange(chunk.gold, device=like.device), own[keys]])
-        is_visible = visible.queries(queries).repeat(heads_per_group).sees(key_numbers)
-        chunks.append(_Chunk(queries, keys, chunk.gold, _additive(is_visible, like.dtype)))
-    return chunks
-
-
-def _attend_chunks(chunks, q_BHRD, gold_k, gold_v, own_k, own_v, scale) -> list[Tensor]:
-    """Rollout attention, chunk by chunk: outputs [B, H, queries of a chunk, D], then zeros for padding."""
-    outputs = []
-    for chunk in chunks:
-        k_BJCD = torch.cat([gold_k[:, :, : chunk.gold], own_k[:, :, chunk.keys]], 2)
-        v_BJCD = torch.cat([gold_v[:, :, : chunk.gold], own_v[:, :, chunk.keys]], 2)
-        outputs.append(_masked(q_BHRD[:, :, chunk.queries], k_BJCD, v_BJCD, chunk.mask_BQC, scale))
-    done = chunks[-1].queries.stop if chunks else 0
-    if done < q_BHRD.shape[2]:
-        outputs.append(torch.zeros_like(q_BHRD[:, :, done:]))
-    return outputs
 
 
 @dataclass
@@ -186,98 +121,25 @@ class StridedPattern:
     row: RowLayout
     document_BT: Tensor | None = None
     _gold: CausalPattern = field(init=False)
-    _mask: TileMask | list[_Chunk] | None = None
+    _mask: TileMask | Prefixes | None = None
     """Made by the first layer, used by all."""
 
     def __post_init__(self):
         self._gold = CausalPattern(self.document_BT)
 
     def attend(self, layer_number: int, q_BHSD, k_BJSD, v_BJSD, scale, flex: bool) -> Tensor:
-        gold = self.row.layout.seq_length
+        row, gold = self.row, self.row.layout.seq_length
         if self._mask is None:
-            visible = visible_keys.strided(self.row, _starts(self.document_BT), len(q_BHSD))
-            self._mask = tile_mask(visible) if flex else _chunks(
-                self.row, visible.queries(slice(gold, None)), self.row.steps, q_BHSD.shape[1] // k_BJSD.shape[1],
-                q_BHSD)
+            visible = visible_keys.strided(row, _starts(self.document_BT), len(q_BHSD))
+            self._mask = tile_mask(visible) if flex else prefixes(
+                row, visible.queries(slice(gold, None)), row.steps, q_BHSD.shape[1] // k_BJSD.shape[1], q_BHSD.dtype)
         if flex:
             return flex_attention.attend(q_BHSD, k_BJSD, v_BJSD, self._mask, scale)
-        (gold_q, rollout_q), (gold_k, own_k), (gold_v, own_v) = (
-            (x[:, :, :gold], x[:, :, gold:]) for x in (q_BHSD, k_BJSD, v_BJSD))
-        out = [self._gold.attend(layer_number, gold_q, gold_k, gold_v, scale, flex)]
-        out += _attend_chunks(self._mask, rollout_q, gold_k, gold_v, own_k, own_v, scale)
+        gold_k, gold_v = k_BJSD[:, :, :gold], v_BJSD[:, :, :gold]
+        out = [self._gold.attend(layer_number, q_BHSD[:, :, :gold], gold_k, gold_v, scale, flex)]
+        if row.num_rollout_tokens:
+            own = slice(gold, row.end)
+            by_step = zip(*(x[:, :, own].unflatten(2, (-1, row.steps)).unbind(3) for x in (k_BJSD, v_BJSD)))
+            out.append(prefix_attention.attend(q_BHSD[:, :, own], (gold_k, gold_v), list(by_step), self._mask, scale))
+        out.append(torch.zeros_like(q_BHSD[:, :, row.end :]))
         return torch.cat(out, dim=2)
-
-
-@dataclass
-class RolloutCache:
-    """Keys and values of one group of rows during sampling, by layer number.
-
-    Those of gold tokens are computed once, and all blocks and samples share them. Those of rollout tokens are written
-    step by step.
-    """
-
-    row: RowLayout
-    """All blocks, and G − 1 steps: no query sees the key of the last one."""
-    visible: VisibleKeys
-    """What the first decoded tokens see (`visible_keys.decoding`)."""
-    document_BT: Tensor | None = None
-    keys: dict[int, Tensor] = field(default_factory=dict)
-    """[B, J, T + K·N·steps, D], for FlexAttention padded to whole tiles; zero where not yet written."""
-    values: dict[int, Tensor] = field(default_factory=dict)
-    _tiles: TileMask | None = None
-
-    def tile_mask(self, step: int, heads_per_group: int) -> TileMask:
-        """FlexAttention's mask of one step. All steps use the same lists of tiles, which the first call makes."""
-        def visible(step):
-            return self.visible.at_step(step).repeat(heads_per_group)
-
-        if self._tiles is None:
-            self._tiles = tile_mask(visible(0), widest=visible(self.row.steps - 1))
-        return self._tiles.with_intervals(visible(step))
-
-    def split(self, buffer: Tensor) -> tuple[Tensor, Tensor]:
-        """Views of a layer's keys (or values): gold tokens' [B, J, T, D] and rollout tokens' [B, J, K·N, steps, D]."""
-        gold, end = self.row.layout.seq_length, self.row.end
-        return buffer[:, :, :gold], buffer[:, :, gold:end].unflatten(2, (-1, self.row.steps))
-
-
-@dataclass
-class PrefillPattern:
-    """Causal attention over gold rows, which also writes their keys and values into the cache."""
-
-    cache: RolloutCache
-
-    def __post_init__(self):
-        self._causal = CausalPattern(self.cache.document_BT)
-
-    def attend(self, layer_number: int, q_BHSD, k_BJSD, v_BJSD, scale, flex: bool) -> Tensor:
-        row = self.cache.row
-        own = row.num_rollout_tokens + (-row.end % TILE if flex else 0)
-        for kept, new in ((self.cache.keys, k_BJSD), (self.cache.values, v_BJSD)):
-            kept[layer_number] = torch.cat([new, new.new_zeros((*new.shape[:2], own, new.shape[3]))], 2).contiguous()
-        return self._causal.attend(layer_number, q_BHSD, k_BJSD, v_BJSD, scale, flex)
-
-
-@dataclass
-class DecodePattern:
-    """One decoding step: the queries are tokens `step` of all rollouts, [B, K·N], and padding."""
-
-    cache: RolloutCache
-    step: int
-    _mask: TileMask | list[_Chunk] | None = None
-    """Made by the first layer, used by all."""
-
-    def attend(self, layer_number: int, q_BHSD, k_BJSD, v_BJSD, scale, flex: bool) -> Tensor:
-        cache, heads, groups = self.cache, q_BHSD.shape[1], k_BJSD.shape[1]
-        keys, values = cache.keys[layer_number], cache.values[layer_number]
-        (gold_k, own_k), (gold_v, own_v) = cache.split(keys), cache.split(values)
-        own_k[:, :, :, self.step] = k_BJSD[:, :, : own_k.shape[2]]  # without padding
-        own_v[:, :, :, self.step] = v_BJSD[:, :, : own_v.shape[2]]
-        if self._mask is None:
-            self._mask = cache.tile_mask(self.step, heads // groups) if flex else _chunks(
-                cache.row, cache.visible.at_step(self.step), 1, heads // groups, q_BHSD)
-        if flex:
-            packed = flex_attention.attend(_pack_heads(q_BHSD, groups), keys, values, self._mask, scale)
-            return _unpack_heads(packed, heads)
-        return torch.cat(_attend_chunks(self._mask, q_BHSD, gold_k, gold_v, own_k.flatten(2, 3), own_v.flatten(2, 3),
-                                        scale), dim=2)

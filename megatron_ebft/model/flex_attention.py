@@ -77,17 +77,27 @@ class TileMask:
 
 def attend(q_BHQD: Tensor, k_BJCD: Tensor, v_BJCD: Tensor, mask: TileMask, scale: float) -> Tensor:
     """Attention of H query heads that share J key heads: [B, H, Q, D], differentiable."""
+    return _call(_attend, q_BHQD, k_BJCD, v_BJCD, mask, scale)[:, :, : q_BHQD.shape[2]]
+
+
+def attend_with_lse(q_BHQD: Tensor, k_BJCD: Tensor, v_BJCD: Tensor, mask: TileMask,
+                    scale: float) -> tuple[Tensor, Tensor]:
+    """`attend`, and the natural log-sum-exp of each query's scores, float32 [B, H, Q]; both differentiable."""
+    out, lse = _call(_attend_with_lse, q_BHQD, k_BJCD, v_BJCD, mask, scale)
+    return out[:, :, : q_BHQD.shape[2]], lse[:, :, : q_BHQD.shape[2]]
+
+
+def _call(function, q_BHQD, k_BJCD, v_BJCD, mask: TileMask, scale: float):
     qkv, by_key = map(_padded, (q_BHQD, k_BJCD, v_BJCD)), (None,) * 4
     if torch.is_grad_enabled():
         by_key = mask.tiles.by_key
     else:
         qkv = (x.detach() for x in qkv)  # else the first pass of recomputation would compile another kernel
     try:
-        out = _kernel()(*qkv, mask.intervals, mask.tiles.by_query, by_key, scale)
+        return _kernel(function)(*qkv, mask.intervals, mask.tiles.by_query, by_key, scale)
     except Exception as error:
         error.add_note("This came from FlexAttention's kernel; --ebft-attention sdpa does not use it.")
         raise
-    return out[:, :, : q_BHQD.shape[2]]
 
 
 def tile_mask(visible: VisibleKeys, widest: VisibleKeys | None = None) -> TileMask:
@@ -124,16 +134,21 @@ def _intervals(visible: VisibleKeys) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @functools.cache
-def _kernel():
-    return kernels.compile_kernels(_attend, COMPILATIONS)
+def _kernel(function):
+    return kernels.compile_kernels(function, COMPILATIONS)
 
 
-def _attend(q_BHQD, k_BJCD, v_BJCD, intervals, by_query, by_key, scale) -> Tensor:
+def _attend(q_BHQD, k_BJCD, v_BJCD, intervals, by_query, by_key, scale, **options):
     """The function that is compiled; Q and C are whole tiles."""
     mask = BlockMask((q_BHQD.shape[2], k_BJCD.shape[2]), *by_query, *by_key, BLOCK_SIZE=(TILE, TILE),
                      mask_mod=_mask_mod(*intervals))
     return flex.flex_attention(q_BHQD, k_BJCD, v_BJCD, block_mask=mask, scale=scale, kernel_options=OPTIONS,
-                               enable_gqa=q_BHQD.shape[1] != k_BJCD.shape[1])
+                               enable_gqa=q_BHQD.shape[1] != k_BJCD.shape[1], **options)
+
+
+def _attend_with_lse(*args) -> tuple[Tensor, Tensor]:
+    out, aux = _attend(*args, return_aux=flex.AuxRequest(lse=True))
+    return out, aux.lse
 
 
 def _mask_mod(gold_start, gold_end, own_start, own_end):

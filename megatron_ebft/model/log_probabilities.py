@@ -45,8 +45,12 @@ class LogProbs:
     sections: list[Section]
 
     def __call__(self, hidden_SBH: Tensor, model) -> tuple[Tensor, ...]:
-        return _VocabParallelLogProbs.apply(model.head(hidden_SBH), model.num_real_ids, model.pg_collection.tp,
-                                            self.sections)
+        return log_probs(model.head(hidden_SBH), self.sections, model)
+
+
+def log_probs(logits_SBV: Tensor, sections: list[Section], model) -> tuple[Tensor, ...]:
+    """What `LogProbs` returns, from the logits of all S rows of this rank's vocabulary shard."""
+    return _VocabParallelLogProbs.apply(logits_SBV, model.num_real_ids, model.pg_collection.tp, sections)
 
 
 def gold_section(gold_BT: Tensor) -> Section:
@@ -104,8 +108,8 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         for section in sections:
             parts = [_log_probs(logits_SBV[rows], real, targets, section.temperature, group)
                      for rows, targets in _chunks(section, logits_SBV)]
-            log_probs, lse = (torch.cat(x) for x in zip(*parts)) if parts else _nothing(section, logits_SBV)
-            outputs.append(log_probs)
+            values, lse = (torch.cat(x) for x in zip(*parts)) if parts else _nothing(section, logits_SBV)
+            outputs.append(values)
             normalisers.append(lse)
         ctx.save_for_backward(logits_SBV, *normalisers)
         return tuple(outputs)

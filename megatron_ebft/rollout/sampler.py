@@ -14,9 +14,10 @@ from torch import Tensor
 from megatron_ebft.common.device import upload, work_clock
 from megatron_ebft.data.micro_batches import GoldBatch
 from megatron_ebft.layout import visible_keys
-from megatron_ebft.layout.packed_row import split_blocks
+from megatron_ebft.layout.packed_row import RowLayout, split_blocks
 from megatron_ebft.layout.strided import StridedLayout, document_starts, pad
-from megatron_ebft.model.attention import DecodePattern, PrefillPattern, RolloutCache, as_mask
+from megatron_ebft.model.attention import as_mask
+from megatron_ebft.model.decoding import DecodePattern, PrefillPattern, RolloutCache
 from megatron_ebft.model.fp8 import FP8, quantised
 from megatron_ebft.model.weights import unwrap
 from megatron_ebft.parallel.groups import (
@@ -29,6 +30,7 @@ from megatron_ebft.parallel.groups import (
 )
 from megatron_ebft.rollout.pipeline_link import PipelineLink
 from megatron_ebft.rollout.schedule import row_groups, tasks
+from megatron_ebft.rollout.scored_draws import ScoredDraws
 from megatron_ebft.rollout.token_sampling import Draws, uniform
 
 
@@ -78,7 +80,8 @@ def sample_rollouts(policy: list, gold: GoldBatch, layout: StridedLayout, config
     stages = dist.get_world_size(pp_group())
     link = PipelineLink() if stages > 1 else None
     rows = row_groups(len(gold.tokens_BT), stages, rows_per_group)
-    groups = [_Group(policy, gold.rows(part), layout, config, iteration, link) for part in rows]
+    row = split_blocks(layout, 0, layout.rollout_length - 1)[0]
+    groups = [_Group(policy, gold.rows(part), row, config, iteration, link) for part in rows]
     with quantised(policy, config.fp8):
         for step, virtual, number in tasks(len(groups), stages, layout.rollout_length, len(policy)):
             group = groups[number]
@@ -96,30 +99,67 @@ def sample_rollouts(policy: list, gold: GoldBatch, layout: StridedLayout, config
     return Rollouts(*map(from_last_stage, drawn))
 
 
+@dataclass
+class ScoredRollouts:
+    """Rollouts with their log-probabilities and those of gold tokens, by one forward pass with gradient."""
+
+    rollouts: Rollouts
+    log_probs_BKNG: Tensor
+    """float32, of the rollout tokens at the sampling temperature; differentiable."""
+    gold_BT: Tensor
+    """float32 [B, T−1]: of gold tokens 1..T−1 at temperature 1; differentiable."""
+    row_length: int
+    """Tokens of a row that went through the policy."""
+
+
+def sample_and_score(model, gold: GoldBatch, layout: StridedLayout, config: SamplingConfig, iteration: int,
+                     blocks_BK: Tensor | None = None) -> ScoredRollouts:
+    """Sample rollouts and keep the autograd graph, so that no other forward pass is needed for their gradient.
+
+    Draws the same tokens as `sample_rollouts`. All rows decode together. Needs a single pipeline stage.
+
+    Args:
+        model: the policy's only stage.
+        blocks_BK: blocks whose rollouts are wanted, bool, on the host; those of others have arbitrary tokens after
+            their first and log-probabilities without meaning. None: all.
+    """
+    row = split_blocks(layout, 0, layout.rollout_length - 1)[0]
+    if blocks_BK is not None:
+        wanted_BKN = blocks_BK[..., None].expand(-1, -1, layout.num_samples)
+        each_BKN = torch.arange(layout.num_samples).expand_as(wanted_BKN)
+        row = row.keep(wanted_BKN, each_BKN, row.room(wanted_BKN))
+    group = _Group([model], gold, row, config, iteration, link=None, scored=True)
+    for step in range(layout.rollout_length if row.num_rollouts else 1):
+        group.work(step, 0, group.receive(step, 0))
+    tokens, log_probs, entropy = group.drawn()
+    return ScoredRollouts(Rollouts(tokens, log_probs.detach(), entropy), log_probs, group.gold_log_probs,
+                          row.length)
+
+
 class _Group:
     """Rows that decode together: their cache on this stage and, on the last one, what was drawn."""
 
-    def __init__(self, policy: list, gold: GoldBatch, layout: StridedLayout, config: SamplingConfig, iteration: int,
-                 link: PipelineLink | None):
-        self.policy, self.gold, self.layout, self.link = policy, gold, layout, link
-        self.config, self.iteration = config, iteration
-        self.row = split_blocks(layout, 0, layout.rollout_length - 1)[0]
+    def __init__(self, policy: list, gold: GoldBatch, row: RowLayout, config: SamplingConfig, iteration: int,
+                 link: PipelineLink | None, scored: bool = False):
+        self.policy, self.gold, self.row, self.layout, self.link = policy, gold, row, row.layout, link
+        self.config, self.iteration, self.scored = config, iteration, scored
         starts_BT = None if gold.document_BT is None else document_starts(gold.document_BT)
         batch = len(gold.tokens_BT)
         # Everything that the host computes is computed here: decoding launches work and never waits for the device.
-        self.blocks, self.predictors = upload(self.row.blocks), upload(self.row.anchor_predictors())
-        positions = upload(self.row.positions(starts_BT, batch))
-        self.gold_positions = positions[:, : layout.seq_length]
-        self.step_positions = positions[:, upload(self.row.rollout_index(range(self.row.steps)))].flatten(1, 2)
+        self.blocks, self.predictors = upload(row.blocks), upload(row.anchor_predictors())
+        positions = upload(row.positions(starts_BT, batch))
+        self.gold_positions = positions[:, : self.layout.seq_length]
+        self.positions_BUt = positions[:, self.layout.seq_length : row.end].unflatten(1, (row.num_rollouts, row.steps))
         self.numbers_BKNG = self._numbers() if is_last_stage() else None
-        self.visible = visible_keys.decoding(self.row, starts_BT, batch)
+        self.visible = visible_keys.decoding(row, starts_BT, batch)
         self.cache: RolloutCache | None = None
         self.steps: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.gold_log_probs: Tensor | None = None
 
     def receive(self, step: int, virtual: int) -> Tensor | None:
         """Input of a task: tokens [b, length] where the model begins, else hidden states [length (/tp), b, H]."""
         if is_first_stage() and virtual == 0:
-            return self.gold.tokens_BT if step == 0 else pad(self._last_tokens().flatten(1), self.row.decode_length)
+            return self.gold.tokens_BT if step == 0 else pad(self._last_tokens(step), self.row.decode_length)
         config = unwrap(self.policy[virtual]).config
         length = self.row.decode_length if step else self.layout.seq_length
         if config.sequence_parallel:
@@ -139,8 +179,7 @@ class _Group:
         unwrap(chunk).set_input_tensor(None)
         if virtual == len(self.policy) - 1:
             if is_last:
-                self.steps.append(self._by_sample(out))
-                out = self.steps[-1][0]
+                out = self._keep(step, *out)
             if step == self.layout.rollout_length - 1:
                 self.cache = None
         return out
@@ -157,21 +196,25 @@ class _Group:
             self.cache = RolloutCache(self.row, self.visible, self.gold.document_BT)
         if step == 0:
             return self.gold_positions, PrefillPattern(self.cache), self.predictors
-        positions = self.step_positions[:, :, step - 1]
+        positions = self.positions_BUt[:, :, step - 1]
         return (pad(positions, self.row.decode_length), DecodePattern(self.cache, step - 1),
                 slice(0, positions.shape[1]))
 
-    def _last_tokens(self) -> Tensor:
-        """Tokens drawn in the step before, [b, K, N]."""
-        if self.link is None:
-            return self.steps[-1][0]
-        return self.link.receive((len(self.gold.tokens_BT), self.row.size, self.layout.num_samples), torch.int64)
+    def _last_tokens(self, step: int) -> Tensor:
+        """Tokens of this row's rollouts drawn in the step before, [b, U]."""
+        if self.link is not None:
+            shape = (self.row.size, self.layout.num_samples) if step == 1 else (self.row.num_rollouts,)
+            tokens = self.link.receive((len(self.gold.tokens_BT), *shape), torch.int64)
+        else:
+            tokens = self.steps[-1][0]
+        return self.row.of_rollouts(tokens[..., None]).squeeze(-1) if step == 1 else tokens
 
-    def _draws(self, rows: Tensor | slice, step: int) -> Draws:
+    def _draws(self, rows: Tensor | slice, step: int) -> Draws | ScoredDraws:
         """The draws of a step: from one distribution per block in step 0, afterwards from one per rollout."""
-        config, numbers_BKN = self.config, self.numbers_BKNG[..., step]
-        numbers_BPM = numbers_BKN if step == 0 else numbers_BKN.flatten(1)[..., None]
-        return Draws(rows, numbers_BPM, config.temperature, config.top_p, config.top_k)
+        config, numbers = self.config, self.numbers_BKNG
+        numbers_BPM = numbers[..., 0] if step == 0 else self.row.of_rollouts(numbers)[..., step, None]
+        draws = Draws(rows, numbers_BPM, config.temperature, config.top_p, config.top_k)
+        return ScoredDraws(draws, self.gold.tokens_BT if step == 0 else None) if self.scored else draws
 
     def _numbers(self) -> Tensor:
         """The random numbers of all draws, float64 [b, K, N, G]."""
@@ -181,18 +224,29 @@ class _Group:
                        self.blocks[:, None, None], sample_N[:, None],
                        torch.arange(self.layout.rollout_length, device=device))
 
-    def _by_sample(self, drawn: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens, log-probabilities and entropies, [b, K, N]."""
-        shape = (len(self.gold.tokens_BT), self.row.size, self.layout.num_samples)
-        tokens, log_probs, entropy = (x.reshape(*shape[:2], -1) for x in drawn)
-        return tokens, log_probs, entropy.expand(shape)
+    def _keep(self, step: int, tokens_BPM, log_probs_BPM, entropy_BP, gold_log_probs=None) -> Tensor:
+        """Keeps what a step has drawn; returns its tokens, [b, K, N] in step 0 and then [b, U]."""
+        if step == 0:
+            self.gold_log_probs = gold_log_probs
+            drawn = tokens_BPM, log_probs_BPM, entropy_BP[..., None].expand(tokens_BPM.shape)
+        else:
+            drawn = tokens_BPM.squeeze(-1), log_probs_BPM.squeeze(-1), entropy_BP
+        self.steps.append(drawn)
+        return drawn[0]
 
     def drawn(self) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, log-probabilities and entropies of all steps, [b, K, N, G] each; on stages other than the last, empty
         tensors to receive into."""
-        if self.steps:
-            return tuple(torch.stack(x, dim=-1) for x in zip(*self.steps))
         shape = (len(self.gold.tokens_BT), self.row.size, self.layout.num_samples, self.layout.rollout_length)
-        device = self.gold.tokens_BT.device
-        return tuple(torch.empty(shape, dtype=dtype, device=device)
-                     for dtype in (torch.int64, torch.float32, torch.float32))
+        if not self.steps:
+            device = self.gold.tokens_BT.device
+            return tuple(torch.empty(shape, dtype=dtype, device=device)
+                         for dtype in (torch.int64, torch.float32, torch.float32))
+        return tuple(self._join(values) for values in zip(*self.steps))
+
+    def _join(self, values: tuple[Tensor, ...]) -> Tensor:
+        """Values of all steps, [b, K, N, G], from `_keep`'s of each."""
+        first_BKN, *later = values
+        shape = (len(first_BKN), self.row.num_rollouts, self.row.steps)
+        later_BUt = torch.stack(later, dim=-1) if later else first_BKN.new_zeros(shape)
+        return self.row.join_steps(first_BKN, later_BUt)

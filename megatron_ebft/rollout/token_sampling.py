@@ -55,6 +55,13 @@ class Draws:
                  for i in range(0, len(hidden_RH), size)]
         return tuple(torch.cat(x).unflatten(0, hidden_BPH.shape[:2]) for x in zip(*parts))
 
+    def from_logits(self, logits_SBV: Tensor, model) -> tuple[Tensor, Tensor, Tensor]:
+        """The same draws, from logits of all S rows."""
+        logits_PBV = logits_SBV.detach()[self.rows]
+        drawn = sample(logits_PBV.flatten(0, 1), model.num_real_ids, self.numbers_BPM.transpose(0, 1).flatten(0, 1),
+                       self.temperature, self.top_p, self.top_k, model.pg_collection.tp)
+        return tuple(x.unflatten(0, logits_PBV.shape[:2]).transpose(0, 1) for x in drawn)
+
 
 def uniform(seed: int, iteration: int, document: Tensor, block: Tensor, sample: Tensor,
             step: Tensor | int) -> Tensor:

@@ -7,9 +7,11 @@ from megatron_ebft.common.errors import StepFailed
 from megatron_ebft.common.timer import PhaseTimer
 from megatron_ebft.data.micro_batches import GoldBatch
 from megatron_ebft.data.rows import document_ids, rows_for_step
+from megatron_ebft.method.computed import Computed
 from megatron_ebft.method.evaluation import evaluate
+from megatron_ebft.method.means import Means
 from megatron_ebft.method.sft import sft_step
-from megatron_ebft.method.step import EBFTStep, ebft_step
+from megatron_ebft.method.step import ebft_step
 from megatron_ebft.parallel.groups import document_rank, document_size
 from megatron_ebft.rollout.sampler import Rollouts
 from megatron_ebft.run.saves import RunCheckpoints
@@ -91,10 +93,10 @@ def train_step(run: Run, gold: GoldBatch, phase, check: bool, rollouts: Rollouts
                 metrics = sft_step(policy=run.policy, optimizer=run.optimizer, gold=gold,
                                    micro_batch_size=run.args.micro_batch_size, phase=phase)
             else:
-                def inspect(step: EBFTStep) -> None:
-                    dump.hold(step)
+                def inspect(computed: Computed, means: Means) -> None:
+                    dump.hold(gold, computed, means)
                     if check:
-                        self_check(run, step)
+                        self_check(run, gold, computed, means)
 
                 metrics = ebft_step(
                     policy=run.policy, encoder=run.encoder, start=run.start if run.config.kl_coef or check else None,

@@ -9,11 +9,11 @@ from dataclasses import replace
 
 from megatron_ebft.common.errors import StepFailed
 from megatron_ebft.data.micro_batches import GoldBatch
+from megatron_ebft.method.computed import Computed
 from megatron_ebft.method.gradient import score
 from megatron_ebft.method.means import Means
-from megatron_ebft.method.step import EBFTStep
 from megatron_ebft.model.fp8 import FP8
-from megatron_ebft.rollout.sampler import sample_rollouts
+from megatron_ebft.rollout.sampler import Rollouts, sample_rollouts
 from megatron_ebft.run.flags.checks import fp8_recipes
 from megatron_ebft.run.state import Run
 
@@ -23,13 +23,15 @@ LIMIT_FP8 = 0.3
 """The same for what FP8 may add to it."""
 
 
-def self_check(run: Run, step: EBFTStep) -> None:
+def self_check(run: Run, gold: GoldBatch, computed: Computed, means: Means) -> None:
     """Raises StepFailed, naming every problem, on all ranks.
 
     FP8's rounding would hide a mistake. Where the sampler or the training pass runs in FP8, they are compared without
     it, and what FP8 adds must stay within LIMIT_FP8.
     """
-    metrics = {"reward": 0.0, "mismatch": 0.0, **step.means.reduce()}  # a batch without a valid block has neither
+    metrics = {"reward": 0.0, "mismatch": 0.0, **means.reduce()}  # a batch without a valid block has neither
+    if run.config.fused:  # the step has compared the sampler with itself
+        metrics["mismatch"] = mismatch(run, gold, computed.rollouts)
     limit = LIMIT_BF16 if run.args.bf16 else LIMIT_FLOAT32
     problems = []
     if not math.isfinite(metrics["reward"]):
@@ -39,7 +41,7 @@ def self_check(run: Run, step: EBFTStep) -> None:
         problems.append("the policy's log-probabilities are not finite: check the weights of --pretrained-checkpoint "
                         "or --load")
     else:
-        problems += _sampler_problems(run, step.gold, metrics["mismatch"], limit)
+        problems += _sampler_problems(run, gold, metrics["mismatch"], limit)
     distance, limit = metrics.get("distance_to_start", 0.0), LIMIT_FP8 if run.args.fp8_format else limit
     if run.state.iteration == 0 and distance > limit:
         problems.append(f"the policy's log-probabilities differ from the starting policy's by {distance:.2e} a token "
@@ -65,9 +67,15 @@ def _sampler_problems(run: Run, gold: GoldBatch, mismatch: float, limit: float) 
 
 def mismatch_without_fp8(run: Run, gold: GoldBatch) -> float:
     """Mean |Δ log-probability| a token between training pass and sampler, for rollouts drawn without FP8."""
-    config, means = run.config, Means()
+    config = run.config
     sampling = replace(config.sampling, fp8=FP8())
     rollouts = sample_rollouts(run.policy, gold, config.layout, sampling, run.state.iteration, config.rollout_rows)
+    return mismatch(run, gold, rollouts)
+
+
+def mismatch(run: Run, gold: GoldBatch, rollouts: Rollouts) -> float:
+    """Mean |Δ log-probability| a token between a pass over packed rows and the sampler."""
+    config, means = run.config, Means()
     scores = score(run.policy, gold, rollouts, config)
     valid = gold.valid_blocks(config.layout)[..., None, None]
     means.add_masked("mismatch", (scores.rollout_BKNG - rollouts.log_probs_BKNG).abs(), valid)

@@ -11,7 +11,9 @@ import os
 import torch.distributed as dist
 
 from megatron_ebft.common.errors import StepFailed
-from megatron_ebft.method.step import EBFTStep
+from megatron_ebft.data.micro_batches import GoldBatch
+from megatron_ebft.method.computed import Computed
+from megatron_ebft.method.means import Means
 from megatron_ebft.parallel.errors import collective_errors
 from megatron_ebft.run.flags.flag import spelled
 from megatron_ebft.run.step_file import Step, gather_results, gather_step, read_step, step_writer
@@ -37,10 +39,10 @@ class StepDump:
     def __init__(self, args, iteration: int):
         self.args, self.iteration, self.held = args, iteration, None
 
-    def hold(self, step: EBFTStep) -> None:
+    def hold(self, gold: GoldBatch, computed: Computed, means: Means) -> None:
         """Keep this rank's part of the step for the dump."""
         if self.args.ebft_dump_steps or self.args.save:
-            self.held = step
+            self.held = gold, computed, means
 
     def __enter__(self):
         return self
@@ -59,9 +61,9 @@ class StepDump:
             self._write(folder)
 
     def _write(self, folder: str) -> None:
-        held = self.held
-        step = gather_step(self.args, self.iteration, held.gold, held.rollouts)
-        results = gather_results(step, held.rewards, held.advantage_BKN, held.scores, held.means.reduce())
+        gold, computed, means = self.held
+        step = gather_step(self.args, self.iteration, gold, computed.rollouts)
+        results = gather_results(step, computed.rewards, computed.advantage_BKN, computed.scores, means.reduce())
         with collective_errors():
             if dist.get_rank() == 0:
                 with step_writer(step_path(folder, self.iteration), DUMP, step, results, {}):

@@ -141,7 +141,7 @@ def _row(row, batch, heads, dtype, has_gradient, document_BT=None):
 def _decoding(row, batch, heads, dtype, document_BT=None):
     from megatron_ebft.layout import visible_keys
     from megatron_ebft.layout.strided import document_starts
-    from megatron_ebft.model.attention import DecodePattern, PrefillPattern, RolloutCache
+    from megatron_ebft.model.decoding import DecodePattern, PrefillPattern, RolloutCache
 
     starts = None if document_BT is None else document_starts(document_BT)
     cache = RolloutCache(row, visible_keys.decoding(row, starts, batch), document_BT)

@@ -7,7 +7,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_ebft.layout import visible_keys
 from megatron_ebft.layout.strided import document_starts
-from megatron_ebft.model.attention import DecodePattern, PrefillPattern, RolloutCache, StridedPattern
+from megatron_ebft.model.attention import StridedPattern
+from megatron_ebft.model.decoding import DecodePattern, PrefillPattern, RolloutCache
 from megatron_ebft.model.kernels import no_flex_attention
 
 pytestmark = pytest.mark.gpu

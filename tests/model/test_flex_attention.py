@@ -18,7 +18,8 @@ from megatron_ebft.layout import visible_keys
 from megatron_ebft.layout.packed_row import split_blocks
 from megatron_ebft.layout.strided import StridedLayout, document_starts
 from megatron_ebft.model import flex_attention, kernels
-from megatron_ebft.model.attention import CausalPattern, DecodePattern, PrefillPattern, RolloutCache, StridedPattern
+from megatron_ebft.model.attention import CausalPattern, StridedPattern
+from megatron_ebft.model.decoding import DecodePattern, PrefillPattern, RolloutCache
 from megatron_ebft.model.flex_attention import TILE
 
 GEOMETRIES = {  # T, c, s, G, n, padding to a multiple of, blocks of a part, steps kept of a rollout

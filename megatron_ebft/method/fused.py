@@ -1,0 +1,153 @@
+"""The fused step: the forward pass that samples the rollouts is the one that is differentiated.
+
+EBFT is on-policy, so sampling and training compute the same activations. Here each micro-batch keeps the autograd graph
+while it samples: gold pass, G − 1 cached decoding steps, features, rewards, advantages, loss. Megatron-Core's schedule
+then runs its backward pass. What separate passes do (rollout/sampler.py, gradient.py) costs one more forward pass.
+
+1. The denominators of the loss are known before (`Loss`), and rewards need only the rollouts of a block. So no
+   micro-batch waits for another.
+2. The log-probability of a rollout token is read from the logits it was drawn from. Sampler and training pass cannot
+   differ.
+3. With `blocks_per_microbatch`, each part of the blocks is a micro-batch, with a gold pass of its own. Blocks of other
+   parts, and blocks that do not count, are not decoded.
+4. It needs one pipeline stage, no activation recomputation and no FP8 (run/configs.py).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from megatron_ebft.common.device import upload
+from megatron_ebft.data.micro_batches import GoldBatch, row_slices
+from megatron_ebft.method.computed import Computed
+from megatron_ebft.method.config import EBFTConfig
+from megatron_ebft.method.gradient import Loss, LossTerms, Scores, score
+from megatron_ebft.method.means import Means
+from megatron_ebft.method.passes import run_schedule
+from megatron_ebft.method.rewards import Rewards, compute_advantages, compute_rewards, feature_grams
+from megatron_ebft.rollout.sampler import Rollouts, ScoredRollouts, sample_and_score
+
+
+@dataclass
+class _Part:
+    """Some rows and some of their blocks."""
+
+    gold: GoldBatch
+    blocks: slice
+    wanted_BK: Tensor
+    """Blocks of the part that count, bool, on the host."""
+    is_first: bool
+    """Whether gold tokens count in this part of the rows."""
+
+
+@dataclass
+class _Parts:
+    """The micro-batches of a fused step."""
+
+    gold: GoldBatch
+    config: EBFTConfig
+
+    def __post_init__(self):
+        size = self.config.blocks_per_microbatch or self.config.layout.num_blocks
+        self.blocks = [slice(first, first + size) for first in range(0, self.config.layout.num_blocks, size)]
+        self.rows = row_slices(self.gold, self.micro_batch_size)
+        self.valid_BK = self.gold.valid_blocks(self.config.layout).cpu()  # the only wait for the GPU
+
+    @property
+    def micro_batch_size(self) -> int:
+        return self.config.micro_batch_size
+
+    @property
+    def row_length(self) -> int:
+        return self.config.layout.seq_length
+
+    def config_of_a_part(self) -> EBFTConfig:
+        """The encoder and the start do not split a part again, and leave out the blocks of other parts."""
+        return replace(self.config, blocks_per_microbatch=0,
+                       skip_duplicates=self.config.skip_duplicates or len(self.blocks) > 1)
+
+    def __len__(self) -> int:
+        return len(self.rows) * len(self.blocks)
+
+    def __iter__(self) -> Iterator[_Part]:
+        for rows in self.rows:
+            for blocks in self.blocks:
+                wanted_BK = torch.zeros_like(self.valid_BK[rows])
+                wanted_BK[:, blocks] = self.valid_BK[rows, blocks]
+                yield _Part(self.gold.rows(rows), blocks, wanted_BK, is_first=blocks.start == 0)
+
+
+def fused_gradient(policy: list, encoder, start, gold: GoldBatch, config: EBFTConfig, iteration: int, means: Means,
+                   phase: Callable[[str], AbstractContextManager], after_rollouts: Callable[[], None]) -> Computed:
+    """Rollouts, features, rewards, advantages and loss of each micro-batch, and its backward pass; gradients are left
+    in the policy's buffers. Arguments as for `ebft_step`.
+
+    Args:
+        means: receives the parts of the loss, and the shares of tokens that were left out.
+    """
+    loss, parts, done = Loss(gold, config, means), _Parts(gold, config), []
+    full = parts.row_length + config.layout.num_blocks * config.layout.num_samples * (config.layout.rollout_length - 1)
+    config = parts.config_of_a_part()
+
+    def forward_step(iterator, model):
+        part = next(iterator)
+        valid_BK = upload(part.wanted_BK)
+        with phase("rollout"):
+            scored = sample_and_score(model, part.gold, config.layout, config.sampling, iteration, part.wanted_BK)
+        after_rollouts()
+        rollouts = scored.rollouts
+        with phase("features"):
+            gram = feature_grams(encoder, part.gold, rollouts, config, means, valid_BK)
+            rewards = compute_rewards(gram, rollouts, config)
+            advantage_BKN = compute_advantages(rewards, config)
+        start_BKNG = None
+        if start is not None:
+            with phase("start_scores"):
+                needed_BKN = valid_BK[..., None].expand_as(advantage_BKN)
+                start_BKNG = score(start, part.gold, rollouts, config, needed_BKN).rollout_BKNG
+        means.add("training_tokens_saved", float(full - scored.row_length), float(full))
+        done.append((part, Computed(rollouts=rollouts, gram=gram, rewards=rewards, advantage_BKN=advantage_BKN,
+                                    scores=_scores(scored, valid_BK), start_BKNG=start_BKNG)))
+        terms = LossTerms(advantage_BKN=advantage_BKN, valid_BK=valid_BK, sampled_BKNG=None,
+                          gold_valid_BT=part.gold.gold_valid() if part.is_first else None,
+                          start_BKNG=start_BKNG if config.kl_coef else None)
+        total = loss(scored.log_probs_BKNG, scored.gold_BT, terms)
+        return total, lambda total: (total, torch.zeros((), dtype=torch.int), {})
+
+    with phase("train"):
+        run_schedule(forward_step, parts, policy, forward_only=False)
+    return _joined(done)
+
+
+def _scores(scored: ScoredRollouts, valid_BK: Tensor) -> Scores:
+    log_probs_BKNG = scored.log_probs_BKNG.detach()
+    is_scored_BKNG = valid_BK[..., None, None].expand(log_probs_BKNG.shape).clone()
+    is_scored_BKNG[..., 0] = True
+    return Scores(log_probs_BKNG.where(is_scored_BKNG, torch.nan), scored.gold_BT.detach(), is_scored_BKNG)
+
+
+def _joined(done: list[tuple[_Part, Computed]]) -> Computed:
+    """What all parts have computed, for all rows and blocks."""
+
+    def blocks(values: Callable[[Computed], Tensor]) -> Tensor:
+        """[B, K, ...], from the blocks that each part has computed."""
+        rows: list[list[Tensor]] = []
+        for part, computed in done:
+            if part.is_first:
+                rows.append([])
+            rows[-1].append(values(computed)[:, part.blocks])
+        return torch.cat([torch.cat(x, dim=1) for x in rows])
+
+    return Computed(
+        rollouts=Rollouts(blocks(lambda x: x.rollouts.tokens_BKNG), blocks(lambda x: x.rollouts.log_probs_BKNG),
+                          blocks(lambda x: x.rollouts.entropy_BKNG)),
+        gram=blocks(lambda x: x.gram),
+        rewards=Rewards(blocks(lambda x: x.rewards.alignment_BKn), blocks(lambda x: x.rewards.diversity_BKn)),
+        advantage_BKN=blocks(lambda x: x.advantage_BKN),
+        scores=Scores(blocks(lambda x: x.scores.rollout_BKNG),
+                      torch.cat([x.scores.gold_BT for part, x in done if part.is_first]),
+                      blocks(lambda x: x.scores.is_scored_BKNG)),
+        start_BKNG=None if done[0][1].start_BKNG is None else blocks(lambda x: x.start_BKNG))
