@@ -9,7 +9,7 @@ then runs its backward pass. What separate passes do (rollout/sampler.py, gradie
 2. The log-probability of a rollout token is read from the logits it was drawn from. Sampler and training pass cannot
    differ.
 3. With `blocks_per_microbatch`, each part of the blocks is a micro-batch, with a gold pass of its own. Blocks of other
-   parts, and blocks that do not count, are not decoded.
+   parts are not decoded, nor, with `skip_duplicates`, blocks that do not count.
 4. It needs one pipeline stage, no activation recomputation and no FP8 (run/configs.py).
 """
 
@@ -37,8 +37,10 @@ class _Part:
 
     gold: GoldBatch
     blocks: slice
-    wanted_BK: Tensor
-    """Blocks of the part that count, bool, on the host."""
+    decoded_BK: Tensor
+    """Blocks whose rollouts are decoded, bool, on the host."""
+    valid_BK: Tensor
+    """Those of them that count, bool."""
     is_first: bool
     """Whether gold tokens count in this part of the rows."""
 
@@ -54,7 +56,8 @@ class _Parts:
         size = self.config.blocks_per_microbatch or self.config.layout.num_blocks
         self.blocks = [slice(first, first + size) for first in range(0, self.config.layout.num_blocks, size)]
         self.rows = row_slices(self.gold, self.micro_batch_size)
-        self.valid_BK = self.gold.valid_blocks(self.config.layout).cpu()  # the only wait for the GPU
+        self.valid_BK = self.gold.valid_blocks(self.config.layout)
+        self.decoded_BK = (self.valid_BK if self.config.skip_duplicates else torch.ones_like(self.valid_BK)).cpu()
 
     @property
     def micro_batch_size(self) -> int:
@@ -75,9 +78,10 @@ class _Parts:
     def __iter__(self) -> Iterator[_Part]:
         for rows in self.rows:
             for blocks in self.blocks:
-                wanted_BK = torch.zeros_like(self.valid_BK[rows])
-                wanted_BK[:, blocks] = self.valid_BK[rows, blocks]
-                yield _Part(self.gold.rows(rows), blocks, wanted_BK, is_first=blocks.start == 0)
+                decoded_BK = torch.zeros_like(self.decoded_BK[rows])
+                decoded_BK[:, blocks] = self.decoded_BK[rows, blocks]
+                yield _Part(self.gold.rows(rows), blocks, decoded_BK, self.valid_BK[rows] & upload(decoded_BK),
+                            is_first=blocks.start == 0)
 
 
 def fused_gradient(policy: list, encoder, start, gold: GoldBatch, config: EBFTConfig, iteration: int, means: Means,
@@ -94,24 +98,24 @@ def fused_gradient(policy: list, encoder, start, gold: GoldBatch, config: EBFTCo
 
     def forward_step(iterator, model):
         part = next(iterator)
-        valid_BK = upload(part.wanted_BK)
+        decoded_BK = upload(part.decoded_BK)
         with phase("rollout"):
-            scored = sample_and_score(model, part.gold, config.layout, config.sampling, iteration, part.wanted_BK)
+            scored = sample_and_score(model, part.gold, config.layout, config.sampling, iteration, part.decoded_BK)
         after_rollouts()
         rollouts = scored.rollouts
         with phase("features"):
-            gram = feature_grams(encoder, part.gold, rollouts, config, means, valid_BK)
+            gram = feature_grams(encoder, part.gold, rollouts, config, means, decoded_BK)
             rewards = compute_rewards(gram, rollouts, config)
             advantage_BKN = compute_advantages(rewards, config)
         start_BKNG = None
         if start is not None:
             with phase("start_scores"):
-                needed_BKN = valid_BK[..., None].expand_as(advantage_BKN)
+                needed_BKN = decoded_BK[..., None].expand_as(advantage_BKN)
                 start_BKNG = score(start, part.gold, rollouts, config, needed_BKN).rollout_BKNG
         means.add("training_tokens_saved", float(full - scored.row_length), float(full))
         done.append((part, Computed(rollouts=rollouts, gram=gram, rewards=rewards, advantage_BKN=advantage_BKN,
-                                    scores=_scores(scored, valid_BK), start_BKNG=start_BKNG)))
-        terms = LossTerms(advantage_BKN=advantage_BKN, valid_BK=valid_BK, sampled_BKNG=None,
+                                    scores=_scores(scored, decoded_BK), start_BKNG=start_BKNG)))
+        terms = LossTerms(advantage_BKN=advantage_BKN, valid_BK=part.valid_BK, sampled_BKNG=None,
                           gold_valid_BT=part.gold.gold_valid() if part.is_first else None,
                           start_BKNG=start_BKNG if config.kl_coef else None)
         total = loss(scored.log_probs_BKNG, scored.gold_BT, terms)
@@ -122,9 +126,9 @@ def fused_gradient(policy: list, encoder, start, gold: GoldBatch, config: EBFTCo
     return _joined(done)
 
 
-def _scores(scored: ScoredRollouts, valid_BK: Tensor) -> Scores:
+def _scores(scored: ScoredRollouts, decoded_BK: Tensor) -> Scores:
     log_probs_BKNG = scored.log_probs_BKNG.detach()
-    is_scored_BKNG = valid_BK[..., None, None].expand(log_probs_BKNG.shape).clone()
+    is_scored_BKNG = decoded_BK[..., None, None].expand(log_probs_BKNG.shape).clone()
     is_scored_BKNG[..., 0] = True
     return Scores(log_probs_BKNG.where(is_scored_BKNG, torch.nan), scored.gold_BT.detach(), is_scored_BKNG)
 

@@ -71,15 +71,17 @@ def prefixes(row: RowLayout, visible: VisibleKeys, steps: int, heads_per_group: 
         visible: of the rollout tokens.
         steps: queries of each rollout: 1 in decoding, else `row.steps`.
     """
+    if steps == 0:  # with rollouts of one token, a training row is gold alone
+        return Prefixes([], None)
     blocks = max(1, CHUNK_QUERIES // (row.layout.num_samples * steps * heads_per_group))
     chunks = []
-    for chunk in row.chunks(blocks) if steps else []:
+    for chunk in row.chunks(blocks):
         tokens = chunk.tokens(steps)
         keys = torch.arange(chunk.gold, device=visible.gold_end.device)
         is_visible = visible.queries(tokens).repeat(heads_per_group).sees(keys)
         chunks.append(Chunk(slice(tokens.start * heads_per_group, tokens.stop * heads_per_group), chunk.gold,
                             additive(is_visible, dtype)[:, None]))
-    if steps <= 1:
+    if steps == 1:
         return Prefixes(chunks, None)
     step = torch.arange(steps, device=visible.gold_end.device)
     sees_own = step.repeat_interleave(heads_per_group)[:, None] >= step

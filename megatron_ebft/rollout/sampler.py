@@ -150,7 +150,10 @@ class _Group:
         positions = upload(row.positions(starts_BT, batch))
         self.gold_positions = positions[:, : self.layout.seq_length]
         self.positions_BUt = positions[:, self.layout.seq_length : row.end].unflatten(1, (row.num_rollouts, row.steps))
-        self.numbers_BKNG = self._numbers() if is_last_stage() else None
+        self.pick_BU = None if row.kept is None else upload(row.kept.pick_BU)
+        if is_last_stage():
+            numbers_BKNG = self._numbers()
+            self.first_numbers_BKN, self.numbers_BUG = numbers_BKNG[..., 0], row.of_rollouts(numbers_BKNG)
         self.visible = visible_keys.decoding(row, starts_BT, batch)
         self.cache: RolloutCache | None = None
         self.steps: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -207,12 +210,13 @@ class _Group:
             tokens = self.link.receive((len(self.gold.tokens_BT), *shape), torch.int64)
         else:
             tokens = self.steps[-1][0]
-        return self.row.of_rollouts(tokens[..., None]).squeeze(-1) if step == 1 else tokens
+        if step > 1:
+            return tokens
+        return tokens.flatten(1) if self.pick_BU is None else tokens.flatten(1).gather(1, self.pick_BU)
 
     def _draws(self, rows: Tensor | slice, step: int) -> Draws | ScoredDraws:
         """The draws of a step: from one distribution per block in step 0, afterwards from one per rollout."""
-        config, numbers = self.config, self.numbers_BKNG
-        numbers_BPM = numbers[..., 0] if step == 0 else self.row.of_rollouts(numbers)[..., step, None]
+        config, numbers_BPM = self.config, self.numbers_BUG[..., step, None] if step else self.first_numbers_BKN
         draws = Draws(rows, numbers_BPM, config.temperature, config.top_p, config.top_k)
         return ScoredDraws(draws, self.gold.tokens_BT if step == 0 else None) if self.scored else draws
 

@@ -12,6 +12,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 
+from megatron_ebft.common.device import have_gpu
 from megatron_ebft.layout.strided import ROW_SIZES, StridedLayout
 from megatron_ebft.method.config import EBFTConfig
 from megatron_ebft.method.features import FeatureMap
@@ -20,7 +21,7 @@ from megatron_ebft.model.architecture import ModelArgs, feature_layers, split_la
 from megatron_ebft.model.fp8 import FP8
 from megatron_ebft.model.fp8_sizes import BLOCK, ROWS
 from megatron_ebft.rollout.sampler import SamplingConfig
-from megatron_ebft.run.flags.checks import fp8_recipes, fp8_row_multiple, require_multiple
+from megatron_ebft.run.flags.checks import fp8_recipes, fp8_row_multiple, require_multiple, why_separate
 from megatron_ebft.run.flags.flag import spelled
 
 
@@ -151,7 +152,17 @@ def ebft_config(args: argparse.Namespace, num_layers: int) -> EBFTConfig:
         kl_coef=args.ebft_kl_coef, kl_estimator=args.ebft_kl_estimator, micro_batch_size=args.micro_batch_size,
         blocks_per_microbatch=args.ebft_blocks_per_microbatch, rollout_rows=args.ebft_rollout_rows,
         importance_cap=args.ebft_importance_cap, encoder_fp8=fp8_config(args, "encoder"),
-        skip_duplicates=args.ebft_skip_duplicates and not (args.ebft_dump_steps or args.ebft_replay_steps))
+        skip_duplicates=args.ebft_skip_duplicates and not (args.ebft_dump_steps or args.ebft_replay_steps),
+        fused=why_not_fused(args) == "")
+
+
+def why_not_fused(args: argparse.Namespace) -> str:
+    """Why steps are computed in separate passes, or "" where they are fused."""
+    if args.ebft_step == "separate":
+        return "--ebft-step separate"
+    is_unmeasured = args.ebft_step == "auto" and have_gpu()
+    return why_separate(args) or ("on a GPU the fused step has not been measured; --ebft-step fused tries it"
+                                  if is_unmeasured else "")
 
 
 def fp8_config(args: argparse.Namespace, part: str) -> FP8:

@@ -7,6 +7,7 @@ from megatron_ebft import __version__
 from megatron_ebft.common.device import have_gpu
 from megatron_ebft.parallel.groups import document_size, dp_size
 from megatron_ebft.rollout.schedule import idle_fraction, row_groups
+from megatron_ebft.run.configs import why_not_fused
 from megatron_ebft.run.state import Run
 
 
@@ -37,6 +38,8 @@ def describe(run: Run) -> str:
         lines.append(f"rows of {layout.seq_length} tokens: {layout.num_blocks} blocks × {run.config.num_samples} "
                      f"rollouts × {layout.rollout_length} tokens | features of layers "
                      f"{run.config.feature_map.layers} of {encoder['origin']} ({encoder['fingerprint']})")
+        lines.append("fused step: the pass that samples is differentiated" if run.config.fused else
+                     f"separate passes for sampling and training: {why_not_fused(args)}")
         if stages > 1:
             groups = len(row_groups(args.global_batch_size // document_size(), stages, args.ebft_rollout_rows))
             idle = idle_fraction(groups, stages, layout.rollout_length, virtual)

@@ -69,7 +69,7 @@ def recorded_calls() -> dict[Call, list[str]]:
 
     groups.init_parallel(1, 1, seed=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flex_attention, "_kernel", lambda: record)
+        patch.setattr(flex_attention, "_kernel", lambda function: record)
         patch.setattr(kernels, "available", lambda: kernels.Available(no_compiler=""))
         for name, run in _passes():
             label.append(name)
@@ -264,7 +264,7 @@ def lower(call: Call) -> list[str]:
     GraphLowering.run = run_on_gpu
     torch._dynamo.reset()
     compiled = torch.compile(flex_attention._attend, backend=lower_all, dynamic=False, fullgraph=True)
-    flex_attention._kernel, flex._validate_device = lambda: compiled, lambda *inputs: None
+    flex_attention._kernel, flex._validate_device = lambda function: compiled, lambda *inputs: None
     try:
         with torch.set_grad_enabled(call.has_gradient), torch._functorch.config.patch(
                 force_non_lazy_backward_lowering=True):

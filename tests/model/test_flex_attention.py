@@ -30,7 +30,7 @@ GEOMETRIES = {  # T, c, s, G, n, padding to a multiple of, blocks of a part, ste
 @pytest.fixture(autouse=True)
 def eagerly(monkeypatch):
     """flex_attention as it is: compiling for a CPU takes longer than all of this."""
-    monkeypatch.setattr(flex_attention, "_kernel", lambda: flex_attention._attend)
+    monkeypatch.setattr(flex_attention, "_kernel", lambda function: function)
     monkeypatch.setattr(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
 
 
@@ -154,19 +154,60 @@ def test_decoding_attends_as_the_whole_row(name, has_documents):
     starts = None if document_BT is None else document_starts(document_BT)
     q, k, v = heads(row.length)
     whole = StridedPattern(row, document_BT).attend(1, q, k, v, 0.3, flex=False)
-    cache = RolloutCache(row, visible_keys.decoding(row, starts, 2), document_BT)
-    PrefillPattern(cache).attend(1, *(x[:, :, :gold] for x in (q, k, v)), 0.3, flex=True)
+    caches = {kernel: RolloutCache(row, visible_keys.decoding(row, starts, 2), document_BT) for kernel in (True, False)}
+    with torch.no_grad():
+        for kernel, cache in caches.items():
+            PrefillPattern(cache).attend(1, *(x[:, :, :gold] for x in (q, k, v)), 0.3, flex=kernel)
+    cache = caches[True]
     for step in range(row.steps):
         index = row.rollout_index(range(step, step + 1)).flatten()
         now = [torch.nn.functional.pad(x[:, :, index], (0, 0, 0, row.decode_length - len(index))) for x in (q, k, v)]
         reach = cache.visible.at_step(step)
         assert torch.equal(pairs(reach, cache.tile_mask(step, 1)), reach.sees(torch.arange(reach.num_keys)).expand(
             2, -1, -1))
-        for kernel in (True, False):
+        for kernel, cache in caches.items():
             out = DecodePattern(cache, step).attend(1, *now, 0.3, flex=kernel)
             assert out.shape == now[0].shape and out.isfinite().all()
             assert largest_difference(out[:, :, :len(index)], whole[:, :, index]) < 1e-6
     assert layout.num_blocks * layout.num_samples == len(index)
+
+
+@pytest.mark.parametrize("has_documents", [False, True])
+def test_decoding_with_gradient(has_documents, monkeypatch):
+    """All steps differentiated together, by both kernels, against the same tokens in one packed row."""
+    monkeypatch.setattr(flex, "_validate_device", lambda *args: None)
+    row = rows("training")[0]
+    gold = row.layout.seq_length
+    document_BT = documents(2, gold) if has_documents else None
+    starts = None if document_BT is None else document_starts(document_BT)
+    q, k, v = (x[:, :, : row.end].double().requires_grad_() for x in heads(row.length))
+    weights = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).double()
+
+    def by_steps(flex: bool):
+        cache = RolloutCache(row, visible_keys.decoding(row, starts, 2), document_BT)
+        total = (PrefillPattern(cache).attend(1, *(x[:, :, :gold] for x in (q, k, v)), 0.3, flex)
+                 * weights[:, :, :gold]).sum()
+        for step in range(row.steps):
+            index = row.rollout_index(range(step, step + 1)).flatten()
+            out = DecodePattern(cache, step).attend(1, *(x[:, :, index] for x in (q, k, v)), 0.3, flex)
+            total = total + (out * weights[:, :, index]).sum()
+        return total
+
+    whole = (plain_attention(row, document_BT, q, k, v) * weights).sum()
+    expected = torch.autograd.grad(whole, (q, k, v))
+    for kernel in (False, True):
+        total = by_steps(kernel)
+        assert abs(total - whole) < 1e-5 * weights.numel() ** 0.5
+        for actual, right in zip(torch.autograd.grad(total, (q, k, v)), expected):
+            assert largest_difference(actual, right) < 1e-6
+
+
+def plain_attention(row, document_BT, q, k, v):
+    """Softmax over what each query sees, with no kernel."""
+    visible = visible_keys.strided(row, None if document_BT is None else document_starts(document_BT), len(q))
+    sees = visible.queries(slice(0, row.end)).sees(torch.arange(row.end))[:, None]
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    return (q @ k.mT * 0.3).masked_fill(~sees, -torch.inf).softmax(-1) @ v
 
 
 def test_golden_gradient_through_flex_attention(one_rank, monkeypatch):
@@ -221,7 +262,7 @@ def compilations(monkeypatch):
 
     torch._dynamo.reset()
     compiled = torch.compile(flex_attention._attend, backend=counted, dynamic=False, fullgraph=True)
-    monkeypatch.setattr(flex_attention, "_kernel", lambda: compiled)
+    monkeypatch.setattr(flex_attention, "_kernel", lambda function: compiled)
     monkeypatch.setattr(flex, "_validate_device", lambda *args: None)  # allows gradients
     return made
 

@@ -45,7 +45,8 @@ CHOICES_AT_FIRST = {
     "tokenizer_type": ("HuggingFaceTokenizer", ("SentencePieceTokenizer", "HuggingFaceTokenizer", "NullTokenizer")),
     "lr_decay_style": ("constant", ("constant", "linear", "cosine")),
     "transformer_impl": ("auto", ("auto", "transformer_engine", "local")),
-    "ebft_attention": ("auto", ("auto", "flex", "sdpa")), "recompute_granularity": (None, ("full", "selective")),
+    "ebft_attention": ("auto", ("auto", "flex", "sdpa")), "ebft_step": ("auto", ("auto", "fused", "separate")),
+    "recompute_granularity": (None, ("full", "selective")),
     "ebft_rollout_fp8": ("off", ("off", "blockwise", "tensorwise")),
     "ebft_encoder_fp8": ("off", ("off", "blockwise", "tensorwise")), "fp8_format": (None, ("e4m3", "hybrid")),
     "fp8_recipe": ("blockwise", ("blockwise", "tensorwise")), "ebft_feature_norm": ("joint", ("joint", "layer")),
@@ -82,7 +83,7 @@ def test_names_defaults_and_choices_stay():
 
 
 def test_every_flag_is_well_made():
-    assert sum(len(flags) for flags in (SWITCHES_AT_FIRST, VALUES_AT_FIRST, CHOICES_AT_FIRST, NONE_AT_FIRST)) == 115
+    assert sum(len(flags) for flags in (SWITCHES_AT_FIRST, VALUES_AT_FIRST, CHOICES_AT_FIRST, NONE_AT_FIRST)) == 116
     for name, flag in FLAGS.items():
         assert flag.name == f"--{name.replace('_', '-')}" and flag.help and not flag.help.endswith((".", " ")), name
         assert flag.type in (int, float, str, bool) and (not flag.choices or flag.type is str), name

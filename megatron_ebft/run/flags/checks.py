@@ -26,6 +26,7 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
     _check_batch(args)
     _check_blocks(args)
     _check_dumped_steps(args)
+    _check_step(args)
     if args.use_checkpoint_args and not (args.load or args.pretrained_checkpoint):
         raise ValueError("--use-checkpoint-args: needs --load or --pretrained-checkpoint to take them from")
     return args
@@ -86,6 +87,23 @@ def _check_dumped_steps(args) -> None:
     if args.ebft_dump_steps and args.ebft_dump_steps == args.ebft_replay_steps:
         raise ValueError(f"--ebft-dump-steps {args.ebft_dump_steps}: would overwrite the steps that "
                          "--ebft-replay-steps reads")
+
+
+def why_separate(args: argparse.Namespace) -> str:
+    """Which flag keeps a step from being fused (--ebft-step), or ""."""
+    recipes = {flag: recipe for flag, recipe in fp8_recipes(args).items() if flag != "--ebft-encoder-fp8"}
+    if args.pipeline_model_parallel_size > 1:
+        return f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size}"
+    if args.recompute_granularity:
+        return f"--recompute-granularity {args.recompute_granularity}"
+    if recipes:
+        return " and ".join(map(" ".join, recipes.items()))
+    return f"--ebft-replay-steps {args.ebft_replay_steps}" if args.ebft_replay_steps else ""
+
+
+def _check_step(args) -> None:
+    if args.ebft_step == "fused" and args.training_mode == "ebft" and why_separate(args):
+        raise ValueError(f"--ebft-step fused: not with {why_separate(args)}; use auto or separate")
 
 
 def fp8_recipes(args: argparse.Namespace) -> dict[str, str]:
