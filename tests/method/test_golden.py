@@ -37,9 +37,23 @@ def test_features(name, split):
 def test_rewards_losses_and_gradient(name, split):
     case = Case(name, *split)
     rewards, scores = case.rewards(), case.gradient()
-    reward = rewards.alignment - case.config.diversity_coef * rewards.diversity
-    for key, actual in (("alignment", rewards.alignment), ("diversity", rewards.diversity), ("reward", reward),
-                       ("advantage", rewards.advantage)):
+    check(case, rewards.alignment, rewards.diversity, rewards.advantage, scores)
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_fused_step(name, split, monkeypatch):
+    case = Case(name, *split)
+    computed = case.fused_gradient(monkeypatch)
+    rewards = computed.rewards
+    check(case, rewards.alignment_BKn.float(), rewards.diversity_BKn.float(), computed.advantage_BKN, computed.scores)
+
+
+def check(case, alignment, diversity, advantage, scores):
+    """Rewards, log-probabilities, losses and gradient against the released code's."""
+    reward = alignment - case.config.diversity_coef * diversity
+    for key, actual in (("alignment", alignment), ("diversity", diversity), ("reward", reward),
+                        ("advantage", advantage)):
         assert largest_difference(actual, by_sample(case.golden[key], case.docs)) <= 1e-5, key
 
     B, T = case.docs.shape

@@ -42,6 +42,14 @@ def test_the_policy_gradient_is_unbiased(n, advantage):
     assert largest_relative_error(actual, expected) <= 1e-10
 
 
+@pytest.mark.parametrize("n", [2, 3])
+def test_the_gradient_of_a_fused_step_is_unbiased(n, monkeypatch):
+    toy = Toy(n)
+    actual = toy.expected_policy_gradient("rloo", alpha=1.0, fused=monkeypatch)
+    expected = {name: grad / (toy.blocks * G) for name, grad in toy.feature_matching_gradient().items()}
+    assert largest_relative_error(actual, expected) <= 1e-10
+
+
 @pytest.mark.parametrize("advantage, alpha", [("rloo", 0.0), ("rloo", 0.5), ("group_norm", 1.0)])
 def test_other_coefficients_give_another_gradient(advantage, alpha):
     toy = Toy(2)

@@ -21,11 +21,11 @@ from ranks import enter_world, run_ranks
 
 from megatron_ebft.common.device import device, init_device
 from megatron_ebft.common.timer import PhaseTimer
-from megatron_ebft.method import step
+from megatron_ebft.method.step import ebft_step
 from megatron_ebft.model import log_probabilities
 from megatron_ebft.parallel import groups
 from megatron_ebft.rollout import token_sampling
-from megatron_ebft.rollout.sampler import sample_rollouts
+from megatron_ebft.run import loop
 from megatron_ebft.run.configs import ebft_config, model_args, optimizer_config, parallel_sizes
 from megatron_ebft.run.flags import parse_args
 from megatron_ebft.run.loop import train_step
@@ -72,6 +72,8 @@ def grid() -> dict[str, tuple[int, list[str]]]:
         "virtual stages": (4, [TP, "2", SP, PP, "2", VIRTUAL, "2"]),
         "uneven stages": (2, [PP, "2", "--decoder-first-pipeline-num-layers", "1", BLOCKS, "3"]),
         "4 sample ranks": (8, [TP, "2", SP, SAMPLES, "4", "--micro-batch-size", "2"]),  # rows and steps are padded
+        "separate passes": (1, [*alone, "--ebft-step", "separate"]),
+        "separate passes, 3 blocks": (2, [*two, BLOCKS, "3", "--ebft-step", "separate"]),
         "nothing left out": (1, [*alone, "--no-ebft-skip-duplicates"]),
         "other alone": (1, []),
         "other, nothing left out": (1, ["--no-ebft-skip-duplicates"]),
@@ -177,7 +179,7 @@ def train_steps(folder: str, name: str) -> list[dict[str, float]]:
     gold, run = gold_rows(), build_run(parsed(name), f"{folder}/other.pt" if name.startswith("other") else None)
     metrics, state = [], {"rollouts": []}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step, "sample_rollouts", watched(state["rollouts"]))
+        patch.setattr(loop, "ebft_step", watched(state["rollouts"]))
         for _ in range(STEPS):
             metrics.append(train_step(run, gold, PhaseTimer(), check=run.state.iteration == 0))
             run.state.iteration += 1
@@ -187,21 +189,24 @@ def train_steps(folder: str, name: str) -> list[dict[str, float]]:
     return metrics
 
 
-def watched(rollouts_by_step: list):
-    """sample_rollouts that leaves the tokens of the whole global batch, [ROWS, K, n, G]."""
-    def sample(policy, gold, *args, **options):
-        rollouts = sample_rollouts(policy, gold, *args, **options)
-        tokens = rollouts.tokens_BKNG
-        samples = groups.sample_size() * tokens.shape[2]
-        whole = torch.full((ROWS, tokens.shape[1], samples, tokens.shape[3]), -1)
-        mine = slice(groups.sample_rank() * tokens.shape[2], (groups.sample_rank() + 1) * tokens.shape[2])
-        for rows, columns, part in gather((gold.index_B.tolist(), mine, tokens.cpu())):
-            whole[rows, :, columns] = part
-        assert (whole >= 0).all()
-        rollouts_by_step.append(whole)
-        return rollouts
+def watched(tokens_by_step: list):
+    """ebft_step that leaves the tokens of the whole global batch, [ROWS, K, n, G], 0 in blocks that do not count."""
+    def watched_step(*, gold, config, inspect, **options):
+        def look(computed, means) -> None:
+            tokens = computed.rollouts.tokens_BKNG
+            tokens = tokens.where(gold.valid_blocks(config.layout)[..., None, None], 0)
+            samples = groups.sample_size() * tokens.shape[2]
+            whole = torch.full((ROWS, tokens.shape[1], samples, tokens.shape[3]), -1)
+            mine = slice(groups.sample_rank() * tokens.shape[2], (groups.sample_rank() + 1) * tokens.shape[2])
+            for rows, columns, part in gather((gold.index_B.tolist(), mine, tokens.cpu())):
+                whole[rows, :, columns] = part
+            assert (whole >= 0).all()
+            tokens_by_step.append(whole)
+            inspect(computed, means)
 
-    return sample
+        return ebft_step(gold=gold, config=config, inspect=look, **options)
+
+    return watched_step
 
 
 def vocabulary_parallel() -> dict[str, float]:

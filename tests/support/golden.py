@@ -1,16 +1,19 @@
 """The golden steps of the released code (golden/README.md), and the package's models with their weights."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import brute_force as bf
 import models
 import plain_llama
 import torch
+from forced import force_tokens
 from models import relative_error
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from megatron_ebft.method import gradient
+from megatron_ebft.method.fused import fused_gradient
 from megatron_ebft.method.means import Means
 from megatron_ebft.rollout.sampler import Rollouts
 
@@ -67,6 +70,12 @@ class Case:
     def gradient(self) -> gradient.Scores:
         return gradient.policy_gradient(self.policy, self.gold, self.rollouts, self.rewards().advantage, self.config,
                                     self.means)
+
+    def fused_gradient(self, monkeypatch):
+        """The same by a fused step, which draws the golden tokens."""
+        force_tokens(monkeypatch, self.rollouts.tokens_BKNG)
+        return fused_gradient(self.policy, self.encoder, None, self.gold, self.config, 0, self.means,
+                              lambda phase: nullcontext(), lambda: None)
 
     def check_gradient(self, tolerance: float) -> None:
         gradients = models.gradients(self.policy, self.model)

@@ -1,15 +1,18 @@
 """A toy vocabulary whose rollouts can all be enumerated, in float64."""
 
+from contextlib import nullcontext
 from itertools import product
 
 import brute_force as bf
 import models
 import plain_llama
 import torch
+from forced import force_tokens
 
 from megatron_ebft.common.device import device
 from megatron_ebft.layout.strided import first_alike
 from megatron_ebft.method import energy, gradient
+from megatron_ebft.method import fused as fused_step
 from megatron_ebft.method.means import Means
 from megatron_ebft.rollout.sampler import Rollouts
 
@@ -45,8 +48,12 @@ class Toy:
         loss = (mean_KD - self.reference_KD).square().sum()
         return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values()))))
 
-    def expected_policy_gradient(self, advantage: str, alpha: float) -> dict[str, torch.Tensor]:
-        """R · ∇L_RL over all tuples of n outcomes, by the package."""
+    def expected_policy_gradient(self, advantage: str, alpha: float, fused=None) -> dict[str, torch.Tensor]:
+        """R · ∇L_RL over all tuples of n outcomes, by the package.
+
+        Args:
+            fused: pytest's monkeypatch, for a fused step that draws these tuples; None: separate passes.
+        """
         tuples_RN = torch.tensor(list(product(range(len(self.outcomes_OG)), repeat=self.n)))
         R, K = len(tuples_RN), self.blocks
         settings = bf.Settings(bf.Geometry(2, 2, self.length, self.n), TEMPERATURE, alpha=alpha, advantage=advantage)
@@ -62,5 +69,12 @@ class Toy:
         assert torch.equal(rewards.advantage, exact.float())  # float32 is all the package keeps of them
         probability_RK = self.log_probs(self.weights)[:, tuples_RN].sum(-1).t().exp().to(device())
         assert (probability_RK.sum(0) - 1).abs().max() < 1e-12
-        gradient.policy_gradient(policy, gold, rollouts, exact * probability_RK[..., None], method, Means())
+        weighted = exact * probability_RK[..., None]
+        if fused is None:
+            gradient.policy_gradient(policy, gold, rollouts, weighted, method, Means())
+        else:
+            force_tokens(fused, tokens)
+            fused.setattr(fused_step, "compute_advantages", lambda rewards, config: weighted)
+            fused_step.fused_gradient(policy, encoder, None, gold, method, 0, Means(), lambda phase: nullcontext(),
+                                      lambda: None)
         return {name: R * grad for name, grad in models.gradients(policy, self.config).items()}
