@@ -12,6 +12,7 @@ step, then an EBFT step; the table has medians.
 1. Further kinds of steps, each in every repeat:
    "sft, rows at once": if a rank has several micro-batches, an SFT step on all its rows at once. Rows of gold tokens
    are short, and a GPU that takes them one by one may wait for launches.
+   "ebft, separate": if EBFT steps are fused (--ebft-step), a step with separate passes for sampling and training.
    "ebft, whole rows": on a CPU, if the first EBFT step skips rollouts (--ebft-skip-duplicates), an EBFT step on the
    same rows that skips none. It shows what skipping is worth. Random weights hardly ever draw a rollout twice.
    "ebft, no FP8": with --ebft-rollout-fp8 or --ebft-encoder-fp8, an EBFT step with neither.
@@ -38,7 +39,7 @@ from pathlib import Path
 import attention_flops  # noqa: F401 (registers formulas)
 import plan
 import torch
-from benchmark_report import AT_ONCE, MATRIX_PRODUCT, NO_FP8, WHOLE, attention_share, peak_tflops, table, time_of
+from benchmark_report import AT_ONCE, MATRIX_PRODUCT, NO_FP8, SEPARATE, WHOLE, attention_share, peak_tflops, table, time_of
 from torch.utils import flop_counter
 
 from megatron_ebft.run.flags.checks import check_args
@@ -124,14 +125,17 @@ def count_flops(run, gold) -> dict[str, float]:
     from megatron_ebft.run.loop import train_step
 
     counts = {}
+    with flop_counter.FlopCounterMode(display=False) as counter:
 
-    class Counter:
-        def __call__(self, phase):
-            counts[phase] = flop_counter.FlopCounterMode(display=False)
-            return counts[phase]
+        @contextlib.contextmanager
+        def phase(name):
+            inside_before, before = sum(counts.values()), counter.get_total_flops()
+            yield
+            within = sum(counts.values()) - inside_before  # phases inside this one count for themselves
+            counts[name] = counts.get(name, 0) + counter.get_total_flops() - before - within
 
-    train_step(run, gold, Counter(), check=False)
-    return {phase: float(counter.get_total_flops()) for phase, counter in counts.items()}
+        train_step(run, gold, phase, check=False)
+    return {name: float(count) for name, count in counts.items()}
 
 
 def matmul_rate(dtype: torch.dtype, size: int, repeats: int = 5) -> float:
@@ -150,8 +154,11 @@ def matmul_rate(dtype: torch.dtype, size: int, repeats: int = 5) -> float:
 
 
 def plan_of(flags: list[str]) -> dict[str, dict]:
-    """`planned` for both training modes."""
-    return {mode: planned([*flags, "--training-mode", mode]) for mode in ("sft", "ebft")}
+    """`planned` for both training modes, and for separate passes if the flags ask for a fused step."""
+    plans = {mode: planned([*flags, "--training-mode", mode]) for mode in ("sft", "ebft")}
+    if "--ebft-step=fused" in flags:
+        plans[SEPARATE] = planned([*flags, "--ebft-step", "separate"])
+    return plans
 
 
 def planned(flags: list[str]) -> dict:
@@ -203,12 +210,17 @@ def profiled_step(run, gold) -> dict[str, list[tuple[str, float, int]]]:
 
     @contextlib.contextmanager
     def timer(phase):
+        if "" in phases:  # inside another phase, whose profile it is in
+            yield
+            return
+        phases[""] = []
         torch.cuda.synchronize()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             yield
             torch.cuda.synchronize()
         kernels = [(event.key, event.self_device_time_total / 1e3, event.count) for event in profile.key_averages()
                    if event.device_type == torch.autograd.DeviceType.CUDA]
+        del phases[""]
         phases[phase] = sorted(kernels, key=lambda kernel: -kernel[1])
 
     train_step(run, gold, timer, check=False)
@@ -224,6 +236,8 @@ def kinds_of_steps(run, gold) -> dict:
     if run.args.micro_batch_size < rows <= ROWS_AT_ONCE:
         together = argparse.Namespace(**{**vars(run.args), "micro_batch_size": rows})
         runs[AT_ONCE] = dataclasses.replace(runs["sft"], args=together)
+    if config.fused:
+        runs[SEPARATE] = dataclasses.replace(run, config=dataclasses.replace(config, fused=False))
     if any(saved_tokens(measure_step(run, gold)[1]).values()) and not have_gpu():
         runs[WHOLE] = dataclasses.replace(run, config=dataclasses.replace(config, skip_duplicates=False))
     if config.sampling.fp8.recipe != "off" or config.encoder_fp8.recipe != "off":
@@ -279,7 +293,7 @@ def benchmark(args) -> dict:
     if have_gpu():
         flags = flags_of_plan(args, torch.distributed.get_world_size())
         plans = read_plan(args.plan, flags) if args.plan else plan_of(flags)
-        flops = {name: plans[kind.mode]["flops"] for name, kind in runs.items()}
+        flops = {name: plans.get(name, plans[kind.mode])["flops"] for name, kind in runs.items()}
         for name in set(runs) - {"ebft"}:
             measure_step(runs[name], gold)  # compiles
     else:
@@ -287,7 +301,8 @@ def benchmark(args) -> dict:
     rate = matmul_rate(torch.bfloat16 if args.bf16 else torch.float32, 8192 if have_gpu() else 2048)
     steps, saved, peaks = measure_repeats(runs, batches)
     if have_gpu():
-        gpu = profile_gpu(runs, gold, peaks, {name: plans[kind.mode]["peak"] for name, kind in runs.items()})
+        gpu = profile_gpu(runs, gold, peaks, {name: plans.get(name, plans[kind.mode])["peak"]
+                                             for name, kind in runs.items()})
     seconds = {name: {phase: statistics.median(step[phase] for step in repeats) for phase in repeats[0]}
                for name, repeats in steps.items()}
     others = [name for name in runs if runs[name].mode != "sft"]

@@ -16,7 +16,7 @@ KINDS = {"attention": ATTENTION, "products": MATRIX_PRODUCT, "compiled": re.comp
          "rest": re.compile("")}
 """Kinds of kernels by name; the first match counts."""
 # Kinds of steps besides "sft" and "ebft", which tools/benchmark.py explains.
-AT_ONCE, WHOLE, NO_FP8 = "sft, rows at once", "ebft, whole rows", "ebft, no FP8"
+AT_ONCE, SEPARATE, WHOLE, NO_FP8 = "sft, rows at once", "ebft, separate", "ebft, whole rows", "ebft, no FP8"
 
 
 def table(result: dict) -> str:

@@ -19,7 +19,7 @@
 4. Times are an estimate. An operation takes the longer of computing and of moving its bytes, at EFFICIENCY of the
    peaks. A collective takes its ring's bytes over the slowest link. Nothing overlaps. Pipeline stages idle as in the
    schedules of Megatron (training) and of rollout/schedule.py (sampling).
-5. If the run does not fit, the tool plans single changes of flags, cheapest first, and names the first that helps.
+5. If the run does not fit, the tool plans single changes of flags and names the one that fits and takes the least time.
 6. The run's flags can come from its --config file; what the plan does not read (data, checkpoints, logging) is ignored
    there.
 """
@@ -132,6 +132,7 @@ def build(args, meter):
 
 def measure(args, cluster: Cluster) -> dict:
     """Figures of one step of this rank, JSON-able. Works on real and on fake tensors."""
+    import torch
     from exchange import feature_exchange
     from meter import Meter
 
@@ -145,8 +146,9 @@ def measure(args, cluster: Cluster) -> dict:
 
     def attend_and_label(self, layer_number, *args):
         out = attend(self, layer_number, *args)
-        for tensor in (self.cache.keys[layer_number], self.cache.values[layer_number]):
-            meter.label(tensor, "caches")
+        kept = self.cache.buffers or self.cache.gold
+        for tensor in kept[layer_number] if not torch.is_grad_enabled() else ():
+            meter.label(tensor, "caches")  # with gradient they are activations
         return out
 
     with meter, mock.patch.object(PrefillPattern, "attend", attend_and_label):
@@ -254,7 +256,8 @@ def changes(args) -> list[list[str]]:
         flags += [["--ebft-blocks-per-microbatch", str(math.ceil((args.ebft_blocks_per_microbatch or blocks) / part))]
                   for part in (2, 4)]
     if args.recompute_granularity != "full":
-        flags.append(["--recompute-granularity", "full"])
+        separate = ["--ebft-step", "separate"] if is_ebft and args.ebft_step == "fused" else []
+        flags.append(["--recompute-granularity", "full", *separate])
     if is_ebft and args.ebft_track_kl and not args.ebft_kl_coef:
         flags.append(["--no-ebft-track-kl"])
     flags.append(["--tensor-model-parallel-size", str(2 * tp), *([] if args.sequence_parallel else
@@ -264,7 +267,7 @@ def changes(args) -> list[list[str]]:
 
 
 def advise(argv: list[str], args, stages: dict[str, dict], limit: float, pool) -> str:
-    """A sentence with the first single change that makes the tightest rank fit."""
+    """A sentence with the single change that makes the tightest rank fit at the least cost in time."""
     tightest = max(stages, key=lambda name: peak_gib(stages[name]))
     waiting, tried = [], []
     for change in changes(args):
@@ -277,16 +280,17 @@ def advise(argv: list[str], args, stages: dict[str, dict], limit: float, pool) -
         waiting.append((change, pool.submit(measure_rank, argv + change, rank)))
     for change, result in waiting:
         try:
-            size = peak_gib(result.result())
+            figures = result.result()
         except ValueError:
             continue
-        print(f"with {' '.join(change)}: {size:.1f} GiB", flush=True)
-        if size <= limit:
-            for _, other in waiting:
-                other.cancel()
-            return f"It fits with {' '.join(change)}: {size:.1f} GiB on the rank that needs the most now."
-        tried.append((size, change))
-    size, change = min(tried)
+        size = peak_gib(figures)
+        seconds = sum(sum(phase_seconds(figures, name)) for name in figures["phases"])
+        print(f"with {' '.join(change)}: {size:.1f} GiB, {seconds:.2f} s a step", flush=True)
+        tried.append((size > limit, seconds if size <= limit else size, size, change))
+    too_large, seconds, size, change = min(tried)
+    if not too_large:
+        return (f"It fits with {' '.join(change)}: {size:.1f} GiB and {seconds:.2f} s a step on the rank that needs the "
+                "most now.")
     return (f"No single change of a flag makes it fit; {' '.join(change)} comes closest with {size:.1f} GiB. Combine "
             "several, or take more GPUs.")
 
@@ -346,6 +350,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Cluster]:
     """
     parser = Parser("tools/plan.py", __doc__, own=(CLUSTER,), reads=READS, defaults={"train_iters": 1})
     args = check_args(parser.parse_args(argv))
+    if args.ebft_step == "auto":
+        args.ebft_step = "separate"  # as on a GPU
     args.ebft_skip_duplicates, args.ebft_rollout_fp8, args.ebft_encoder_fp8, args.fp8_format = False, "off", "off", None
     for name in ("vocab_size", "num_layers", "hidden_size", "num_attention_heads"):
         if vars(args)[name] is None:

@@ -116,6 +116,13 @@ def attend_flex(q_BHUD: Tensor, gold: tuple[Tensor, Tensor], own: list[tuple[Ten
     return unpack_heads(out.to(q_BHUD.dtype).flatten(2, 3), heads)
 
 
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, of many small matrices. On a CPU, torch multiplies the smallest of them one number at a time."""
+    if a.is_cpu and a.shape[-2] * a.shape[-1] * b.shape[-1] < 400:
+        return (a[..., None] * b[..., None, :, :]).sum(-2)
+    return a @ b
+
+
 class _PrefixAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, seen: Prefixes, scale: float, q_BJQD, gold_k, gold_v, *own):
@@ -127,7 +134,8 @@ class _PrefixAttention(torch.autograd.Function):
         own_lse_BJQ = scores_BJUMt.logsumexp(-1).flatten(2)
         lse_BJQ = torch.logaddexp(gold_lse_BJQ, own_lse_BJQ.to(gold_lse_BJQ.dtype))
         probs_BJUMt = scores_BJUMt.sub_(lse_BJQ.view(scores_BJUMt.shape[:-1])[..., None]).exp_()
-        merged = out_BJQD * (gold_lse_BJQ - lse_BJQ).exp_()[..., None] + (probs_BJUMt @ values_BJUtD).flatten(2, 3)
+        own_BJQD = _product(probs_BJUMt, values_BJUtD).flatten(2, 3)
+        merged = out_BJQD * (gold_lse_BJQ - lse_BJQ).exp_()[..., None] + own_BJQD
         out_BJQD = merged.to(q_BJQD.dtype)
         ctx.seen, ctx.scale = seen, scale
         ctx.save_for_backward(q_BJQD, gold_k, gold_v, out_BJQD, lse_BJQ, *own)
@@ -159,7 +167,7 @@ def _own_part(q_BJQD: Tensor, own) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _own_scores(q_BJUMD, keys_BJUtD, seen: Prefixes, scale: float) -> Tensor:
-    scores_BJUMt = (q_BJUMD @ keys_BJUtD.mT).mul_(scale)
+    scores_BJUMt = _product(q_BJUMD, keys_BJUtD.mT).mul_(scale)
     return scores_BJUMt if seen.own_mask_Mt is None else scores_BJUMt.add_(seen.own_mask_Mt)
 
 
@@ -170,9 +178,9 @@ def _own_backward(grad_BJQD, q_BJQD, out_BJQD, lse_BJQ, own, seen, scale) -> tup
     delta_BJUM1 = (grad_BJUMD * out_BJQD.view(q_BJUMD.shape)).sum(-1, keepdim=True)
     scores_BJUMt = _own_scores(q_BJUMD, keys_BJUtD, seen, scale)
     probs_BJUMt = scores_BJUMt.sub_(lse_BJQ.view(scores_BJUMt.shape[:-1])[..., None]).exp_()
-    grad_values = probs_BJUMt.mT @ grad_BJUMD
-    grad_scores = (grad_BJUMD @ values_BJUtD.mT).sub_(delta_BJUM1).mul_(probs_BJUMt).mul_(scale)
-    grad_q, grad_keys = grad_scores @ keys_BJUtD, grad_scores.mT @ q_BJUMD
+    grad_values = _product(probs_BJUMt.mT, grad_BJUMD)
+    grad_scores = _product(grad_BJUMD, values_BJUtD.mT).sub_(delta_BJUM1).mul_(probs_BJUMt).mul_(scale)
+    grad_q, grad_keys = _product(grad_scores, keys_BJUtD), _product(grad_scores.mT, q_BJUMD)
     dtype = own[0].dtype
     return grad_q.flatten(2, 3), [x for grad in (grad_keys, grad_values) for x in grad.to(dtype).unbind(3)]
 
