@@ -39,7 +39,17 @@ from pathlib import Path
 import attention_flops  # noqa: F401 (registers formulas)
 import plan
 import torch
-from benchmark_report import AT_ONCE, MATRIX_PRODUCT, NO_FP8, SEPARATE, WHOLE, attention_share, peak_tflops, table, time_of
+from benchmark_report import (
+    AT_ONCE,
+    MATRIX_PRODUCT,
+    NO_FP8,
+    SEPARATE,
+    WHOLE,
+    attention_share,
+    peak_tflops,
+    table,
+    time_of,
+)
 from torch.utils import flop_counter
 
 from megatron_ebft.run.flags.checks import check_args

@@ -289,8 +289,8 @@ def advise(argv: list[str], args, stages: dict[str, dict], limit: float, pool) -
         tried.append((size > limit, seconds if size <= limit else size, size, change))
     too_large, seconds, size, change = min(tried)
     if not too_large:
-        return (f"It fits with {' '.join(change)}: {size:.1f} GiB and {seconds:.2f} s a step on the rank that needs the "
-                "most now.")
+        return (f"It fits with {' '.join(change)}: {size:.1f} GiB and {seconds:.2f} s a step on the rank that needs "
+                "the most now.")
     return (f"No single change of a flag makes it fit; {' '.join(change)} comes closest with {size:.1f} GiB. Combine "
             "several, or take more GPUs.")
 

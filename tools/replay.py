@@ -42,7 +42,8 @@ REPLAY = Group("replay", (
     Flag("--tolerance", float, "largest difference from the results in --batch, absolute; of gradients relative to "
          "their norm", default_text=f"{TOLERANCES['float32']}, with --bf16 {TOLERANCES['bfloat16']}",
          valid=at_least(0))))
-READS = frozenset({"micro_batch_size", *PARALLELISM.dests, *PRECISION.dests, *FP8.dests} - {"ebft_skip_duplicates", "ebft_step"})
+READS = frozenset({"micro_batch_size", *PARALLELISM.dests, *PRECISION.dests, *FP8.dests}
+                  - {"ebft_skip_duplicates", "ebft_step"})
 
 
 def parse(argv: list[str]):

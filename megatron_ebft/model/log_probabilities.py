@@ -33,6 +33,8 @@ class Section:
     targets_PBM: Tensor
     """Token ids, int64."""
     temperature: float
+    log_sum_PB: Tensor | None = None
+    """log Σ exp(logits / temperature), where it is known."""
 
 
 @dataclass
@@ -106,9 +108,14 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         ctx.real, ctx.group, ctx.sections = real, group, sections
         outputs, normalisers = [], []
         for section in sections:
-            parts = [_log_probs(logits_SBV[rows], real, targets, section.temperature, group)
-                     for rows, targets in _chunks(section, logits_SBV)]
-            values, lse = (torch.cat(x) for x in zip(*parts)) if parts else _nothing(section, logits_SBV)
+            if section.log_sum_PB is not None:
+                lse = section.log_sum_PB
+                values = _target_logits(logits_SBV[section.rows], section.targets_PBM, section.temperature,
+                                        group) - lse[..., None]
+            else:
+                parts = [_log_probs(logits_SBV[rows], real, targets, section.temperature, group)
+                         for rows, targets in _chunks(section, logits_SBV)]
+                values, lse = (torch.cat(x) for x in zip(*parts)) if parts else _nothing(section, logits_SBV)
             outputs.append(values)
             normalisers.append(lse)
         ctx.save_for_backward(logits_SBV, *normalisers)
@@ -178,11 +185,16 @@ def _log_probs(logits_PBV: Tensor, real: int, targets_PBM: Tensor, temperature: 
                group) -> tuple[Tensor, Tensor]:
     """Log-probabilities [P, B, M] and normalisers [P, B]."""
     lse = log_sum_exp(logits_PBV, real, temperature, group)
+    return _target_logits(logits_PBV, targets_PBM, temperature, group) - lse[..., None], lse
+
+
+def _target_logits(logits_PBV: Tensor, targets_PBM: Tensor, temperature: float, group) -> Tensor:
+    """Logits of the targets, divided by the temperature, [P, B, M]."""
     local, here = local_targets(targets_PBM, logits_PBV.shape[-1], group)
     target = scaled(logits_PBV.gather(-1, local), temperature).where(here, 0.0)
     if dist.get_world_size(group) > 1:
         dist.all_reduce(target, group=group)
-    return target - lse[..., None], lse
+    return target
 
 
 def _write_gradient(out_PBV, logits_PBV, real: int, local_PBM, is_local_PBM, lse_PB, grad_PBM,

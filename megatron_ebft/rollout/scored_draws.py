@@ -18,8 +18,8 @@ class ScoredDraws:
 
     def __call__(self, hidden_SBH: Tensor, model) -> tuple[Tensor, ...]:
         logits_SBV = model.head(hidden_SBH)
-        tokens_BPM, _, entropy_BP = self.draws.from_logits(logits_SBV, model)
-        drawn = Section(self.draws.rows, tokens_BPM.transpose(0, 1), self.draws.temperature)
+        tokens_BPM, _, entropy_BP, log_sum_BP = self.draws.from_logits(logits_SBV, model)
+        drawn = Section(self.draws.rows, tokens_BPM.transpose(0, 1), self.draws.temperature, log_sum_BP.t())
         gold = [] if self.gold_BT is None else [gold_section(self.gold_BT)]
         *gold_TB1, drawn_PBM = log_probs(logits_SBV, [*gold, drawn], model)
         return tokens_BPM, drawn_PBM.transpose(0, 1), entropy_BP, *(x.squeeze(-1).t() for x in gold_TB1)

@@ -55,10 +55,10 @@ class Draws:
                  for i in range(0, len(hidden_RH), size)]
         return tuple(torch.cat(x).unflatten(0, hidden_BPH.shape[:2]) for x in zip(*parts))
 
-    def from_logits(self, logits_SBV: Tensor, model) -> tuple[Tensor, Tensor, Tensor]:
-        """The same draws, from logits of all S rows."""
+    def from_logits(self, logits_SBV: Tensor, model) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same draws, from logits of all S rows; and the normalisers log Σ exp(logits / temperature), [B, P]."""
         logits_PBV = logits_SBV.detach()[self.rows]
-        drawn = sample(logits_PBV.flatten(0, 1), model.num_real_ids, self.numbers_BPM.transpose(0, 1).flatten(0, 1),
+        drawn = draw(logits_PBV.flatten(0, 1), model.num_real_ids, self.numbers_BPM.transpose(0, 1).flatten(0, 1),
                        self.temperature, self.top_p, self.top_k, model.pg_collection.tp)
         return tuple(x.unflatten(0, logits_PBV.shape[:2]).transpose(0, 1) for x in drawn)
 
@@ -131,6 +131,12 @@ def sample(logits_RV: Tensor, real: int, numbers_RM: Tensor, temperature: float,
         tokens int64 [R, M]; their log-probabilities under the unfiltered softmax(logits / temperature), float32
         [R, M]; that distribution's entropy in nats, float32 [R].
     """
+    return draw(logits_RV, real, numbers_RM, temperature, top_p, top_k, group)[:3]
+
+
+def draw(logits_RV: Tensor, real: int, numbers_RM: Tensor, temperature: float, top_p: float, top_k: int,
+         group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`sample`, and log Σ exp(logits / temperature) of each row, float32 (float64 stays) [R]."""
     columns = logits_RV[:, :real] if real else logits_RV.new_full((len(logits_RV), 1), -torch.inf)
     first_id = dist.get_rank(group) * logits_RV.shape[1]
     # Histograms of top-k and top-p have 257 entries a row; M segments of a row are looked at again.
@@ -142,8 +148,9 @@ def sample(logits_RV: Tensor, real: int, numbers_RM: Tensor, temperature: float,
             parts.append(_draw_filtered(*here, top_p, top_k, first_id, group))
         else:
             parts.append(_draw(*here, first_id, group))
-    tokens, log_probs, entropy = (torch.cat(x) for x in zip(*parts))
-    return tokens, log_probs.float(), entropy.float()
+    tokens, log_probs, entropy, log_sum = (torch.cat(x) for x in zip(*parts))
+    log_sum = log_sum.to(torch.promote_types(logits_RV.dtype, torch.float32))
+    return tokens, log_probs.float(), entropy.float(), log_sum
 
 
 # ---------------------------------------------------------------- without filters
@@ -172,7 +179,7 @@ def _sums(logits_RSC: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tenso
     return top.squeeze(-1), exp.sum(-1), x.mul_(exp).sum(-1)
 
 
-def _draw(logits_RV, numbers_RM, temperature, first_id: int, group) -> tuple[Tensor, Tensor, Tensor]:
+def _draw(logits_RV, numbers_RM, temperature, first_id: int, group) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draws in levels: the rank, a segment of its shard, a token of the segment."""
     top_RS, sum_RS, moment_RS = (x.double() for x in segment_sums(logits_RV, temperature))
     top_R1 = _over_ranks(top_RS.amax(-1, keepdim=True), group, dist.ReduceOp.MAX)
@@ -195,8 +202,9 @@ def _draw(logits_RV, numbers_RM, temperature, first_id: int, group) -> tuple[Ten
     place_RM1, _ = _invert(exp_RMC, (share_RM * exp_RMC.sum(-1))[..., None])
     x_RM = x_RMC.gather(-1, place_RM1).squeeze(-1)
     tokens_RM = segment_RM * SEGMENT + place_RM1.squeeze(-1) + first_id
-    log_probs_RM = x_RM.double() - (top_R1 + log_total_R1)
-    return *_from_owner(tokens_RM, log_probs_RM, owner_RM, group), entropy_R1.squeeze(-1)
+    log_sum_R1 = top_R1 + log_total_R1
+    log_probs_RM = x_RM.double() - log_sum_R1
+    return (*_from_owner(tokens_RM, log_probs_RM, owner_RM, group), entropy_R1.squeeze(-1), log_sum_R1.squeeze(-1))
 
 
 def _invert(mass: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,7 +232,7 @@ def _last_with_mass(mass: Tensor) -> Tensor:
 
 
 def _draw_filtered(logits_RV, numbers_RM, temperature, top_p, top_k, first_id: int,
-                   group) -> tuple[Tensor, Tensor, Tensor]:
+                   group) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = scaled(logits_RV, temperature).float()
     lse = log_sum_exp(x, x.shape[1], 1.0, group)
     log_p = x - lse[..., None]
@@ -235,7 +243,7 @@ def _draw_filtered(logits_RV, numbers_RM, temperature, top_p, top_k, first_id: i
     before, total, owner = _shard_of(cdf[..., -1:], numbers_RM, group)
     local = torch.searchsorted(cdf, numbers_RM * total - before, right=True)
     local = local.minimum(_last_with_mass(kept))  # rounding must not reach filtered tokens
-    return *_from_owner(local + first_id, log_p.gather(-1, local), owner, group), entropy
+    return *_from_owner(local + first_id, log_p.gather(-1, local), owner, group), entropy, lse
 
 
 # ---------------------------------------------------------------- over the vocabulary's ranks

@@ -24,4 +24,5 @@ class _Forced(Draws):
 
     def from_logits(self, logits_SBV, model):
         tokens_BPM = self.numbers_BPM
-        return tokens_BPM, None, torch.zeros(tokens_BPM.shape[:2], device=tokens_BPM.device)
+        x_PBV = logits_SBV.detach()[self.rows][..., : model.num_real_ids] / self.temperature
+        return tokens_BPM, None, torch.zeros(tokens_BPM.shape[:2]).to(tokens_BPM.device), x_PBV.logsumexp(-1).t()
