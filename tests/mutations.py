@@ -202,6 +202,23 @@ TABLE = (
     Mutation("config-wins", "--config wins over the command line", "run/flags/parser.py",
              "self._from_file(values) | values", "values | self._from_file(values)",
              "run/test_flags.py::test_the_command_line_wins"),
+    # the fused step
+    Mutation("fused-prefix", "no gradient reaches the gold keys that rollouts see", "model/decoding.py",
+             "= (k_BJSD, v_BJSD), []", "= (k_BJSD.detach(), v_BJSD), []",
+             "method/test_golden.py::test_a_fused_step[split0-step]"),
+    Mutation("fused-own", "no gradient reaches the keys of a rollout's own tokens", "model/decoding.py",
+             "cache.own[layer_number].append(new)",
+             "cache.own[layer_number].append((new[0].detach(), new[1]))",
+             "method/test_golden.py::test_a_fused_step[split0-step]"),
+    Mutation("fused-parts", "rollouts count in every part of their row's blocks", "method/fused.py",
+             "self.valid_BK[rows] & upload(decoded_BK)", "self.valid_BK[rows]",
+             "method/test_golden.py::test_a_fused_step[split1-step]"),
+    Mutation("fused-gold", "gold tokens count in every part of their row's blocks", "method/fused.py",
+             "part.gold.gold_valid() if part.is_first else None", "part.gold.gold_valid()",
+             "method/test_golden.py::test_a_fused_step[split1-step]"),
+    Mutation("fused-scale", "the own part of attention is merged with the gold part's normaliser alone",
+             "model/prefix_attention.py", "lse_BJQ = torch.logaddexp(gold_lse_BJQ, own_lse_BJQ.to(gold_lse_BJQ.dtype))",
+             "lse_BJQ = gold_lse_BJQ.clone()", "method/test_golden.py::test_a_fused_step[split0-step]"),
 )
 
 
