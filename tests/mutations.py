@@ -212,7 +212,7 @@ TABLE = (
              "method/test_golden.py::test_a_fused_step[split0-step]"),
     Mutation("fused-parts", "rollouts count in every part of their row's blocks", "method/fused.py",
              "self.valid_BK[rows] & upload(decoded_BK)", "self.valid_BK[rows]",
-             "method/test_golden.py::test_a_fused_step[split1-step]"),
+             "method/test_fused.py::test_the_kl_term_is_brute_force[k2]"),
     Mutation("fused-gold", "gold tokens count in every part of their row's blocks", "method/fused.py",
              "part.gold.gold_valid() if part.is_first else None", "part.gold.gold_valid()",
              "method/test_golden.py::test_a_fused_step[split1-step]"),
