@@ -1,5 +1,6 @@
 """Saving: what a folder holds, saves that are killed, in the background or on a full disk, and old checkpoints."""
 
+import contextlib
 import functools
 import json
 import multiprocessing
@@ -102,6 +103,7 @@ def _write_for_ever(output: int) -> None:
 
 
 def _rank(output: int) -> None:
+    os.setsid()
     write = functools.partial(_write_for_ever, output)
     FORK.Process(target=saver_module._write_and_sum, args=(write, "", 0, os.getpid())).start()
     signal.pause()
@@ -115,8 +117,11 @@ def test_processes_that_write_end_with_a_killed_rank():
     assert os.read(reader, 7) == b"writing"
     rank.kill()
     rank.join()
-    assert select.select([reader], [], [], 60)[0] and os.read(reader, 1) == b""  # nobody has it open any more
+    is_closed = select.select([reader], [], [], 20)[0] and os.read(reader, 1) == b""
     os.close(reader)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(rank.pid, signal.SIGKILL)
+    assert is_closed
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):

@@ -71,6 +71,7 @@ def test_a_rank_saves_when_torchrun_is_killed(data, tmp_path):
     launcher = TrainingRank([*data, *MODEL, *SMALL, "--train-iters", "9", "--eval-interval", "0", "--save-interval",
                              "2", "--save", str(folder)], ENVIRONMENT, pace, stdout="/dev/full", has_launcher=True)
     while latest_iteration(str(folder)) is None:  # it saves after step 2, and waits before step 4
+        assert launcher.is_running(), launcher.output.read()
         time.sleep(0.05)
     os.kill(launcher.pid, signal.SIGUSR1)
     assert launcher.wait() == -signal.SIGUSR1

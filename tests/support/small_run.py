@@ -90,6 +90,9 @@ class TrainingRank:
         assert self._process.exitcode is not None, f"process {self.pid} hangs"
         return self._process.exitcode
 
+    def is_running(self) -> bool:
+        return self._process.is_alive()
+
     def kill(self) -> None:
         """SIGKILL, unless it has ended."""
         self._process.kill()
