@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 class _BeforeMegatronCore(importlib.abc.MetaPathFinder):
     """Runs `kernels.settle_accelerators` when Megatron-Core is first imported, which is too late to change its mind.
 
-    A hook, because this package must import fast: every save starts a process that imports it.
+    A hook, because this package must import fast: --help and wrong flags answer at once.
     """
 
     def find_spec(self, name, path=None, target=None):

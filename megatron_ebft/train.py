@@ -1,18 +1,19 @@
 """Entry point: torchrun --nproc-per-node N -m megatron_ebft.train --help
 
-The exit code says what to do next (stopping.py): 0 finished, 75 stopped after saving (start again), 64 wrong flags or
-files, 65 a step that was not finite, 70 a rank that hangs.
-Imports wait until `main`: saving a checkpoint starts a process that imports this file again.
+The exit code says what to do next (run/stopping.py): 0 finished, 75 stopped after saving (start again), 64 wrong flags
+or files, 65 a step that was not finite, 70 a rank that hangs, 1 anything else.
+Imports wait until `main`: a signal that arrives while torch is imported must not kill, and wrong flags answer at once.
 """
 
-import os
+import contextlib
+import signal
 import sys
 import time
 import warnings
 
 from megatron_ebft.common import signals
-from megatron_ebft.common.errors import StepFailed
-from megatron_ebft.run import stopping
+from megatron_ebft.common.console import keep_going
+from megatron_ebft.run.ending import exit_code, fail, is_under_torchrun
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     from megatron_ebft.run.build import build_run
     from megatron_ebft.run.configs import parallel_sizes
     from megatron_ebft.run.describe import describe
+    from megatron_ebft.run.folders import claim_folders
     from megatron_ebft.run.logger import Logger
     from megatron_ebft.run.loop import train
     from megatron_ebft.run.watchdog import PATIENCE, Watchdog
@@ -34,36 +36,33 @@ def main(argv: list[str] | None = None) -> int:
     start = time.perf_counter()
     watchdog = Watchdog(0.9 * 60 * args.distributed_timeout_minutes)
     init_parallel(**{**parallel_sizes(args), "timeout_minutes": PATIENCE * args.distributed_timeout_minutes})
-    watchdog.watch()
-    try:
+    with contextlib.ExitStack() as at_end:  # finished, stopped or failed
+        watchdog.watch()
+        at_end.callback(watchdog.stop)
+        lock = claim_folders(args)
+        if lock is not None:
+            at_end.callback(lock.release)
         run = build_run(args)
-        run.watchdog = watchdog
+        run.watchdog, run.lock = watchdog, lock
         for model in filter(None, (*run.policy, run.encoder, run.start)):
             model.register_forward_pre_hook(watchdog.move)
         log = Logger(args.tensorboard_dir, run.state.iteration, args.train_iters,
                      args.global_batch_size * args.seq_length, args.ebft_rollout_length, run.tokenizer)
+        at_end.callback(log.flush)
         log.print(describe(run))
         is_done = train(run, log)
-    finally:
-        watchdog.stop()
     signals.ignore_signals()
     log.close(start, is_done)
     shut_down()
-    return 0 if is_done else stopping.EXIT_RESUME
-
-
-def fail(error: Exception, code: int) -> None:
-    """The last words of a run; at once, since threads of torch may wait for ranks that are gone."""
-    sys.stdout.flush()
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    os._exit(code)
+    return exit_code(is_done)
 
 
 if __name__ == "__main__":
     signals.install_handlers()
+    if is_under_torchrun():
+        signals.end_with_parent(signal.SIGTERM)  # save and stop: torchrun itself dies of some signals
+    keep_going()
     try:
         sys.exit(main())
-    except ValueError as error:
-        fail(error, stopping.EXIT_USAGE)
-    except StepFailed as error:
-        fail(error, stopping.EXIT_STEP_FAILED)
+    except (Exception, KeyboardInterrupt) as error:
+        fail(error)

@@ -20,7 +20,6 @@ import os
 import shutil
 import socket
 import sys
-import tempfile
 import warnings
 
 from megatron_ebft.run.flags.checks import check_args
@@ -152,18 +151,11 @@ def checkpoint_bytes(args, vocab_size: int) -> tuple[int, int]:
 def check_save(args, size: int) -> str:
     """A line on the room at --save. ValueError if it cannot be written or has too little room."""
     from megatron_ebft.checkpointing.folders import complete_iterations, leftover_bytes
+    from megatron_ebft.common.disk import check_writable
 
     if not args.save:
         raise ValueError("--save: name a folder, or the run ends without a checkpoint")
-    folder = os.path.abspath(args.save)
-    while not os.path.isdir(folder):
-        folder = os.path.dirname(folder)
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"--save {args.save}: {folder} cannot be written ({error.strerror}); name another "
-                         "folder") from error
+    folder = check_writable(args.save, "--save")
     free, wanted = shutil.disk_usage(folder).free + leftover_bytes(args.save), 1
     if args.ebft_keep_checkpoints:
         wanted = max(1, args.ebft_keep_checkpoints + 1 - len(complete_iterations(args.save)))
@@ -178,7 +170,7 @@ def check_run(args, problems: Problems) -> list[str]:
     """Check everything but GPUs. Returns phrases that describe the run."""
     from megatron_ebft.checkpointing.record import read_metadata
     from megatron_ebft.data.tokenizer import build_tokenizer
-    from megatron_ebft.run import build, configs, resume
+    from megatron_ebft.run import build, configs, folders, resume
 
     is_resumed, tokenizer, words = False, None, []
     for flag in FLAGS.values():
@@ -189,6 +181,8 @@ def check_run(args, problems: Problems) -> list[str]:
         check_args(args)
     with problems.collected(), rank_zero(args.world_size, configs.parallel_sizes(args)):
         build.check_batch(args)
+    with problems.collected():
+        folders.check_folders(args)
     with problems.collected():
         is_resumed = resume.find_resume(args)
     readers = check_checkpoints(args, is_resumed, problems)

@@ -39,12 +39,16 @@ def measure(run, gold, saver) -> tuple[float, float, float]:
 
 def main(argv: list[str]) -> None:
     warnings.filterwarnings("ignore")
+    from megatron_ebft.checkpointing.folders import complete_iterations
     from megatron_ebft.checkpointing.saver import Saver
     from megatron_ebft.parallel.groups import init_parallel, shut_down
     from megatron_ebft.run.configs import parallel_sizes
 
     parser = Parser("tools/save_cost.py", __doc__, own=(SAVE_COST,), reads=STEP, defaults={"train_iters": 1, **SHAPE})
     args = check_args(parser.parse_args(argv))
+    if complete_iterations(args.save):
+        raise ValueError(f"--save {args.save}: holds checkpoints, which this measurement would remove; name a new "
+                         "folder")
     init_parallel(**parallel_sizes(args))
     run, (gold, *_) = build(args)
     savers = {"waiting": Saver(args.save, keep=1), "--async-save": Saver(args.save, is_async=True, keep=1)}

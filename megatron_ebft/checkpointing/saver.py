@@ -11,9 +11,10 @@
 import contextlib
 import functools
 import logging
-import multiprocessing
 import os
 import pickle
+import queue
+import tempfile
 from dataclasses import asdict
 from inspect import signature
 
@@ -38,7 +39,7 @@ from megatron_ebft.checkpointing.optimizer_state import optimizer_kind
 from megatron_ebft.checkpointing.record import FORMAT, TrainState
 from megatron_ebft.checkpointing.sharded_state import current_layout, sharded_state
 from megatron_ebft.common.disk import write_json
-from megatron_ebft.common.signals import shielded
+from megatron_ebft.common.signals import end_with_parent, shielded
 from megatron_ebft.parallel.errors import collective_errors
 
 # From 0.19 on Megatron-Core can save with another package of NVIDIA's. Its own way works in every version.
@@ -102,7 +103,7 @@ class Saver:
             iteration = record["train_state"]["iteration"]
             request.finalize_fns.append(functools.partial(self._commit, temporary, iteration, record, companions))
             if request.async_fn is not None:  # this rank has something to write
-                write = functools.partial(_write_and_sum, request.async_fn, temporary, dist.get_rank())
+                write = functools.partial(_write_and_sum, request.async_fn, temporary, dist.get_rank(), os.getpid())
                 request = request._replace(async_fn=write)
         with self._attempt():
             if dist.get_rank() == 0:
@@ -163,20 +164,27 @@ class Saver:
 
 
 class _ResultsQueue:
-    """The queue in which a writing process reports what it wrote. Reports travel as bytes.
+    """Takes what a writing process reports of what it wrote: a file without a name, which the process inherits.
 
-    The process that serves Megatron-Core's own queue has to import torch and Megatron-Core to take the first report.
-    That would add seconds to the first save of every rank, and a run that is stopped waits for that save.
+    Megatron-Core's own queue is served by another process. That one would stay when a run is killed, and keep its
+    output open for whoever reads it.
     """
 
     def __init__(self):
-        self._queue = multiprocessing.get_context("spawn").Manager().Queue()
+        self._file = tempfile.TemporaryFile(buffering=0)  # both processes see one position
 
     def put(self, report) -> None:
-        self._queue.put(pickle.dumps(report))
+        self._file.write(pickle.dumps(report))
 
     def get_nowait(self):
-        return pickle.loads(self._queue.get_nowait())
+        self._file.seek(0)
+        content = self._file.read()
+        self._file.seek(0)
+        self._file.truncate()
+        try:
+            return pickle.loads(content)
+        except (EOFError, pickle.UnpicklingError):  # the process died, or its disk is full
+            raise queue.Empty from None
 
 
 def _reserve_space(temporary: str) -> None:
@@ -189,8 +197,13 @@ def _release_space(temporary: str) -> None:
         os.remove(os.path.join(temporary, SPARE))
 
 
-def _write_and_sum(write, temporary: str, rank: int, *args, **kwargs) -> None:
-    """Write a rank's tensors, and then their checksums. Runs in the writing process; `write` reports its failures."""
+def _write_and_sum(write, temporary: str, rank: int, parent: int, *args, **kwargs) -> None:
+    """Write a rank's tensors, and then their checksums. Runs in the writing process; `write` reports its failures.
+
+    The process, and those that it forks, end with the rank: nobody would publish what they write.
+    """
+    end_with_parent(parent=parent)
+    os.register_at_fork(after_in_child=functools.partial(end_with_parent, parent=os.getpid()))
     write(*args, **kwargs)
     with contextlib.suppress(OSError):  # the commit then sums up the files itself, or fails
         write_sums(temporary, rank)

@@ -3,3 +3,7 @@
 
 class StepFailed(RuntimeError):
     """A step stopped before it changed the weights. Raised on every rank."""
+
+
+class SaveFailed(RuntimeError):
+    """The end of a run could not be saved; it can be reached again. Raised on every rank."""

@@ -4,8 +4,11 @@ All flags and files are checked on every rank before anything is built: a rank t
 waiting.
 """
 
+import contextlib
+import glob
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy
@@ -15,9 +18,11 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 
+from megatron_ebft.common.disk import check_writable
 from megatron_ebft.data.dataset_files import check_dataset, check_masks, check_tokenizer
 from megatron_ebft.data.rows import RowDataset
 from megatron_ebft.data.tokenizer import Tokenizer
+from megatron_ebft.parallel.errors import collective_errors
 
 DEFAULT_SPLIT = "969,30,1"
 
@@ -84,7 +89,8 @@ def build_datasets(*, seq_length: int, seed: int, sizes: Sequence[int | None], t
         data_path: --data-path, divided among the splits by `split`.
         split: --split, weights of the three splits, by documents. None: "969,30,1".
         train_data_path, valid_data_path, test_data_path: a blend for each split, instead of data_path.
-        data_cache_path: folder for the indices. None: a folder `<prefix>/cache` beside each dataset.
+        data_cache_path: folder for the indices, written by rank 0 unless they are there. None: a folder
+            `<prefix>/cache` beside each dataset.
         need_answers: refuse datasets without an answer mask.
         need_documents: refuse datasets without an eod after each document.
 
@@ -93,7 +99,7 @@ def build_datasets(*, seq_length: int, seed: int, sizes: Sequence[int | None], t
 
     Raises:
         ValueError: contradictory flags; files that are missing, damaged, empty or made with another tokenizer; or too
-            little data for a split. Names the flag.
+            little data for a split; indices that cannot be written. Names the flag.
     """
     blends, source = _blends(data_path, split, (train_data_path, valid_data_path, test_data_path), sizes)
     lengths = _check_files(blends, tokenizer, need_answers, need_documents)
@@ -111,7 +117,7 @@ def build_datasets(*, seq_length: int, seed: int, sizes: Sequence[int | None], t
         bounds = (0.0, 1.0) if data_path is None else config.split_matrix[kind.value]
         _check_split(kind, blend, size, bounds, lengths, seq_length)
 
-    datasets = _Builder(RowDataset, list(sizes), lambda: True, config).build()
+    datasets = _build(config, sizes, lengths)
     for kind, blend, size, dataset in zip(Split, blends, sizes, datasets, strict=True):
         if size and len(dataset) < size:
             raise ValueError(f"{blend.flag}: {size} rows of the {kind.name} split are needed; without weights its "
@@ -148,6 +154,30 @@ def _check_files(blends: list[Blend | None], tokenizer: Tokenizer, need_answers:
                 check_masks(prefix, blend.flag, need_answers, need_documents)
     check_tokenizer(list(lengths), tokenizer)
     return lengths
+
+
+def _build(config: GPTDatasetConfig, sizes: Sequence[int | None], prefixes: Iterable[str]) -> list:
+    """The datasets by Megatron-Core's builder; ValueError if their indices cannot be written."""
+    folder = config.path_to_cache
+    _check_cache(folder, prefixes)
+    try:
+        return _Builder(RowDataset, list(sizes), lambda: True, config).build()
+    except Exception as error:
+        cause = error.__cause__ or error  # Megatron-Core's advice is about its own configuration
+        if not isinstance(cause, OSError):
+            raise
+        raise ValueError(f"--data-cache-path {folder or '(default: beside the data)'}: the indices there cannot be "
+                         f"written or read ({cause}); name another folder") from error
+
+
+def _check_cache(folder: str | None, prefixes: Iterable[str]) -> None:
+    """ValueError on every rank unless rank 0 can write the indices, or finds some where it cannot write."""
+    has_ranks = torch.distributed.is_initialized()
+    with collective_errors() if has_ranks else contextlib.nullcontext():
+        if not has_ranks or torch.distributed.get_rank() == 0:
+            for cache in [folder] if folder else [os.path.join(prefix, "cache") for prefix in prefixes]:
+                if not glob.glob(os.path.join(glob.escape(cache), "**", "*_index.npy"), recursive=True):
+                    check_writable(cache, "--data-cache-path" if folder else "--data-cache-path (default)")
 
 
 def _checked_split(split: str) -> str:

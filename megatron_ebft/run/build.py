@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import os
 
 from megatron_ebft.checkpointing.fingerprint import weights_fingerprint
 from megatron_ebft.checkpointing.loader import load_checkpoint, newest_whole
@@ -12,8 +11,10 @@ from megatron_ebft.data.tokenizer import build_tokenizer
 from megatron_ebft.model.architecture import ModelArgs
 from megatron_ebft.parallel.groups import document_size
 from megatron_ebft.run.configs import ebft_config, model_args, policy_overrides, virtual_stages
+from megatron_ebft.run.folders import tensorboard_folder
 from megatron_ebft.run.models import Models, Source, build_models, build_optimizer, fixed_fields
 from megatron_ebft.run.resume import (
+    beginning,
     changed_flags,
     check_origins,
     check_tokenizer,
@@ -33,7 +34,8 @@ def build_run(args: argparse.Namespace) -> Run:
         ValueError: naming the flag that is wrong or the file that is missing or damaged.
     """
     check_batch(args)
-    args.tensorboard_dir = args.tensorboard_dir or os.path.join(args.save or ".", "tensorboard")
+    args.tensorboard_dir = tensorboard_folder(args)
+    began = beginning(args)
     resume = newest_whole(args.load) if find_resume(args) else None
     origin = ("--load", resume) if resume else ("--pretrained-checkpoint", args.pretrained_checkpoint)
     if args.use_checkpoint_args:
@@ -55,7 +57,7 @@ def build_run(args: argparse.Namespace) -> Run:
         has_start=args.training_mode == "ebft" and bool(args.ebft_kl_coef or args.ebft_track_kl))
     optimizer, scheduler = build_optimizer(args, models.policy)
     companions = gather_companions(args, *origin)
-    metadata, state = _metadata(args, architecture, tokenizer, models), TrainState()
+    metadata, state = _metadata(args, architecture, tokenizer, models) | {"beginning": began}, TrainState()
     if resume:
         saved = read_metadata(resume)
         check_origins(saved, metadata, args)

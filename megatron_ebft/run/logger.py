@@ -38,11 +38,8 @@ class Logger:
         self.rollout_length, self.tokenizer = rollout_length, tokenizer
         self.durations: list[float] = []
         self.directory, self.is_warned = directory, False
-        purge_step = iteration + 1 if iteration else 0
-        try:
-            self.writer = SummaryWriter(directory, purge_step=purge_step) if self.is_main else None
-        except OSError as error:
-            raise ValueError(f"--tensorboard-dir {directory}: cannot be written ({error})") from error
+        self.writer, self._purge_step = None, iteration + 1 if iteration else 0
+        self.flush()  # opens it
 
     def print(self, line: str) -> None:
         """Print a line on rank 0's console."""
@@ -54,7 +51,8 @@ class Logger:
         """Write to TensorBoard. On a full disk values are lost with a warning, and the run goes on."""
         try:
             if self.writer is None:
-                self.writer = SummaryWriter(self.directory)
+                self.writer = SummaryWriter(self.directory, purge_step=self._purge_step)
+                self._purge_step = None  # of the first file alone
             for name, value in (scalars or {}).items():
                 self.writer.add_scalar(name, value, iteration)
             if text is not None:
@@ -144,7 +142,7 @@ class Logger:
         return "\n```\n" + self.tokenizer.detokenize(ids.tolist()) + "\n```"
 
     def close(self, start: float, is_done: bool = True) -> None:
-        """Print the last line and close the files.
+        """Print the last line and close the files. A run that fails calls `flush` instead.
 
         Args:
             start: time.perf_counter() at the start of the run.

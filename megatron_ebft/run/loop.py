@@ -69,6 +69,10 @@ def train(run: Run, log) -> bool:
                     saves.save()
     except StopAsked as reason:
         log.print(f"stopping after step {state.iteration}/{args.train_iters}: {reason}")
+    except StepFailed:
+        if saves is not None:
+            saves.poll(wait=True)  # every rank is here, and can complete a save under way
+        raise
     if saves is not None:
         saves.finish()
     return state.iteration == args.train_iters and (not batches or state.evaluated == state.iteration)

@@ -3,8 +3,12 @@
 The policy starts from --pretrained-checkpoint, or from the seed; a --load that holds only weights, as a conversion
 makes them, is such a start. A checkpoint in --load then takes the policy further. It records by content hash the
 encoder and the start it was trained with, which must be the ones at hand.
+
+A run that has saved continues from its own --save, whatever --load it began with: the same command, started again, goes
+on. A --save that another run has filled is refused.
 """
 
+import argparse
 import os
 
 from megatron_ebft.checkpointing.companions import COMPANIONS, SENTENCEPIECE, TOKENIZER_FILES, read_companions
@@ -15,11 +19,52 @@ from megatron_ebft.run.flags.flag import spelled
 
 
 def find_resume(args) -> bool:
-    """Whether --load holds a checkpoint. An empty --load is allowed only if it is also --save."""
+    """Whether there is a checkpoint to continue from; sets --load to its folder, which may be that of --save.
+
+    An empty --load is allowed only if it is also --save.
+
+    Raises:
+        ValueError: --load holds no checkpoint, or --save those of another run, or weights alone.
+    """
+    began = beginning(args)
+    is_begun = _find_beginning(args)
+    if not args.save or _is_own(args) or not _holds_checkpoints(args.save):
+        return is_begun
+    folder, record = first_readable(args.save, "--save")
+    if record["optimizer"] is None:
+        raise ValueError(f"--save {args.save}: holds weights alone, to start from; give it as --pretrained-checkpoint, "
+                         "and a folder of the run's own for --save")
+    saved = record["metadata"]
+    theirs = saved["beginning"] if "beginning" in saved else beginning(argparse.Namespace(**saved["arguments"]))
+    if theirs != began:
+        raise ValueError(f"--save {args.save}: {os.path.basename(folder)} there is of a run that began with "
+                         f"{' and '.join(theirs) or 'no checkpoint'}, and these flags begin with "
+                         f"{' and '.join(began) or 'none'}. To continue that run, add --load {args.save}; for another "
+                         "one, name a new folder")
+    args.load = args.save
+    return True
+
+
+def beginning(args) -> list[str]:
+    """The checkpoints that a run begins with, as its flags name them."""
+    paths = {os.path.abspath(path) for path in (args.load, args.pretrained_checkpoint) if path}
+    return sorted(paths - {os.path.abspath(args.save)} if args.save else paths)
+
+
+def _is_own(args) -> bool:
+    return bool(args.load and args.save) and os.path.abspath(args.load) == os.path.abspath(args.save)
+
+
+def _holds_checkpoints(folder: str) -> bool:
+    return bool(complete_iterations(folder)) or any(os.path.exists(os.path.join(folder, x)) for x in (RECORD, POINTER))
+
+
+def _find_beginning(args) -> bool:
+    """Whether --load holds a checkpoint to continue from. If it holds weights, they become --pretrained-checkpoint."""
     if not args.load:
         return False
-    is_own = bool(args.save) and os.path.abspath(args.load) == os.path.abspath(args.save)
-    if complete_iterations(args.load) or any(os.path.exists(os.path.join(args.load, x)) for x in (RECORD, POINTER)):
+    is_own = _is_own(args)
+    if _holds_checkpoints(args.load):
         if first_readable(args.load, "--load")[1]["optimizer"] is not None:
             return True
         if args.pretrained_checkpoint or is_own:

@@ -4,6 +4,8 @@ import time
 from contextlib import contextmanager
 
 from megatron_ebft.checkpointing.saver import Saver
+from megatron_ebft.common.errors import SaveFailed
+from megatron_ebft.parallel.errors import collective_errors
 from megatron_ebft.run.state import Run
 from megatron_ebft.run.watchdog import PATIENCE
 
@@ -26,8 +28,11 @@ class RunCheckpoints:
         return self.run.state.iteration, self.run.state.evaluated
 
     def save(self) -> None:
-        """Begin a checkpoint of the run as it is now."""
+        """Begin a checkpoint of the run as it is now; ValueError on every rank if another run has taken the folder."""
         run = self.run
+        with collective_errors():
+            if run.lock is not None:
+                run.lock.check()
         self.log.flush()
         self.poll(wait=True)
         self.begun = time.perf_counter()
@@ -46,14 +51,14 @@ class RunCheckpoints:
                 self.run.state.longest_save = self.run.stopper.longest_save = longest
 
     def finish(self) -> None:
-        """Save the end of the run unless it is saved already; raises RuntimeError where that is impossible."""
+        """Save the end of the run unless it is saved already; raises SaveFailed where that is impossible."""
         self.poll(wait=True)
         if self.last != self._place():
             self.save()
             self.poll(wait=True)
         if self.last != self._place():
-            raise RuntimeError(f"--save {self.run.args.save}: the run's end, step {self.run.state.iteration}, could "
-                               "not be saved; make room there and start the same command again")
+            raise SaveFailed(f"--save {self.run.args.save}: the run's end, step {self.run.state.iteration}, could "
+                             "not be saved; make room there and start the same command again")
 
     @contextmanager
     def _attempt(self):

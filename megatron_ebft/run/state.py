@@ -9,6 +9,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 from torch.utils.data import Dataset
 
+from megatron_ebft.checkpointing.lock import FolderLock
 from megatron_ebft.checkpointing.record import TrainState
 from megatron_ebft.data.tokenizer import Tokenizer
 from megatron_ebft.method.config import EBFTConfig
@@ -45,3 +46,5 @@ class Run:
     """Small files to keep in every checkpoint, by name."""
     stopper: Stopper = field(default_factory=Stopper)
     watchdog: Watchdog = field(default_factory=Watchdog)
+    lock: FolderLock | None = None
+    """Of --save, on rank 0."""

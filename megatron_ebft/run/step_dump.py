@@ -29,11 +29,10 @@ MUST_AGREE = ("seq_length", "global_batch_size", "ebft_num_samples", "ebft_strid
 class StepDump:
     """A context manager around one step. At its end it dumps the step if it is due or has failed.
 
+    A file that cannot be written costs a warning: dumps only record a run.
+
     Args:
         iteration: number of the step, counted from 1.
-
-    Raises:
-        ValueError: the file cannot be written; names the flag.
     """
 
     def __init__(self, args, iteration: int):
@@ -51,14 +50,13 @@ class StepDump:
         if not self.held:
             return
         folder = self.args.ebft_dump_steps
-        if kind is StepFailed:
+        is_due = kind is None and folder and self.iteration % self.args.ebft_dump_interval == 0
+        if kind is StepFailed or is_due:
             try:
                 self._write(folder or os.path.join(self.args.save, FAILED))
-            except ValueError as error:  # must not hide the reason why the step failed
+            except ValueError as error:
                 if dist.get_rank() == 0:
-                    print(error, flush=True)
-        elif kind is None and folder and self.iteration % self.args.ebft_dump_interval == 0:
-            self._write(folder)
+                    print(f"warning: {error}", flush=True)
 
     def _write(self, folder: str) -> None:
         gold, computed, means = self.held

@@ -1,7 +1,7 @@
 """Decides when a run stops before its end, on all ranks at once, so that it can continue later.
 
-1. Requests to stop are SIGUSR1 or SIGTERM to any rank (common/signals.py), the file of --ebft-stop-file, and a deadline
-   (--exit-duration-in-mins) that another step and a save would miss.
+1. Requests to stop are SIGUSR1, SIGTERM, SIGINT or SIGHUP to any rank (common/signals.py), the file of
+   --ebft-stop-file, and a deadline (--exit-duration-in-mins) that another step and a save would miss.
 2. Ranks agree at fixed places: before a step, after its rollouts, between batches of an evaluation. All stop at the
    same place and abandon what is under way. Nothing has changed yet, and no random number depends on it.
 3. The exit code says what to do next.
@@ -14,9 +14,10 @@ import time
 
 from megatron_ebft.common import signals
 
-EXIT_USAGE, EXIT_STEP_FAILED, EXIT_HUNG, EXIT_RESUME = 64, 65, 70, 75
-"""Exit codes other than 0 (finished). 64: flags or files are wrong. 65: a step was not finite. Both would fail again.
-70: a rank hangs. 75: stopped on request after saving; the same command continues the run."""
+EXIT_CRASHED, EXIT_USAGE, EXIT_STEP_FAILED, EXIT_HUNG, EXIT_RESUME = 1, 64, 65, 70, 75
+"""Exit codes other than 0 (finished). 1: anything unforeseen, or a full disk at the end. 64: flags or files are wrong.
+65: a step was not finite. Both would fail again. 70: a rank hangs. 75: stopped on request after saving; the same
+command continues the run."""
 
 _process_start = time.monotonic()
 

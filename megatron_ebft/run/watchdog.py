@@ -1,12 +1,13 @@
 """Names the rank that hangs. The timeout of a collective alone says only that some rank waited.
 
-1. A thread of every rank reports into a store that rank 0 keeps: number and name of its phase, the time of its last
-   move (a phase began, a model was called), and the line where its main thread is.
+1. A thread of every rank reports into a store that rank 0 keeps: number and name of its phase, for how long it has not
+   moved (begun a phase, or called a model), and the line where its main thread is. No rank reads another's clock.
 2. A rank hangs if it has not moved for nine tenths of --distributed-timeout-minutes. While starting or saving the limit
    is PATIENCE times as long, since some ranks read or write large files alone. A rank that is alive then prints which
    ranks are to blame, and all ranks exit before the collectives time out.
-3. To blame are the ranks whose thread is silent too (stopped, swapped out, their node lost). If there are none, those
-   in the earliest phase; then those in no collective while others are in one; then the one that stood still first.
+3. To blame are the ranks whose thread is silent too (stopped, swapped out, their node lost): a second look at the store
+   finds their reports unchanged. If there are none, those in the earliest phase; then those in no collective while
+   others are in one; then the one that stood still first.
 """
 
 import json
@@ -40,10 +41,10 @@ class Report:
     """Innermost line of the main thread's own code."""
     is_waiting: bool
     """Whether the main thread is in a collective."""
-    moved: float
-    """Unix time of its last move."""
-    reported: float
-    """Unix time of this report."""
+    still: float
+    """Seconds since its last move."""
+    count: int
+    """Number of this report."""
 
 
 class Watchdog(threading.Thread):
@@ -56,7 +57,8 @@ class Watchdog(threading.Thread):
     def __init__(self, timeout: float = math.inf):
         super().__init__(name="watchdog", daemon=True)
         self.timeout, self.period = timeout, min(5.0, timeout / 8)
-        self._number, self._phase, self._moved, self._limit = 0, "start", time.time(), PATIENCE * timeout
+        self._number, self._phase, self._moved, self._limit = 0, "start", time.monotonic(), PATIENCE * timeout
+        self._reports = 0
         self._is_over = threading.Event()
 
     def watch(self) -> None:
@@ -82,12 +84,12 @@ class Watchdog(threading.Thread):
         Args:
             patience: factor on the timeout during this phase.
         """
-        self._number, self._phase, self._moved = self._number + 1, phase, time.time()
+        self._number, self._phase, self._moved = self._number + 1, phase, time.monotonic()
         self._limit = patience * self.timeout
 
     def move(self, *_) -> None:
         """Note that this rank is moving. The signature fits a forward hook."""
-        self._moved = time.time()
+        self._moved = time.monotonic()
 
     def run(self) -> None:
         while not self._is_over.wait(self.period):
@@ -95,7 +97,7 @@ class Watchdog(threading.Thread):
                 self._report()
             except (RuntimeError, dist.DistError):  # the store is gone, or its rank hangs
                 pass
-            if time.time() - self._moved > self._limit:
+            if time.monotonic() - self._moved > self._limit:
                 self._give_up()
 
     def stop(self) -> None:
@@ -106,19 +108,29 @@ class Watchdog(threading.Thread):
 
     def _report(self) -> None:
         place, is_waiting = _main_thread()
-        report = Report(self._number, self._phase, socket.gethostname(), place, is_waiting, self._moved, time.time())
+        self._reports += 1
+        report = Report(self._number, self._phase, socket.gethostname(), place, is_waiting,
+                        time.monotonic() - self._moved, self._reports)
         self.store.set(f"ebft/{self.rank}", json.dumps(vars(report)))
 
+    def _read(self) -> dict[int, Report]:
+        return {rank: Report(**json.loads(self.store.get(f"ebft/{rank}"))) for rank in range(self.world_size)}
+
     def _give_up(self) -> None:
+        limit, moved = self._limit, self._moved
         try:
-            reports = {rank: Report(**json.loads(self.store.get(f"ebft/{rank}"))) for rank in range(self.world_size)}
-            text, speaker = diagnose(reports, time.time(), 3 * self.period)
+            before = self._read()
+            for _ in range(3):
+                time.sleep(self.period)
+                self._report()
+            text, speaker = diagnose(before, self._read())
         except (RuntimeError, dist.DistError) as error:
             text, speaker = f"rank 0, which keeps the store of all ranks, does not answer ({error})", self.rank
+        if self._moved != moved:  # the whole job had been suspended, and goes on
+            return
         if self.rank == speaker:
-            print(f"error: no progress for {self._limit:.0f} s: {text}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(2 * self.period)  # the speaker prints first
+            print(f"error: no progress for {limit:.0f} s: {text}", file=sys.stderr, flush=True)
+        time.sleep(2 * self.period)  # the speaker prints first, and rank 0 keeps the store for those who look later
         os._exit(EXIT_HUNG)
 
 
@@ -130,27 +142,23 @@ def _main_thread() -> tuple[str, bool]:
     return where, any(os.path.join("torch", "distributed") in frame.filename for frame in stack)
 
 
-def diagnose(reports: dict[int, Report], now: float, silence: float) -> tuple[str, int]:
-    """Who is to blame, in words, and the rank that prints it.
-
-    Args:
-        now: Unix time.
-        silence: seconds without a report after which a rank counts as silent.
-    """
-    silent = [rank for rank, report in reports.items() if now - report.reported > silence]
-    earliest = min(report.number for report in reports.values())
-    behind = [rank for rank, report in reports.items() if report.number == earliest]
+def diagnose(before: dict[int, Report], after: dict[int, Report]) -> tuple[str, int]:
+    """Who is to blame, in words, and the rank that prints it, from two looks at the reports of all ranks."""
+    silent = [rank for rank, report in after.items() if report.count == before[rank].count]
+    earliest = min(report.number for report in after.values())
+    behind = [rank for rank, report in after.items() if report.number == earliest]
     if silent:
         blamed, why = silent, "does not answer (stopped, or its node is lost)"
-    elif len(behind) < len(reports):
+    elif len(behind) < len(after):
         blamed, why = behind, "is behind the others"
-    elif 0 < sum(report.is_waiting for report in reports.values()) < len(reports):
-        blamed = [rank for rank, report in reports.items() if not report.is_waiting]
+    elif 0 < sum(report.is_waiting for report in after.values()) < len(after):
+        blamed = [rank for rank, report in after.items() if not report.is_waiting]
         why = "does not come to meet the others"
     else:
-        blamed, why = [min(reports, key=lambda rank: reports[rank].moved)], "was the first to stand still"
-    said = "; ".join(f"rank {rank} on {reports[rank].host} {why}: in {reports[rank].phase}, at {reports[rank].place}, "
-                     f"last moved {now - reports[rank].moved:.0f} s ago" for rank in blamed)
-    waiting = sorted({report.phase for rank, report in reports.items() if rank not in blamed})
-    speaker = min(rank for rank in reports if rank not in silent) if len(silent) < len(reports) else min(reports)
+        blamed, why = [max(after, key=lambda rank: after[rank].still)], "was the first to stand still"
+    said = "; ".join(f"rank {rank} on {after[rank].host} {why}: in {after[rank].phase}, at {after[rank].place}, not "
+                     f"moving for {after[rank].still:.0f} s" + (" when last heard of" if rank in silent else "")
+                     for rank in blamed)
+    waiting = sorted({report.phase for rank, report in after.items() if rank not in blamed})
+    speaker = min(rank for rank in after if rank not in silent) if len(silent) < len(after) else min(after)
     return f"{said}. The others wait in {', '.join(waiting) or 'the same place'}", speaker

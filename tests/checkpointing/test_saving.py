@@ -1,15 +1,18 @@
 """Saving: what a folder holds, saves that are killed, in the background or on a full disk, and old checkpoints."""
 
+import contextlib
+import functools
 import json
+import multiprocessing
 import os
 import resource
+import select
+import signal
 from dataclasses import asdict
-from pathlib import Path
 from unittest import mock
 
 import pytest
 from checkpoint_runs import META, SmallRun, equal_tensors
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_ebft.checkpointing import saver as saver_module
 from megatron_ebft.checkpointing.folders import MANIFEST, POINTER, complete_iterations, latest_iteration
@@ -18,6 +21,7 @@ from megatron_ebft.checkpointing.record import TrainState, read_metadata
 from megatron_ebft.checkpointing.saver import Saver
 
 pytestmark = pytest.mark.usefixtures("one_rank")
+FORK = multiprocessing.get_context("fork")
 
 
 def test_folder_layout(saved):
@@ -86,11 +90,38 @@ def test_old_checkpoints_are_removed(saved, tmp_path):
     assert sorted(os.listdir(tmp_path)) == [*(f"iter_000000{i}" for i in (4, 6, 7)), POINTER]
 
 
-def test_no_helper_of_a_save_imports_torch(saved):
-    """It would cost every rank seconds of its first save."""
-    server = filesystem_async._results_queue._queue._manager._process
-    assert server.is_alive() and "libtorch" not in Path(f"/proc/{server.pid}/maps").read_text()
-    assert "libtorch" in Path("/proc/self/maps").read_text()
+def test_a_save_leaves_no_process(saved):
+    """Such as the server of Megatron-Core's queue: it would outlive a killed run and keep its output open."""
+    assert not [process for process in multiprocessing.active_children() if "Manager" in process.name]
+
+
+def _write_for_ever(output: int) -> None:
+    """As Megatron-Core's writing process does, in one more process."""
+    FORK.Process(target=signal.pause).start()
+    os.write(output, b"writing")
+    signal.pause()
+
+
+def _rank(output: int) -> None:
+    os.setsid()
+    write = functools.partial(_write_for_ever, output)
+    FORK.Process(target=saver_module._write_and_sum, args=(write, "", 0, os.getpid())).start()
+    signal.pause()
+
+
+def test_processes_that_write_end_with_a_killed_rank():
+    reader, output = os.pipe()
+    rank = FORK.Process(target=_rank, args=(output,))
+    rank.start()
+    os.close(output)
+    assert os.read(reader, 7) == b"writing"
+    rank.kill()
+    rank.join()
+    is_closed = select.select([reader], [], [], 20)[0] and os.read(reader, 1) == b""
+    os.close(reader)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(rank.pid, signal.SIGKILL)
+    assert is_closed
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):

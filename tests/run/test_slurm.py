@@ -121,6 +121,8 @@ def test_preflight_names_all_that_is_missing(run, capsys):
     (["--fp8-param-gather"], "--fp8-param-gather: weights stay in bf16"),
     (["--pretrained-checkpoint", "/no/base"], "--pretrained-checkpoint /no/base: no such directory"),
     (["--bogus"], "unrecognized arguments: --bogus"),
+    (["--data-cache-path", "/proc/new"], "--data-cache-path /proc/new: /proc cannot be written"),
+    (["--tensorboard-dir", "/proc/new"], "--tensorboard-dir /proc/new: /proc cannot be written"),
     (["--split", "100,0,0"], "--split gives the valid split no share")])
 def test_preflight_of_one_thing(run, capsys, flags, message):
     code, said = check(capsys, *run[1], *flags)

@@ -1,6 +1,7 @@
 """Runs that stop early and go on, ranks that hang, saves and steps that fail."""
 
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import kills
 import pytest
@@ -28,7 +30,7 @@ from megatron_ebft.parallel import groups
 from megatron_ebft.run import loop, stopping
 from megatron_ebft.run.flags import parse_args
 from megatron_ebft.run.stopping import StopAsked, Stopper
-from megatron_ebft.run.watchdog import Report, diagnose
+from megatron_ebft.run.watchdog import Report, Watchdog, diagnose
 
 FLAGS = ["--train-iters", "6", "--save-interval", "4", "--eval-interval", "3"]
 
@@ -206,8 +208,11 @@ def test_the_deadline_knows_saves_of_earlier_processes(arguments, tmp_path, one_
 
 
 def test_a_step_that_is_not_finite_is_dumped_and_the_checkpoint_stays(arguments, tmp_path, one_rank, monkeypatch):
-    run, log = start(arguments(*FLAGS, "--train-iters", "3", "--save-interval", "2", "--save", str(tmp_path)))
-    original = method_step.update
+    """Even a checkpoint that was not whole when the step failed."""
+    run, log = start(arguments(*FLAGS, "--train-iters", "3", "--save-interval", "2", "--save", str(tmp_path),
+                               "--async-save"))
+    original, finished = method_step.update, Saver.finished
+    monkeypatch.setattr(Saver, "finished", lambda self, wait=False: finished(self, wait) if wait else None)
 
     def broken(optimizer, loss):
         if run.state.iteration == 2:
@@ -227,7 +232,9 @@ def test_a_step_that_is_not_finite_is_dumped_and_the_checkpoint_stays(arguments,
 HANGS = """
 import os, signal, sys, time
 import torch, torch.distributed as dist
+from megatron_ebft.common.signals import end_with_parent
 from megatron_ebft.run.watchdog import Watchdog
+end_with_parent()
 dist.init_process_group("gloo")
 timeout, patience, seconds = map(float, sys.argv[3:])
 watchdog = Watchdog(timeout)
@@ -270,19 +277,44 @@ def start_hanging(how: str, timeout: int, patience: int, seconds: int) -> list[s
 
 
 def test_who_is_to_blame():
-    def reports(**changes):
-        usual = {rank: Report(5, "train of step 2", f"node{rank}", "x.py:1 f", True, 90.0 + rank, 99.0)
+    def reports(count, **changes):
+        usual = {rank: Report(5, "train of step 2", f"node{rank}", "x.py:1 f", True, 10.0 - rank, count)
                  for rank in range(4)}
         for name, change in changes.items():
             usual[int(name[1:])] = replace(usual[int(name[1:])], **change)
         return usual
 
+    before = reports(7)
     cases = [
-        (reports(), "rank 0 on node0 was the first to stand still", 0),
-        (reports(_3=dict(is_waiting=False)), "rank 3 on node3 does not come to meet the others: in train of step 2, at "
-         "x.py:1 f, last moved 7 s ago. The others wait in train of step 2", 0),
-        (reports(_2=dict(number=4, phase="features of step 2")), "rank 2 on node2 is behind the others: in fea", 0),
-        (reports(_0=dict(reported=60.0, moved=50.0)), "rank 0 on node0 does not answer", 1)]
-    for reports_by_rank, text, speaker in cases:
-        said, by = diagnose(reports_by_rank, 100.0, 10.0)
+        (reports(9), "rank 0 on node0 was the first to stand still", 0),
+        (reports(9, _3=dict(is_waiting=False)), "rank 3 on node3 does not come to meet the others: in train of step 2, "
+         "at x.py:1 f, not moving for 7 s. The others wait in train of step 2", 0),
+        (reports(9, _2=dict(number=4, phase="features of step 2")), "rank 2 on node2 is behind the others: in fea", 0),
+        (reports(9, _0=dict(count=7)), "rank 0 on node0 does not answer", 1)]
+    for after, text, speaker in cases:
+        said, by = diagnose(before, after)
         assert text in said and by == speaker, said
+
+
+def test_a_clock_that_is_set_is_no_hang(monkeypatch):
+    """An hour forward: neither a rank's own patience nor what it reports depends on the wall clock."""
+    watchdog, written = Watchdog(timeout=10), {}
+    watchdog.rank, watchdog.store = 0, SimpleNamespace(set=written.__setitem__)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 3600)
+    monkeypatch.setattr(Watchdog, "_give_up", lambda self: pytest.fail("gave up"))
+    over = iter([False, True])
+    monkeypatch.setattr(watchdog, "_is_over", SimpleNamespace(wait=lambda _: next(over)))
+    watchdog.run()
+    assert json.loads(written["ebft/0"])["still"] < 60
+
+
+def test_a_job_that_was_suspended_goes_on(monkeypatch):
+    """Its ranks stood still for longer than the limit, and move again while one of them looks who is to blame."""
+    watchdog, written = Watchdog(timeout=10), {}
+    watchdog.rank, watchdog.world_size = 0, 1
+    watchdog.store = SimpleNamespace(set=written.__setitem__, get=written.__getitem__)
+    watchdog._report()
+    monkeypatch.setattr(time, "sleep", watchdog.move)
+    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("gave up"))
+    watchdog._give_up()

@@ -25,6 +25,8 @@ import time
 from pathlib import Path
 from unittest import mock
 
+from megatron_ebft.common.signals import end_with_parent
+
 TESTS = Path(__file__).parents[1]
 FOLDERS = [TESTS.parent, TESTS / "support", TESTS.parent / "tools", TESTS.parent / "tools" / "convert"]
 """Where a rank finds modules; a module of tests is looked for in all of tests/."""
@@ -172,6 +174,7 @@ def _store(port: str):
 
 
 def _with_output_in(log: str, target, args: tuple) -> None:
+    end_with_parent()  # the server ends when a test run is killed
     for stream in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), stream)
     sys.stdout.reconfigure(line_buffering=True)

@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_ebft.checkpointing.loader import load_weights
 from megatron_ebft.checkpointing.record import read_metadata
 from megatron_ebft.checkpointing.saver import Saver
+from megatron_ebft.common.signals import end_with_parent
 from megatron_ebft.model.architecture import ModelArgs
 from megatron_ebft.model.build import build_start
 from megatron_ebft.model.weights import unwrap
@@ -69,11 +70,15 @@ class TrainingRank:
 
     Args:
         pace: see paced.py.
+        stdout: file for its standard output; None: the same as for its errors, `output`.
+        has_launcher: the process is one that has started it and waits, as torchrun does.
     """
 
-    def __init__(self, flags: list[str], variables: dict[str, str], pace: Path | None):
+    def __init__(self, flags: list[str], variables: dict[str, str], pace: Path | None, stdout: str | None = None,
+                 has_launcher: bool = False):
         self._reader, writer = server().Pipe(duplex=False)
-        self._process = server().Process(target=_train, args=(flags, variables, pace and str(pace), writer))
+        self._process = server().Process(target=_launch if has_launcher else _train,
+                                         args=(flags, variables, pace and str(pace), writer, stdout))
         self._process.start()
         writer.close()  # so that the end of the process is the end of the pipe
         self.pid = self._process.pid
@@ -85,16 +90,29 @@ class TrainingRank:
         assert self._process.exitcode is not None, f"process {self.pid} hangs"
         return self._process.exitcode
 
+    def is_running(self) -> bool:
+        return self._process.is_alive()
+
     def kill(self) -> None:
         """SIGKILL, unless it has ended."""
         self._process.kill()
 
 
-def _train(flags: list[str], variables: dict[str, str], pace: str | None, writer) -> None:
+def _launch(flags: list[str], variables: dict[str, str], pace: str | None, writer, stdout: str | None) -> None:
+    if os.fork() == 0:
+        _train(flags, variables | {"TORCHELASTIC_RUN_ID": "test"}, pace, writer, stdout)
+    writer.close()
+    os.wait()
+
+
+def _train(flags: list[str], variables: dict[str, str], pace: str | None, writer, stdout: str | None) -> None:
+    end_with_parent()
     os.setsid()  # a process group of its own, so that a test can kill it with the processes that it has started
     for stream in (1, 2):
         os.dup2(writer.fileno(), stream)
     writer.close()
+    if stdout:
+        os.dup2(os.open(stdout, os.O_WRONLY), 1)
     sys.stdout.reconfigure(line_buffering=True)
     os.environ.update(variables)
     if pace:

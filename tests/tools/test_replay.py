@@ -255,12 +255,12 @@ def test_files_that_training_cannot_replay_are_refused(arguments, folder, tmp_pa
 
 
 def test_a_folder_that_cannot_be_written_is_named(arguments, tmp_path, one_rank, capsys):
-    """It ends the run, but does not hide why a step failed."""
+    """It neither ends the run nor hides why a step failed."""
     (tmp_path / "file").write_text("")
-    message = "--ebft-dump-steps .*step_0000001.safetensors: cannot be written"
+    message = "warning: --ebft-dump-steps .*step_0000001.safetensors: cannot be written"
     run = build_run(arguments("--ebft-dump-steps", str(tmp_path / "file")))
-    with pytest.raises(ValueError, match=message):
-        train_step(run, gold_batch(run, run.train_data, 0), PhaseTimer(), check=False)
+    train_step(run, gold_batch(run, run.train_data, 0), PhaseTimer(), check=False)
+    assert re.search(message, capsys.readouterr().out)
     with torch.no_grad():
         unwrap(run.encoder).decoder.layers[0].mlp.linear_fc1.weight[0, 0] = torch.nan
     with pytest.raises(StepFailed, match="not finite, stopped before the optimizer step"):

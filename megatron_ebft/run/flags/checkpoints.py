@@ -3,7 +3,8 @@
 from megatron_ebft.run.flags.flag import Flag, Group, at_least
 
 CHECKPOINTS = Group("checkpoints", (
-    Flag("--save", str, "folder for checkpoints", metavar="DIR"),
+    Flag("--save", str, "folder for checkpoints. A run that has saved there continues from it, bit for bit",
+         metavar="DIR"),
     Flag("--save-interval", int, "steps between checkpoints; the last step is always saved", default=100,
          valid=at_least(1)),
     Flag("--async-save", bool, "keep training while a checkpoint is written", default=False),
@@ -11,9 +12,9 @@ CHECKPOINTS = Group("checkpoints", (
          "resumed from an earlier step are removed, too", default=0, valid=at_least(0)),
     Flag("--save-retain-interval", int, "with --ebft-keep-checkpoints, also keep the checkpoints of every Nth step "
          "(0: none)", default=0, valid=at_least(0)),
-    Flag("--load", str, "checkpoint folder to resume from, bit for bit. If it is also --save and holds no checkpoint, "
-         "the run starts afresh. If it holds only weights (from tools/convert), the run starts from them",
-         metavar="DIR"),
+    Flag("--load", str, "checkpoint folder to resume from, until --save has a checkpoint. If it is also --save and "
+         "holds no checkpoint, the run starts afresh. If it holds only weights (from tools/convert), the run starts "
+         "from them", metavar="DIR"),
     Flag("--pretrained-checkpoint", str, "folder with the weights to start from, of a run or a converted model. The "
          "encoder gets the same weights unless --ebft-encoder-load is given", metavar="DIR"),
     Flag("--ebft-encoder-load", str, "folder with the encoder's weights, if they differ from the start (for a run that "
