@@ -68,8 +68,8 @@ def check_gpus(args) -> str:
     return f"{gpus} GPUs"
 
 
-def check_data(args, tokenizer, problems: Problems) -> None:
-    """Check each dataset by itself, then build all of them as training does."""
+def check_data(args, tokenizer, done, problems: Problems) -> None:
+    """Check each dataset by itself, then build all of them as training does from `done` on."""
     from megatron_ebft.data.dataset_files import check_dataset
     from megatron_ebft.data.datasets import Blend
     from megatron_ebft.run.build import build_data
@@ -83,7 +83,7 @@ def check_data(args, tokenizer, problems: Problems) -> None:
                     check_dataset(prefix, flag)
     if tokenizer is not None and len(problems) == before:
         with problems.collected():
-            build_data(args, tokenizer)
+            build_data(args, tokenizer, done)
 
 
 def check_checkpoints(args, is_resumed: bool, problems: Problems) -> dict:
@@ -176,7 +176,7 @@ def check_save(args, size: int) -> str:
 
 def check_run(args, problems: Problems) -> list[str]:
     """Check everything but GPUs. Returns phrases that describe the run."""
-    from megatron_ebft.checkpointing.record import read_metadata
+    from megatron_ebft.checkpointing.record import TrainState, read_metadata
     from megatron_ebft.data.tokenizer import build_tokenizer
     from megatron_ebft.run import build, configs, resume
 
@@ -199,7 +199,10 @@ def check_run(args, problems: Problems) -> list[str]:
     if not args.use_checkpoint_args or origin in readers or args.tokenizer_model:
         with problems.collected():
             tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, args.vocab_size)
-    check_data(args, tokenizer, problems)
+    saved, done = None, TrainState()
+    with problems.collected():
+        saved, done = resume.progress(args, readers["--load"].folder if "--load" in readers else None)
+    check_data(args, tokenizer, done, problems)
     size = 0
     if tokenizer is not None:
         for flag, reader in readers.items():
@@ -208,6 +211,9 @@ def check_run(args, problems: Problems) -> list[str]:
         with problems.collected():
             parameters, size = checkpoint_bytes(args, tokenizer.vocab_size)
             words.append(f"{parameters / 1e6:.4g} M parameters")
+        with problems.collected():
+            if are_ranges_right and saved is not None:
+                resume.check_flags(saved, args, configs.model_args(args, tokenizer.vocab_size))
         with problems.collected():
             if are_ranges_right and (args.training_mode == "ebft" or args.ebft_encoder_load):
                 configs.ebft_config(args, configs.model_args(args, tokenizer.vocab_size).num_layers)
