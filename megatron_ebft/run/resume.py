@@ -21,8 +21,8 @@ INITIAL_WEIGHTS = ("seed", "init_method_std", "make_vocab_size_divisible_by", "t
                    "pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank",
                    "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers", "transformer_impl")
 """What decides the weights of a run that starts from the seed, besides its architecture."""
-UNTOLD = ("ebft_stop_file", "exit_duration_in_mins", "tokenizer_model")
-"""Flags that every start of a job script sets anew, and a path whose contents are compared."""
+UNTOLD = ("ebft_stop_file", "exit_duration_in_mins", "load", "tokenizer_model")
+"""Flags that every start of a job script sets anew, and paths that the log names or whose contents are compared."""
 
 
 def find_resume(args) -> bool:
