@@ -45,6 +45,10 @@ def model_args(args: argparse.Namespace, vocab_size: int) -> ModelArgs:
         num_query_groups=groups, kv_channels=args.kv_channels or hidden // heads, vocab_size=vocab_size,
         padded_vocab_size=math.ceil(vocab_size / multiple) * multiple,
         max_position_embeddings=args.max_position_embeddings or args.seq_length)
+    rotated = int(derived["kv_channels"] * args.rotary_percent)
+    if args.position_embedding_type == "rope" and (rotated < 2 or rotated % 2):
+        raise ValueError(f"--rotary-percent {args.rotary_percent}: rotates {rotated} of the {derived['kv_channels']} "
+                         "dimensions of a head (--kv-channels); this must be an even number, and at least 2")
     for flag, value in (("num-attention-heads", heads), ("num-query-groups", groups),
                         ("ffn-hidden-size", derived["ffn_hidden_size"])):
         if value % args.tensor_model_parallel_size:

@@ -89,8 +89,8 @@ def test_another_schedule_needs_a_word(trained):
     flags = ["--train-iters", "4", "--lr-decay-style", "linear"]
     trained(*flags, stop=1)
     flags = ["--train-iters", "4", "--lr-decay-style", "cosine", "--min-lr", "2e-3"]
-    with pytest.raises(ValueError, match="^--min-lr 0.002, --lr-decay-style cosine: --load .* was trained with --min-lr "
-                                         "0.001, --lr-decay-style linear: .*--override-opt-param-scheduler takes"):
+    with pytest.raises(ValueError, match="^--min-lr 0.002, --lr-decay-style cosine: --load .* was trained with "
+                                         "--min-lr 0.001, --lr-decay-style linear: .*--override-opt-param-scheduler"):
         trained(*flags)
     flags += ["--use-checkpoint-opt-param-scheduler"]
     rates = trained(*flags, stop=2)[1]
