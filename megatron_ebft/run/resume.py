@@ -49,12 +49,15 @@ def progress(args, folder: str | None) -> tuple[dict | None, TrainState]:
     """The metadata and the progress of the checkpoint to resume from; None and no progress without one.
 
     Raises:
-        ValueError: it has come further than --train-iters.
+        ValueError: it has another --training-mode, or has come further than --train-iters.
     """
     if folder is None:
         return None, TrainState()
     record = read_record(folder, "--load")
-    state = TrainState(**record["train_state"])
+    state, mode = TrainState(**record["train_state"]), record["metadata"]["arguments"]["training_mode"]
+    if args.training_mode != mode:
+        raise ValueError(f"--load {args.load}: was saved by --training-mode {mode}; to start {args.training_mode} from "
+                         "its weights, give it as --pretrained-checkpoint")
     if state.iteration > args.train_iters:
         raise ValueError(f"--train-iters {args.train_iters}: --load {args.load} is at step {state.iteration} already")
     return record["metadata"], state
@@ -92,13 +95,10 @@ def check_flags(saved: dict, args, architecture: ModelArgs) -> None:
         saved: its metadata.
 
     Raises:
-        ValueError: another mode, model or schedule, or an encoder that cannot be compared with the recorded one; names
+        ValueError: another model or schedule, or an encoder that cannot be compared with the recorded one; names
             each flag.
     """
     then = saved["arguments"]
-    if args.training_mode != then["training_mode"]:
-        raise ValueError(f"--load {args.load}: was saved by --training-mode {then['training_mode']}; to start "
-                         f"{args.training_mode} from its weights, give it as --pretrained-checkpoint")
     fields = fixed_fields(architecture)
     _refuse_changes(args, {name: saved["architecture"].get(name) for name in fields}, fields,
                     "its model differs; give the recorded flags, or --use-checkpoint-args")
