@@ -11,7 +11,7 @@ from megatron_ebft.data.datasets import build_datasets
 from megatron_ebft.data.tokenizer import build_tokenizer
 from megatron_ebft.model.architecture import ModelArgs
 from megatron_ebft.parallel.groups import document_size
-from megatron_ebft.run.configs import ebft_config, model_args, policy_overrides, virtual_stages
+from megatron_ebft.run.configs import check_memory, ebft_config, model_args, policy_overrides, virtual_stages
 from megatron_ebft.run.learning_rate import rows_of_run
 from megatron_ebft.run.models import Models, Source, build_models, build_optimizer, fixed_fields
 from megatron_ebft.run.resume import (
@@ -80,6 +80,7 @@ def _tokenizer_and_architecture(args, resume: str | None) -> tuple:
         if folder:
             check_tokenizer(read_metadata(folder, flag=flag), tokenizer, flag)
     architecture = model_args(args, tokenizer.vocab_size)
+    check_memory(args, architecture)
     if args.seq_length > architecture.max_position_embeddings:
         raise ValueError(f"--seq-length {args.seq_length}: longer than --max-position-embeddings "
                          f"{architecture.max_position_embeddings}")

@@ -12,11 +12,12 @@ import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 
+from megatron_ebft.common.device import memory_bytes
 from megatron_ebft.layout.strided import ROW_SIZES, StridedLayout
 from megatron_ebft.method.config import EBFTConfig
 from megatron_ebft.method.features import FeatureMap
 from megatron_ebft.model import flex_attention, kernels
-from megatron_ebft.model.architecture import ModelArgs, feature_layers, split_layers
+from megatron_ebft.model.architecture import ModelArgs, feature_layers, matrix_elements, split_layers
 from megatron_ebft.model.fp8 import FP8
 from megatron_ebft.model.fp8_sizes import BLOCK, ROWS
 from megatron_ebft.rollout.sampler import SamplingConfig
@@ -64,6 +65,22 @@ def model_args(args: argparse.Namespace, vocab_size: int) -> ModelArgs:
     architecture = ModelArgs(**flags, **derived)
     check_fp8_sizes(args, architecture)
     return architecture
+
+
+def check_memory(args: argparse.Namespace, architecture: ModelArgs) -> None:
+    """ValueError if the policy's weights alone, shared out evenly, are larger than a rank's memory.
+
+    Such a model would fail after minutes, in the middle of its construction.
+    """
+    ranks = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    needed = matrix_elements(architecture) / ranks * _dtype(args).itemsize
+    if needed > memory_bytes():
+        sizes = " ".join(f"{spelled(name)} {vars(architecture)[name]}" for name in (
+            "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels",
+            "max_position_embeddings"))
+        raise ValueError(f"{sizes}, {architecture.padded_vocab_size} token ids: the weights take {needed / 1e9:.3g} GB "
+                         f"on each rank, which has {memory_bytes() / 1e9:.3g} GB: correct the sizes, or raise "
+                         "--tensor-model-parallel-size or --pipeline-model-parallel-size")
 
 
 def _dtype(args: argparse.Namespace) -> torch.dtype:

@@ -135,7 +135,7 @@ def _number(data: bytes, draw: Random, first: int) -> bytes:
 def _json(data: bytes, draw: Random) -> bytes:
     """A JSON value with one part replaced, removed, added or nested too deeply."""
     root = [json.loads(data)]
-    parent, key = draw.choice(list(_places(root)))
+    parent, key = _place(draw, root)
     how = draw.choice(["replace", "replace", "replace", "remove", "add", "deep"])
     if how == "deep":
         parent[key] = "DEEP"
@@ -150,10 +150,9 @@ def _json(data: bytes, draw: Random) -> bytes:
     return json.dumps(root[0]).encode()
 
 
-def _places(parent):
-    """(container, key) of every value below `parent`, which itself has a key of its own."""
-    for key in range(len(parent)) if isinstance(parent, list) else list(parent):
-        yield parent, key
-        if isinstance(parent[key], list | dict):
-            yield from _places(parent[key])
-
+def _place(draw: Random, parent) -> tuple:
+    """(container, key) of a value at any depth below `parent`, which is not empty."""
+    key = draw.choice(range(len(parent)) if isinstance(parent, list) else sorted(parent))
+    if isinstance(parent[key], list | dict) and parent[key] and draw.random() < 0.7:
+        return _place(draw, parent[key])
+    return parent, key
