@@ -187,8 +187,9 @@ def check_run(args, problems: Problems) -> list[str]:
     are_ranges_right = not problems
     with problems.collected():
         check_args(args)
-    with problems.collected(), rank_zero(args.world_size, configs.parallel_sizes(args)):
-        build.check_batch(args)
+    if are_ranges_right:
+        with problems.collected(), rank_zero(args.world_size, configs.parallel_sizes(args)):
+            build.check_batch(args)
     with problems.collected():
         is_resumed = resume.find_resume(args)
     readers = check_checkpoints(args, is_resumed, problems)
@@ -202,20 +203,21 @@ def check_run(args, problems: Problems) -> list[str]:
     saved, done = None, TrainState()
     with problems.collected():
         saved, done = resume.progress(args, readers["--load"].folder if "--load" in readers else None)
-    check_data(args, tokenizer, done, problems)
+    check_data(args, tokenizer if are_ranges_right else None, done, problems)
     size = 0
     if tokenizer is not None:
         for flag, reader in readers.items():
             with problems.collected():
                 resume.check_tokenizer(read_metadata(reader.folder, flag=flag), tokenizer, flag)
+    if tokenizer is not None and are_ranges_right:
         with problems.collected():
             parameters, size = checkpoint_bytes(args, tokenizer.vocab_size)
             words.append(f"{parameters / 1e6:.4g} M parameters")
         with problems.collected():
-            if are_ranges_right and saved is not None:
+            if saved is not None:
                 resume.check_flags(saved, args, configs.model_args(args, tokenizer.vocab_size))
         with problems.collected():
-            if are_ranges_right and (args.training_mode == "ebft" or args.ebft_encoder_load):
+            if args.training_mode == "ebft" or args.ebft_encoder_load:
                 configs.ebft_config(args, configs.model_args(args, tokenizer.vocab_size).num_layers)
     with problems.collected():
         words.append(check_save(args, size))

@@ -11,7 +11,14 @@ from megatron_ebft.data.datasets import build_datasets
 from megatron_ebft.data.tokenizer import build_tokenizer
 from megatron_ebft.model.architecture import ModelArgs
 from megatron_ebft.parallel.groups import document_size
-from megatron_ebft.run.configs import check_memory, ebft_config, model_args, policy_overrides, virtual_stages
+from megatron_ebft.run.configs import (
+    check_memory,
+    check_rollouts,
+    ebft_config,
+    model_args,
+    policy_overrides,
+    virtual_stages,
+)
 from megatron_ebft.run.learning_rate import rows_of_run
 from megatron_ebft.run.models import Models, Source, build_models, build_optimizer, fixed_fields
 from megatron_ebft.run.resume import (
@@ -47,6 +54,8 @@ def build_run(args: argparse.Namespace) -> Run:
         check_flags(saved, args, architecture)
     wants_encoder = args.training_mode == "ebft" or args.ebft_encoder_load is not None
     config = ebft_config(args, architecture.num_layers) if wants_encoder else None
+    if args.training_mode == "ebft":
+        check_rollouts(args, architecture, config.layout)
     policy_overrides(args)  # refuses FP8 that cannot run, before data are read
     train_data, valid_data = build_data(args, tokenizer, state)
     if args.ebft_replay_steps:

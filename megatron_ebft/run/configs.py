@@ -83,6 +83,18 @@ def check_memory(args: argparse.Namespace, architecture: ModelArgs) -> None:
                          "--tensor-model-parallel-size or --pipeline-model-parallel-size")
 
 
+def check_rollouts(args: argparse.Namespace, architecture: ModelArgs, layout: StridedLayout) -> None:
+    """ValueError if the keys and values of one row's rollouts alone are larger than a rank's memory."""
+    ranks = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    in_a_token = 2 * architecture.num_layers * architecture.num_query_groups * architecture.kv_channels / ranks
+    rollouts = layout.num_blocks * layout.num_samples
+    needed = rollouts * (8 * layout.rollout_length + (layout.rollout_length - 1) * in_a_token * _dtype(args).itemsize)
+    if needed > memory_bytes():
+        raise ValueError(f"--ebft-num-samples {args.ebft_num_samples}: the {rollouts} rollouts of a row take "
+                         f"{needed / 1e9:.3g} GB on each rank, which has {memory_bytes() / 1e9:.3g} GB: lower it, "
+                         "or raise --ebft-stride or --ebft-sample-parallel-size")
+
+
 def _dtype(args: argparse.Namespace) -> torch.dtype:
     """The dtype of weights and activations."""
     return torch.bfloat16 if args.bf16 else torch.float32

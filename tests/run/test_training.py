@@ -255,6 +255,7 @@ def test_the_first_step_notices_a_sampler_that_is_not_the_trainer(arguments, tmp
     (["--tensor-model-parallel-size", "3"], "--num-attention-heads 4: must be a multiple of --tensor-model-parallel"),
     (["--kv-channels", "7"], r"--rotary-percent 1.0: rotates 7 of the 7 dimensions of a head \(--kv-channels\)"),
     (["--num-layers", "2147483647"], "--num-layers 2147483647 --hidden-size 32 .* on each rank, which has"),
+    (["--ebft-num-samples", "2147483647"], "--ebft-num-samples 2147483647: the .* rollouts of a row take"),
     (["--rotary-percent", "0.2"], "--rotary-percent 0.2: rotates 1 of the 8 dimensions of a head"),
     (["--tensor-model-parallel-size", "16", "--sequence-parallel"], "--seq-length 24: with --sequence-parallel"),
     (["--pipeline-model-parallel-size", "3"], "--num-layers 4: cannot be split evenly"),
