@@ -25,6 +25,7 @@ import warnings
 
 from megatron_ebft.run.flags.checks import check_args
 from megatron_ebft.run.flags.flag import Flag, Group, at_least
+from megatron_ebft.run.flags.parallelism import PARALLELISM
 from megatron_ebft.run.flags.parser import Parser
 from megatron_ebft.run.flags.table import FLAGS
 
@@ -184,10 +185,10 @@ def check_run(args, problems: Problems) -> list[str]:
     for flag in FLAGS.values():
         with problems.collected():
             flag.check(vars(args)[flag.dest])
-    are_ranges_right = not problems
+    wrong = {flag.dest for flag in FLAGS.values() if flag.out_of_range(vars(args)[flag.dest])}
     with problems.collected():
         check_args(args)
-    if are_ranges_right:
+    if not wrong & {*PARALLELISM.dests, "seed", "micro_batch_size", "global_batch_size"}:
         with problems.collected(), rank_zero(args.world_size, configs.parallel_sizes(args)):
             build.check_batch(args)
     with problems.collected():
@@ -203,13 +204,13 @@ def check_run(args, problems: Problems) -> list[str]:
     saved, done = None, TrainState()
     with problems.collected():
         saved, done = resume.progress(args, readers["--load"].folder if "--load" in readers else None)
-    check_data(args, tokenizer if are_ranges_right else None, done, problems)
+    check_data(args, None if wrong else tokenizer, done, problems)
     size = 0
     if tokenizer is not None:
         for flag, reader in readers.items():
             with problems.collected():
                 resume.check_tokenizer(read_metadata(reader.folder, flag=flag), tokenizer, flag)
-    if tokenizer is not None and are_ranges_right:
+    if tokenizer is not None and not wrong:
         with problems.collected():
             parameters, size = checkpoint_bytes(args, tokenizer.vocab_size)
             words.append(f"{parameters / 1e6:.4g} M parameters")
