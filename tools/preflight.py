@@ -24,6 +24,7 @@ import warnings
 
 from megatron_ebft.run.flags.checks import check_args
 from megatron_ebft.run.flags.flag import Flag, Group, at_least
+from megatron_ebft.run.flags.parallelism import PARALLELISM
 from megatron_ebft.run.flags.parser import Parser
 from megatron_ebft.run.flags.table import FLAGS
 
@@ -67,8 +68,8 @@ def check_gpus(args) -> str:
     return f"{gpus} GPUs"
 
 
-def check_data(args, tokenizer, problems: Problems) -> None:
-    """Check each dataset by itself, then build all of them as training does."""
+def check_data(args, tokenizer, done, problems: Problems) -> None:
+    """Check each dataset by itself, then build all of them as training does from `done` on."""
     from megatron_ebft.data.dataset_files import check_dataset
     from megatron_ebft.data.datasets import Blend
     from megatron_ebft.run.build import build_data
@@ -82,7 +83,7 @@ def check_data(args, tokenizer, problems: Problems) -> None:
                     check_dataset(prefix, flag)
     if tokenizer is not None and len(problems) == before:
         with problems.collected():
-            build_data(args, tokenizer)
+            build_data(args, tokenizer, done)
 
 
 def check_checkpoints(args, is_resumed: bool, problems: Problems) -> dict:
@@ -168,7 +169,7 @@ def check_save(args, size: int) -> str:
 
 def check_run(args, problems: Problems) -> list[str]:
     """Check everything but GPUs. Returns phrases that describe the run."""
-    from megatron_ebft.checkpointing.record import read_metadata
+    from megatron_ebft.checkpointing.record import TrainState, read_metadata
     from megatron_ebft.data.tokenizer import build_tokenizer
     from megatron_ebft.run import build, configs, folders, resume
 
@@ -176,11 +177,12 @@ def check_run(args, problems: Problems) -> list[str]:
     for flag in FLAGS.values():
         with problems.collected():
             flag.check(vars(args)[flag.dest])
-    are_ranges_right = not problems
+    wrong = {flag.dest for flag in FLAGS.values() if flag.out_of_range(vars(args)[flag.dest])}
     with problems.collected():
         check_args(args)
-    with problems.collected(), rank_zero(args.world_size, configs.parallel_sizes(args)):
-        build.check_batch(args)
+    if not wrong & {*PARALLELISM.dests, "seed", "micro_batch_size", "global_batch_size"}:
+        with problems.collected(), rank_zero(args.world_size, configs.parallel_sizes(args)):
+            build.check_batch(args)
     with problems.collected():
         folders.check_folders(args)
     with problems.collected():
@@ -193,17 +195,24 @@ def check_run(args, problems: Problems) -> list[str]:
     if not args.use_checkpoint_args or origin in readers or args.tokenizer_model:
         with problems.collected():
             tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, args.vocab_size)
-    check_data(args, tokenizer, problems)
+    saved, done = None, TrainState()
+    with problems.collected():
+        saved, done = resume.progress(args, readers["--load"].folder if "--load" in readers else None)
+    check_data(args, None if wrong else tokenizer, done, problems)
     size = 0
     if tokenizer is not None:
         for flag, reader in readers.items():
             with problems.collected():
                 resume.check_tokenizer(read_metadata(reader.folder, flag=flag), tokenizer, flag)
+    if tokenizer is not None and not wrong:
         with problems.collected():
             parameters, size = checkpoint_bytes(args, tokenizer.vocab_size)
             words.append(f"{parameters / 1e6:.4g} M parameters")
         with problems.collected():
-            if are_ranges_right and (args.training_mode == "ebft" or args.ebft_encoder_load):
+            if saved is not None:
+                resume.check_flags(saved, args, configs.model_args(args, tokenizer.vocab_size))
+        with problems.collected():
+            if args.training_mode == "ebft" or args.ebft_encoder_load:
                 configs.ebft_config(args, configs.model_args(args, tokenizer.vocab_size).num_layers)
     with problems.collected():
         words.append(check_save(args, size))

@@ -30,12 +30,13 @@ def sharded_optimizer_state(optimizer, weights: dict, is_loading: bool = False) 
 
 
 def load_optimizer_state(optimizer, loaded: dict, keep_lr: bool) -> None:
-    """optimizer.load_state_dict, with two things mended.
+    """optimizer.load_state_dict, with three things mended.
 
     1. The step count of torch's Adam. Megatron-Core drops a count of 0 (plain optimizers). For the distributed
        optimizer it takes the count from the groups, one tensor for all parameters, and then misses it among the
        parameters' tensors; torch would add to the shared tensor once per parameter.
     2. The learning-rate bounds of the groups. 0.16 always lets the saved ones win, 0.19 fails.
+    3. β and ε. torch lets the saved ones win, whatever the flags of this run say.
 
     Args:
         keep_lr: the present bounds win (--override-opt-param-scheduler), not the saved ones.
@@ -53,6 +54,7 @@ def load_optimizer_state(optimizer, loaded: dict, keep_lr: bool) -> None:
         own = groups[tuple(map(group.get, kind))]
         winner, loser = (own, group) if keep_lr else (group, own)
         loser.update({bound: winner[bound] for bound in ("max_lr", "min_lr")})
+        group.update({name: own[name] for name in ("betas", "eps")})
     parameter_state = loaded.pop("param_state", None)
     optimizer.load_state_dict(loaded)
     states = [(inner.optimizer.state[parameter], group)

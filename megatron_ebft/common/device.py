@@ -35,6 +35,13 @@ def backend() -> str:
     return "nccl" if have_gpu() else "gloo"
 
 
+def memory_bytes() -> int:
+    """All memory of this rank's GPU, or of this machine without one."""
+    if have_gpu():
+        return torch.cuda.get_device_properties(device()).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def temporary_elements() -> int:
     """Largest size of a temporary tensor over the vocabulary: about a CPU's cache, or 0.5 GB in float32 on a GPU."""
     return 1 << 27 if have_gpu() else 1 << 19

@@ -42,6 +42,16 @@ class ModelArgs:
     init_method_std: float = 0.02
 
 
+def matrix_elements(args: ModelArgs) -> int:
+    """Number of weights in all matrices of the model."""
+    attention = 2 * args.hidden_size * args.kv_channels * (args.num_attention_heads + args.num_query_groups)
+    mlp = (3 if args.swiglu else 2) * args.hidden_size * args.ffn_hidden_size
+    tables = args.padded_vocab_size * (2 if args.untie_embeddings_and_output_weights else 1)
+    if args.position_embedding_type == "learned_absolute":
+        tables += args.max_position_embeddings
+    return args.num_layers * (attention + mlp) + tables * args.hidden_size
+
+
 def free_fields(architecture: dict) -> set[str]:
     """Fields in which a model may differ from the checkpoint that it takes its weights from.
 

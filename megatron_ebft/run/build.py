@@ -5,21 +5,31 @@ import dataclasses
 
 from megatron_ebft.checkpointing.fingerprint import weights_fingerprint
 from megatron_ebft.checkpointing.loader import load_checkpoint, newest_whole
-from megatron_ebft.checkpointing.record import TrainState, read_metadata, read_record
+from megatron_ebft.checkpointing.record import TrainState, read_metadata
 from megatron_ebft.data.datasets import build_datasets
 from megatron_ebft.data.tokenizer import build_tokenizer
 from megatron_ebft.model.architecture import ModelArgs
 from megatron_ebft.parallel.groups import document_size
-from megatron_ebft.run.configs import ebft_config, model_args, policy_overrides, virtual_stages
+from megatron_ebft.run.configs import (
+    check_memory,
+    check_rollouts,
+    ebft_config,
+    model_args,
+    policy_overrides,
+    virtual_stages,
+)
 from megatron_ebft.run.folders import tensorboard_folder
+from megatron_ebft.run.learning_rate import rows_of_run
 from megatron_ebft.run.models import Models, Source, build_models, build_optimizer, fixed_fields
 from megatron_ebft.run.resume import (
     beginning,
     changed_flags,
+    check_flags,
     check_origins,
     check_tokenizer,
     find_resume,
     gather_companions,
+    progress,
     restore_architecture,
 )
 from megatron_ebft.run.state import Run
@@ -41,13 +51,17 @@ def build_run(args: argparse.Namespace) -> Run:
     if args.use_checkpoint_args:
         restore_architecture(args, *origin)
     tokenizer, architecture = _tokenizer_and_architecture(args, resume)
+    saved, state = progress(args, resume)
+    if saved is not None:
+        check_flags(saved, args, architecture)
     wants_encoder = args.training_mode == "ebft" or args.ebft_encoder_load is not None
     config = ebft_config(args, architecture.num_layers) if wants_encoder else None
+    if args.training_mode == "ebft":
+        check_rollouts(args, architecture, config.layout)
     policy_overrides(args)  # refuses FP8 that cannot run, before data are read
-    train_data, valid_data = build_data(args, tokenizer)
+    train_data, valid_data = build_data(args, tokenizer, state)
     if args.ebft_replay_steps:
-        done = read_record(resume, "--load")["train_state"]["iteration"] if resume else 0
-        check_replay(args, done, tokenizer.vocab_size)
+        check_replay(args, state.iteration, tokenizer.vocab_size)
 
     pretrained, encoder = args.pretrained_checkpoint, args.ebft_encoder_load
     models = build_models(
@@ -55,18 +69,14 @@ def build_run(args: argparse.Namespace) -> Run:
         policy_from=Source("--pretrained-checkpoint", pretrained) if pretrained else None,
         encoder_from=Source("--ebft-encoder-load", encoder) if encoder else None,
         has_start=args.training_mode == "ebft" and bool(args.ebft_kl_coef or args.ebft_track_kl))
-    optimizer, scheduler = build_optimizer(args, models.policy)
+    optimizer, scheduler = build_optimizer(args, models.policy, state)
     companions = gather_companions(args, *origin)
-    metadata, state = _metadata(args, architecture, tokenizer, models) | {"beginning": began}, TrainState()
+    metadata = _metadata(args, architecture, tokenizer, models) | {"beginning": began}
     if resume:
-        saved = read_metadata(resume)
         check_origins(saved, metadata, args)
         state, _ = load_checkpoint(resume, models.policy, optimizer, scheduler, architecture=fixed_fields(architecture),
                                    is_whole=True)
         metadata["changed"] = changed_flags(saved["arguments"], vars(args))
-        if state.iteration > args.train_iters:
-            raise ValueError(f"--train-iters {args.train_iters}: --load {args.load} is at step {state.iteration} "
-                             "already")
     return Run(mode=args.training_mode, policy=models.policy, encoder=models.encoder, start=models.start,
                optimizer=optimizer, scheduler=scheduler, config=config, train_data=train_data, valid_data=valid_data,
                tokenizer=tokenizer, args=args, metadata=metadata, state=state, companions=companions,
@@ -81,6 +91,7 @@ def _tokenizer_and_architecture(args, resume: str | None) -> tuple:
         if folder:
             check_tokenizer(read_metadata(folder, flag=flag), tokenizer, flag)
     architecture = model_args(args, tokenizer.vocab_size)
+    check_memory(args, architecture)
     if args.seq_length > architecture.max_position_embeddings:
         raise ValueError(f"--seq-length {args.seq_length}: longer than --max-position-embeddings "
                          f"{architecture.max_position_embeddings}")
@@ -112,11 +123,11 @@ def check_batch(args) -> None:
                          f"{args.global_batch_size} makes {micro_batches}")
 
 
-def build_data(args, tokenizer):
-    """The training and validation datasets the flags ask for; ValueError as build_datasets."""
+def build_data(args, tokenizer, done: TrainState):
+    """The training and validation datasets of a run that has come to `done`; ValueError as build_datasets."""
     eval_rows = args.eval_iters * args.global_batch_size if args.eval_interval else 0
     train_data, valid_data, _ = build_datasets(
-        seq_length=args.seq_length, seed=args.seed, sizes=[args.train_iters * args.global_batch_size, eval_rows, 0],
+        seq_length=args.seq_length, seed=args.seed, sizes=[rows_of_run(args, done), eval_rows, 0],
         tokenizer=tokenizer, data_path=args.data_path, split=args.split, train_data_path=args.train_data_path,
         valid_data_path=args.valid_data_path if eval_rows else None, test_data_path=None,
         data_cache_path=args.data_cache_path, need_answers=args.ebft_answer_only,

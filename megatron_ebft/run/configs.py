@@ -12,12 +12,12 @@ import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 
-from megatron_ebft.common.device import have_gpu
+from megatron_ebft.common.device import have_gpu, memory_bytes
 from megatron_ebft.layout.strided import ROW_SIZES, StridedLayout
 from megatron_ebft.method.config import EBFTConfig
 from megatron_ebft.method.features import FeatureMap
 from megatron_ebft.model import flex_attention, kernels
-from megatron_ebft.model.architecture import ModelArgs, feature_layers, split_layers
+from megatron_ebft.model.architecture import ModelArgs, feature_layers, matrix_elements, split_layers
 from megatron_ebft.model.fp8 import FP8
 from megatron_ebft.model.fp8_sizes import BLOCK, ROWS
 from megatron_ebft.rollout.sampler import SamplingConfig
@@ -46,6 +46,10 @@ def model_args(args: argparse.Namespace, vocab_size: int) -> ModelArgs:
         num_query_groups=groups, kv_channels=args.kv_channels or hidden // heads, vocab_size=vocab_size,
         padded_vocab_size=math.ceil(vocab_size / multiple) * multiple,
         max_position_embeddings=args.max_position_embeddings or args.seq_length)
+    rotated = int(derived["kv_channels"] * args.rotary_percent)
+    if args.position_embedding_type == "rope" and (rotated < 2 or rotated % 2):
+        raise ValueError(f"--rotary-percent {args.rotary_percent}: rotates {rotated} of the {derived['kv_channels']} "
+                         "dimensions of a head (--kv-channels); this must be an even number, and at least 2")
     for flag, value in (("num-attention-heads", heads), ("num-query-groups", groups),
                         ("ffn-hidden-size", derived["ffn_hidden_size"])):
         if value % args.tensor_model_parallel_size:
@@ -61,6 +65,34 @@ def model_args(args: argparse.Namespace, vocab_size: int) -> ModelArgs:
     architecture = ModelArgs(**flags, **derived)
     check_fp8_sizes(args, architecture)
     return architecture
+
+
+def check_memory(args: argparse.Namespace, architecture: ModelArgs) -> None:
+    """ValueError if the policy's weights alone, shared out evenly, are larger than a rank's memory.
+
+    Such a model would fail after minutes, in the middle of its construction.
+    """
+    ranks = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    needed = matrix_elements(architecture) / ranks * _dtype(args).itemsize
+    if needed > memory_bytes():
+        sizes = " ".join(f"{spelled(name)} {vars(architecture)[name]}" for name in (
+            "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels",
+            "max_position_embeddings"))
+        raise ValueError(f"{sizes}, {architecture.padded_vocab_size} token ids: the weights take {needed / 1e9:.3g} GB "
+                         f"on each rank, which has {memory_bytes() / 1e9:.3g} GB: correct the sizes, or raise "
+                         "--tensor-model-parallel-size or --pipeline-model-parallel-size")
+
+
+def check_rollouts(args: argparse.Namespace, architecture: ModelArgs, layout: StridedLayout) -> None:
+    """ValueError if the keys and values of one row's rollouts alone are larger than a rank's memory."""
+    ranks = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    in_a_token = 2 * architecture.num_layers * architecture.num_query_groups * architecture.kv_channels / ranks
+    rollouts = layout.num_blocks * layout.num_samples
+    needed = rollouts * (8 * layout.rollout_length + (layout.rollout_length - 1) * in_a_token * _dtype(args).itemsize)
+    if needed > memory_bytes():
+        raise ValueError(f"--ebft-num-samples {args.ebft_num_samples}: the {rollouts} rollouts of a row take "
+                         f"{needed / 1e9:.3g} GB on each rank, which has {memory_bytes() / 1e9:.3g} GB: lower it, "
+                         "or raise --ebft-stride or --ebft-sample-parallel-size")
 
 
 def _dtype(args: argparse.Namespace) -> torch.dtype:

@@ -51,5 +51,7 @@ def describe(run: Run) -> str:
         lines.append(f"documents and rollouts are those of the steps in {args.ebft_replay_steps}")
     if run.state.iteration:
         changed = f", with other flags: {', '.join(run.metadata['changed'])}" if run.metadata["changed"] else ""
-        lines.append(f"continues {run.args.load} after step {run.state.iteration}{changed}")
+        decay = "" if args.lr_decay_style == "constant" else (
+            f"; {args.lr_decay_style} decay to --min-lr {args.min_lr:g} at step {args.train_iters}")
+        lines.append(f"continues {run.args.load} after step {run.state.iteration}{changed}{decay}")
     return "\n".join(lines)

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_ebft.checkpointing.loader import load_weights
+from megatron_ebft.checkpointing.record import TrainState
 from megatron_ebft.method.config import EBFTConfig
 from megatron_ebft.model.architecture import ModelArgs, free_fields
 from megatron_ebft.model.build import build_encoder, build_policy, build_start
 from megatron_ebft.model.weights import copy_weights
 from megatron_ebft.run.configs import ddp_config, optimizer_config, policy_overrides, transformer_overrides
+from megatron_ebft.run.learning_rate import Schedule
 
 
 @dataclass(kw_only=True)
@@ -85,13 +86,7 @@ def build_models(args: argparse.Namespace, architecture: ModelArgs, config: EBFT
     return models
 
 
-def build_optimizer(args: argparse.Namespace, policy: list) -> tuple:
-    """AdamW, and its schedule of warm-up and decay, which counts rows as Megatron's does."""
+def build_optimizer(args: argparse.Namespace, policy: list, done: TrainState = TrainState()) -> tuple:
+    """AdamW and its learning rate, for a run that has come to `done`."""
     optimizer = get_megatron_optimizer(optimizer_config(args), policy)
-    rows = args.train_iters * args.global_batch_size
-    return optimizer, OptimizerParamScheduler(
-        optimizer, init_lr=0.0, max_lr=args.lr, min_lr=min(args.min_lr, args.lr),
-        lr_warmup_steps=int(args.lr_warmup_fraction * rows), lr_decay_steps=rows, lr_decay_style=args.lr_decay_style,
-        start_wd=args.weight_decay, end_wd=args.weight_decay, wd_incr_steps=rows, wd_incr_style="constant",
-        use_checkpoint_opt_param_scheduler=args.use_checkpoint_opt_param_scheduler,
-        override_opt_param_scheduler=args.override_opt_param_scheduler)
+    return optimizer, Schedule(optimizer, args, done)

@@ -13,9 +13,20 @@ import os
 
 from megatron_ebft.checkpointing.companions import COMPANIONS, SENTENCEPIECE, TOKENIZER_FILES, read_companions
 from megatron_ebft.checkpointing.folders import POINTER, RECORD, complete_iterations, resolve
-from megatron_ebft.checkpointing.record import first_readable, read_metadata
-from megatron_ebft.model.architecture import free_fields
+from megatron_ebft.checkpointing.record import TrainState, first_readable, read_metadata, read_record
+from megatron_ebft.model.architecture import ModelArgs, feature_layers, free_fields
 from megatron_ebft.run.flags.flag import spelled
+from megatron_ebft.run.flags.parser import as_argv
+from megatron_ebft.run.models import fixed_fields
+
+SCHEDULE = ("lr", "min_lr", "lr_decay_style", "lr_warmup_fraction", "weight_decay")
+"""Flags of the learning-rate schedule. Its end, --train-iters, may change."""
+INITIAL_WEIGHTS = ("seed", "init_method_std", "make_vocab_size_divisible_by", "tensor_model_parallel_size",
+                   "pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank",
+                   "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers", "transformer_impl")
+"""What decides the weights of a run that starts from the seed, besides its architecture."""
+UNTOLD = ("ebft_stop_file", "exit_duration_in_mins", "load", "tokenizer_model")
+"""Flags that every start of a job script sets anew, and paths that the log names or whose contents are compared."""
 
 
 def find_resume(args) -> bool:
@@ -79,6 +90,24 @@ def _find_beginning(args) -> bool:
                      "to start afresh and continue from it later")
 
 
+def progress(args, folder: str | None) -> tuple[dict | None, TrainState]:
+    """The metadata and the progress of the checkpoint to resume from; None and no progress without one.
+
+    Raises:
+        ValueError: it has another --training-mode, or has come further than --train-iters.
+    """
+    if folder is None:
+        return None, TrainState()
+    record = read_record(folder, "--load")
+    state, mode = TrainState(**record["train_state"]), record["metadata"]["arguments"]["training_mode"]
+    if args.training_mode != mode:
+        raise ValueError(f"--load {args.load}: was saved by --training-mode {mode}; to start {args.training_mode} from "
+                         "its weights, give it as --pretrained-checkpoint")
+    if state.iteration > args.train_iters:
+        raise ValueError(f"--train-iters {args.train_iters}: --load {args.load} is at step {state.iteration} already")
+    return record["metadata"], state
+
+
 def restore_architecture(args, flag: str, folder: str) -> None:
     """Set the flags of the architecture, and of the tokenizer if none was named, to what a checkpoint says."""
     metadata = read_metadata(folder, flag=flag)
@@ -102,31 +131,84 @@ def check_tokenizer(metadata: dict, tokenizer, flag: str) -> None:
                          f"{saved['fingerprint'][:12]}, this is {tokenizer.name} {tokenizer.fingerprint[:12]})")
 
 
+def check_flags(saved: dict, args, architecture: ModelArgs) -> None:
+    """Check what a checkpoint of the run records against the flags, before anything is built.
+
+    With --use-checkpoint-opt-param-scheduler, set the flags of the learning rate to what it records.
+
+    Args:
+        saved: its metadata.
+
+    Raises:
+        ValueError: another model or schedule, or an encoder that cannot be compared with the recorded one; names
+            each flag.
+    """
+    then = saved["arguments"]
+    fields = fixed_fields(architecture)
+    _refuse_changes(args, {name: saved["architecture"].get(name) for name in fields}, fields,
+                    "its model differs; give the recorded flags, or --use-checkpoint-args")
+    if args.use_checkpoint_opt_param_scheduler:
+        vars(args).update({name: then[name] for name in SCHEDULE})
+    elif not args.override_opt_param_scheduler:
+        _refuse_changes(args, {name: then[name] for name in SCHEDULE}, vars(args), "give the recorded flags. Or choose "
+                        "one: --override-opt-param-scheduler takes the learning-rate schedule of the flags, "
+                        "--use-checkpoint-opt-param-scheduler that of the checkpoint")
+    if args.training_mode == "ebft":
+        names = ["bf16"]
+        depths = [max(feature_layers(flags["ebft_feature_layers"], architecture.num_layers))
+                  for flags in (then, vars(args))]
+        if depths[0] != depths[1]:
+            names.append("ebft_feature_layers")
+        _refuse_changes(args, {name: then[name] for name in names}, vars(args), "the encoder then differs from the one "
+                        "that it was trained with; give the recorded flags")
+
+
+def _refuse_changes(args, then: dict, now: dict, why: str) -> None:
+    """ValueError that names the flags whose values are not the recorded ones, if there are any."""
+    changed = [name for name, value in then.items() if now[name] != value]
+    if changed:
+        raise ValueError(f"{', '.join(_given(name, now[name]) for name in changed)}: --load {args.load} was trained "
+                         f"with {', '.join(_given(name, then[name]) for name in changed)}: {why}")
+
+
+def _given(name: str, value) -> str:
+    """A flag and its value, as a command line has them."""
+    if value is None:
+        return f"no {spelled(name)}"
+    return " ".join(as_argv({name: value})).replace("=", " ", 1)
+
+
 def check_origins(saved: dict, now: dict, args) -> None:
-    """The encoder, and with a KL term the start, must be those the checkpoint was trained with."""
-    if args.training_mode != saved["arguments"]["training_mode"]:
-        raise ValueError(f"--load {args.load}: was saved by --training-mode {saved['arguments']['training_mode']}; to "
-                         f"start {args.training_mode} from its weights, give it as --pretrained-checkpoint")
+    """The encoder and the start must be those the checkpoint was trained with.
+
+    Args:
+        saved, now: metadata of the checkpoint and of this run.
+
+    Raises:
+        ValueError: naming the flag.
+    """
     if args.training_mode != "ebft":
         return
-    sizes = [f"--{name} {saved['arguments'][name.replace('-', '_')]}" for name in (
-        "tensor-model-parallel-size", "pipeline-model-parallel-size", "num-virtual-stages-per-pipeline-rank")]
     for part, flag in (("encoder", "--ebft-encoder-load"), ("start", "--pretrained-checkpoint")):
-        if saved[part]["fingerprint"] != now[part]["fingerprint"]:
-            if saved[part]["origin"] == now[part]["origin"] == f"--seed {args.seed}":
-                raise ValueError(f"--seed {args.seed}: the initial weights depend on how they are split, too; "
-                                 f"{args.load} began with {' '.join(sizes)}: continue so. Runs that start from "
-                                 "--pretrained-checkpoint continue at any split")
-            raise ValueError(f"{flag}: the {part}'s weights are not those {args.load} was trained with "
-                             f"(hash {now[part]['fingerprint']} from {now[part]['origin']}, recorded "
-                             f"{saved[part]['fingerprint']} from {saved[part]['origin']}); give the recorded one, in "
-                             "the recorded precision (--bf16)")
+        if saved[part]["fingerprint"] == now[part]["fingerprint"]:
+            continue
+        if now[part]["origin"] == f"--seed {args.seed}" and saved[part]["origin"].startswith("--seed"):
+            then = saved["arguments"]
+            _refuse_changes(args, {name: then[name] for name in INITIAL_WEIGHTS}, vars(args), "the initial weights "
+                            "depend on it; give the recorded flags. Runs that start from --pretrained-checkpoint "
+                            "continue at any split")
+        raise ValueError(f"{flag}: the {part}'s weights are not those {args.load} was trained with "
+                         f"(hash {now[part]['fingerprint']} from {now[part]['origin']}, recorded "
+                         f"{saved[part]['fingerprint']} from {saved[part]['origin']}); give the recorded one")
 
 
 def changed_flags(saved: dict, now: dict) -> list[str]:
-    """Flags that are not what they were when a checkpoint was saved, as `--flag old → new`."""
+    """Flags that are not what they were when a checkpoint was saved, as `--flag old → new`.
+
+    Those of UNTOLD may differ at every start.
+    """
     return [f"{spelled(name)} {saved[name]} → {value}" for name, value in now.items()
-            if name in saved and saved[name] != value]
+            if name in saved and saved[name] != value and name not in UNTOLD]
 
 
 def gather_companions(args, flag: str, folder: str | None) -> dict[str, bytes]:

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 from torch.utils.data import Dataset
 
@@ -14,6 +13,7 @@ from megatron_ebft.checkpointing.record import TrainState
 from megatron_ebft.data.tokenizer import Tokenizer
 from megatron_ebft.method.config import EBFTConfig
 from megatron_ebft.model.decoder import Decoder
+from megatron_ebft.run.learning_rate import Schedule
 from megatron_ebft.run.stopping import Stopper
 from megatron_ebft.run.watchdog import Watchdog
 
@@ -31,7 +31,7 @@ class Run:
     start: Decoder | Float16Module | None = None
     """Frozen starting policy; None when nothing asks for KL."""
     optimizer: MegatronOptimizer
-    scheduler: OptimizerParamScheduler
+    scheduler: Schedule
     config: EBFTConfig | None = None
     """The method; None without an encoder."""
     train_data: Dataset | None = None

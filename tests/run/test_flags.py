@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ebft.run.configs import transformer_overrides
 from megatron_ebft.run.flags import build_parser, method_flags, parse_args
 from megatron_ebft.run.flags.checks import check_args
 from megatron_ebft.run.flags.flag import FINITE, Flag, above, at_least
@@ -46,7 +47,7 @@ CHOICES_AT_FIRST = {
     "lr_decay_style": ("constant", ("constant", "linear", "cosine")),
     "transformer_impl": ("auto", ("auto", "transformer_engine", "local")),
     "ebft_attention": ("auto", ("auto", "flex", "sdpa")), "ebft_step": ("auto", ("auto", "fused", "separate")),
-    "recompute_granularity": (None, ("full", "selective")),
+    "recompute_granularity": (None, ("full", "selective", "none")),
     "ebft_rollout_fp8": ("off", ("off", "blockwise", "tensorwise")),
     "ebft_encoder_fp8": ("off", ("off", "blockwise", "tensorwise")), "fp8_format": (None, ("e4m3", "hybrid")),
     "fp8_recipe": ("blockwise", ("blockwise", "tensorwise")), "ebft_feature_norm": ("joint", ("joint", "layer")),
@@ -93,7 +94,7 @@ def test_every_flag_is_well_made():
 
 
 def outside(flag: Flag) -> list[str]:
-    """Values just outside a flag's range."""
+    """Values just outside a flag's range, in float32 as well."""
     steps = {"at least 0": "-1", "at least 1": "0", "above 0": "0", "at least 0 and below 1": "1",
              "above 0 and at most 1": "1.5", "a finite number": "inf"}
     return [steps[flag.valid.text], *(["nan", "inf", "-inf"] if flag.type is float else [])]
@@ -110,9 +111,41 @@ def test_values_outside_a_range_are_refused_by_name(name):
 
 def test_ranges():
     inside = {at_least(1): (1, 2), above(0): (1e-9,), at_least(0, below=1): (0, 0.99), above(0, at_most=1): (0.1, 1),
-              FINITE: (-1e300,)}
+              FINITE: (-1e38,)}
     for valid, values in inside.items():
         assert all(value in valid for value in values), valid.text
+
+
+@pytest.mark.parametrize(("flag", "value", "message"), [
+    ("--seed", str(2**64), "at most 2147483647"), ("--seed", "-1", "at least 0"),
+    ("--train-iters", "1" + "0" * 400, "at most 2147483647"), ("--ebft-top-k", str(2**31), "at most 2147483647"),
+    ("--ebft-rl-coef", "1e39", "at least 0 in float32, which makes it inf"),
+    ("--ebft-alignment-coef", "-1e39", "a finite number in float32, which makes it -inf"),
+    ("--ebft-temperature", "1e-39", "above 0 in float32, which makes it 0"),
+    ("--adam-beta2", "0.99999999", "at least 0 and below 1 in float32, which makes it 1"),
+    ("--adam-eps", "0", "above 0"),
+])
+def test_values_that_kernels_cannot_hold_are_refused_by_name(flag, value, message):
+    with pytest.raises(ValueError, match=f"^{flag} .*: must be {message}$"):
+        parse_args([*ITERS, f"{flag}={value}"])
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--lr", "1e-3", "--min-lr", "2e-3"], "--min-lr 0.002: must not be above --lr 0.001"),
+    (["--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"], "--override-opt.* one of the two"),
+])
+def test_contradictions_are_named(flags, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        parse_args([*ITERS, *flags])
+
+
+def test_a_job_scripts_flags_can_be_undone(capsys):
+    """Without an effect at one tensor rank, sequence parallelism is off there, as in Megatron."""
+    script = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--recompute-granularity", "full"]
+    assert parse_args([*ITERS, *script]).sequence_parallel and not capsys.readouterr().err
+    args = parse_args([*ITERS, *script, "--tensor-model-parallel-size", "1", "--recompute-granularity", "none"])
+    assert not args.sequence_parallel and "recompute_granularity" not in transformer_overrides(args)
+    assert capsys.readouterr().err == "note: --sequence-parallel has no effect at --tensor-model-parallel-size 1\n"
 
 
 @pytest.mark.parametrize("flag", REFUSED)
@@ -214,7 +247,8 @@ def test_the_command_line_wins(config):
     ("lr: 1\nbf16: true\nlr: 2", "line 3: lr is on line 1 already"),
     ("seq-length: 8\nseq_length: 8", "line 2: seq_length is on line 1 already"),
     ("- seq-length", "must be a mapping, a line `flag: value`"), ("seq-length: [8", "not YAML"),
-    ("lr: \x00", "not YAML"),
+    ("lr: \x00", "not YAML"), ("lr: " + "[" * 2000, "not YAML"), ("seed: 1" + "0" * 5000, "not YAML"),
+    ("lr: 1" + "0" * 400, "lr: must be at least 0, not inf"),
     ("config: other.yaml", "there is no flag config"),
 ])
 def test_wrong_files_are_named(config, text, message):
@@ -229,8 +263,6 @@ def test_a_missing_file_and_a_refused_flag(config, tmp_path):
     with pytest.raises(ValueError, match="^--fp8-param-gather: weights stay in bf16"):
         parse_args([*ITERS, *config("fp8-param-gather: true")])
     parse_args([*ITERS, *config("fp8-param-gather: false")])
-    with pytest.raises(ValueError, match="^--sequence-parallel: needs --tensor-model-parallel-size"):
-        parse_args([*ITERS, *config("sequence-parallel: true")])
 
 
 # ---------------------------------------------------------------- programs

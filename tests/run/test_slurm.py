@@ -120,6 +120,8 @@ def test_preflight_names_all_that_is_missing(run, capsys):
     (["--tokenizer-type", "NullTokenizer", "--vocab-size", "65", "--no-ebft-track-kl"], None),
     (["--fp8-param-gather"], "--fp8-param-gather: weights stay in bf16"),
     (["--pretrained-checkpoint", "/no/base"], "--pretrained-checkpoint /no/base: no such directory"),
+    (["--seed", str(2**64)], "--seed 18446744073709551616: must be at most 2147483647"),
+    (["--tensor-model-parallel-size", "0"], "--tensor-model-parallel-size 0: must be at least 1"),
     (["--bogus"], "unrecognized arguments: --bogus"),
     (["--data-cache-path", "/proc/new"], "--data-cache-path /proc/new: /proc cannot be written"),
     (["--tensorboard-dir", "/proc/new"], "--tensorboard-dir /proc/new: /proc cannot be written"),

@@ -103,7 +103,6 @@ def test_what_is_wrong_with_a_file_is_named(tmp_path, change, message):
     (["--hf-model", ""], "--hf-model, --load: give one of the two"),
     (["--hf-model", "", "--load", "/nowhere"], "--load /nowhere: no such directory"),
     (["--ebft-stride", "4"], "--ebft-stride: tools/replay.py does not read this training flag"),
-    (["--sequence-parallel"], "--sequence-parallel: needs --tensor-model-parallel-size"),
     (["--micro-batch-size", "3"], "--micro-batch-size 3: does not divide the 2 documents of --batch"),
     (["--output", "/nowhere/out"], "--output /nowhere/out: /nowhere is no folder"),
     (["--tolerance", "x"], "--tolerance: invalid float value"),

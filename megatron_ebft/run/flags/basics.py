@@ -10,7 +10,8 @@ RUN = Group("run", (
     Flag("--micro-batch-size", int, "rows of a micro-batch on one rank; a smaller value saves memory", default=1,
          valid=at_least(1)),
     Flag("--global-batch-size", int, "rows of a step over all ranks", default=16, valid=at_least(1)),
-    Flag("--seed", int, "seed of the initial weights, the data order and the rollouts", default=1234),
+    Flag("--seed", int, "seed of the initial weights, the data order and the rollouts", default=1234,
+         valid=at_least(0)),
     Flag("--exit-duration-in-mins", float, "save and stop (exit code 75) before the process has run this many minutes. "
          "SIGUSR1, SIGTERM, SIGHUP and Ctrl-C stop a run in the same way", valid=above(0), default_text="no limit"),
     Flag("--ebft-stop-file", str, "save and stop (exit code 75) when this file exists", metavar="FILE"),

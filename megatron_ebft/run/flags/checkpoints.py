@@ -19,10 +19,11 @@ CHECKPOINTS = Group("checkpoints", (
          "encoder gets the same weights unless --ebft-encoder-load is given", metavar="DIR"),
     Flag("--ebft-encoder-load", str, "folder with the encoder's weights, if they differ from the start (for a run that "
          "starts from SFT: the base model)", metavar="DIR"),
-    Flag("--override-opt-param-scheduler", bool, "on resume, use the learning-rate schedule of the flags; without this "
-         "flag, a schedule that differs from the checkpoint's is refused", default=False),
-    Flag("--use-checkpoint-opt-param-scheduler", bool, "on resume, use the learning-rate schedule of the checkpoint",
+    Flag("--override-opt-param-scheduler", bool, "on resume, use the learning-rate schedule of the flags. Without "
+         "this flag, a schedule that differs from the checkpoint's is refused, except for its end, --train-iters",
          default=False),
+    Flag("--use-checkpoint-opt-param-scheduler", bool, "on resume, use the learning-rate schedule of the checkpoint, "
+         "up to --train-iters", default=False),
     Flag("--use-checkpoint-args", bool, "take the architecture from --load or --pretrained-checkpoint, and also the "
          "tokenizer unless --tokenizer-model is given", default=False),
 ))

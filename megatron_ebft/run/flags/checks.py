@@ -5,6 +5,8 @@ machine or on files is checked where it is used: run/configs.py, run/build.py.
 """
 
 import argparse
+import os
+import sys
 
 from megatron_ebft.model.fp8_sizes import BLOCK, ROWS
 from megatron_ebft.run.flags.flag import dest
@@ -13,7 +15,7 @@ from megatron_ebft.run.flags.table import FLAGS
 
 
 def check_args(args: argparse.Namespace) -> argparse.Namespace:
-    """The same flags, if nothing about them alone is wrong.
+    """The same flags, if nothing about them alone is wrong. Turns --sequence-parallel off where it has no effect.
 
     Raises:
         ValueError: naming the flag and its value.
@@ -24,6 +26,7 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
     _check_parallelism(args)
     _check_row_length(args)
     _check_batch(args)
+    _check_schedule(args)
     _check_blocks(args)
     _check_dumped_steps(args)
     _check_step(args)
@@ -41,7 +44,9 @@ def _check_refused(args) -> None:
 
 def _check_parallelism(args) -> None:
     if args.sequence_parallel and args.tensor_model_parallel_size == 1:
-        raise ValueError("--sequence-parallel: needs --tensor-model-parallel-size above 1")
+        args.sequence_parallel = False  # as Megatron does, so that a job script's size may be set to 1
+        if os.environ.get("RANK", "0") == "0":
+            print("note: --sequence-parallel has no effect at --tensor-model-parallel-size 1", file=sys.stderr)
     if args.pipeline_model_parallel_size == 1:
         for name in ("num_virtual_stages_per_pipeline_rank", "decoder_first_pipeline_num_layers",
                      "decoder_last_pipeline_num_layers"):
@@ -66,6 +71,14 @@ def _check_batch(args) -> None:
     if args.global_batch_size % args.micro_batch_size:
         raise ValueError(f"--global-batch-size {args.global_batch_size}: must be a multiple of --micro-batch-size "
                          f"{args.micro_batch_size}")
+
+
+def _check_schedule(args) -> None:
+    if args.min_lr > args.lr:
+        raise ValueError(f"--min-lr {args.min_lr}: must not be above --lr {args.lr}")
+    if args.override_opt_param_scheduler and args.use_checkpoint_opt_param_scheduler:
+        raise ValueError("--override-opt-param-scheduler takes the schedule of the flags, "
+                         "--use-checkpoint-opt-param-scheduler that of the checkpoint: give one of the two")
 
 
 def _check_blocks(args) -> None:
@@ -94,7 +107,7 @@ def why_separate(args: argparse.Namespace) -> str:
     recipes = {flag: recipe for flag, recipe in fp8_recipes(args).items() if flag != "--ebft-encoder-fp8"}
     if args.pipeline_model_parallel_size > 1:
         return f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size}"
-    if args.recompute_granularity:
+    if args.recompute_granularity not in (None, "none"):
         return f"--recompute-granularity {args.recompute_granularity}"
     if recipes:
         return " and ".join(map(" ".join, recipes.items()))

@@ -5,6 +5,7 @@ flag of several values a list. Words are read as YAML 1.2 reads them: `off` is t
 """
 
 import difflib
+import math
 import re
 
 import yaml
@@ -26,7 +27,16 @@ for _kind, _pattern in (("null", r"~|null|Null|NULL|"), ("bool", r"true|True|TRU
                         ("int", r"[-+]?[0-9]+"),
                         ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"^(?:{_pattern})$"), None)
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))  # 010 is ten
+
+
+def _int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    try:
+        return int(loader.construct_scalar(node))  # 010 is ten
+    except ValueError as error:  # thousands of digits
+        raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _int)
 
 
 def read_config(path: str) -> dict:
@@ -66,7 +76,7 @@ def _entries(path: str) -> list[tuple]:
                  key.start_mark.line + 1) for key, value in node.value]
     except OSError as error:
         raise ValueError(f"--config {path}: cannot be read ({error.strerror})") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"--config {path}: not YAML ({' '.join(str(error).split())})") from error
 
 
@@ -83,9 +93,9 @@ def _value(name: str, value):
         value = [_scalar(flag, x) for x in (value if isinstance(value, list) else [value])]
     else:
         value = _scalar(flag, value)
-    number = flag.out_of_range(value)
-    if number is not None:
-        raise ValueError(f"must be {flag.valid.text}, not {number}")
+    wrong = flag.out_of_range(value)
+    if wrong is not None:
+        raise ValueError(f"must be {wrong[1]}, not {wrong[0]}")
     return value
 
 
@@ -99,4 +109,7 @@ def _scalar(flag: Flag, value):
         raise ValueError(f"must be {WANTED[flag.type]}, not {value!r}")
     if flag.choices and value not in flag.choices:
         raise ValueError(f"must be one of {', '.join(flag.choices)}, not {value!r}")
-    return flag.type(value)
+    try:
+        return flag.type(value)
+    except OverflowError:  # an integer beyond every float
+        return math.inf

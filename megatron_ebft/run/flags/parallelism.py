@@ -5,7 +5,7 @@ from megatron_ebft.run.flags.flag import Flag, Group, at_least
 PARALLELISM = Group("parallelism", (
     Flag("--tensor-model-parallel-size", int, "number of ranks that share each layer", default=1, valid=at_least(1)),
     Flag("--sequence-parallel", bool, "tensor ranks also split the tokens between layers: less memory for the same "
-         "communication. Needs --tensor-model-parallel-size above 1", default=False),
+         "communication. Without effect at --tensor-model-parallel-size 1", default=False),
     Flag("--pipeline-model-parallel-size", int, "number of pipeline stages", default=1, valid=at_least(1)),
     Flag("--num-virtual-stages-per-pipeline-rank", int, "how often a micro-batch passes through each pipeline rank in "
          "training (interleaved schedule); more than 1 shortens the pipeline bubble", default=1, valid=at_least(1)),

@@ -19,7 +19,7 @@ PRECISION = Group("precision, kernels and memory", (
          "with the same weights, bit for bit. SDPA then takes more memory and time; FlexAttention does not",
          default=False),
     Flag("--recompute-granularity", str, "recompute activations in the backward pass: of whole layers (full) or of "
-         "attention only (selective)", choices=("full", "selective"), default_text="no recomputation"),
+         "attention only (selective)", choices=("full", "selective", "none"), default_text="none"),
     Flag("--ebft-blocks-per-microbatch", int, "number of blocks of a row that go through the encoder and the training "
          "pass together (0: all). A smaller value saves memory for long rows; the result is the same", default=0,
          valid=at_least(0)),
