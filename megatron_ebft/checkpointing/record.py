@@ -8,8 +8,9 @@ from megatron_ebft.checkpointing.errors import reading
 from megatron_ebft.checkpointing.folders import RECORD, newest_first, resolve
 from megatron_ebft.checkpointing.manifest import check_whole
 
-FORMAT = 3
-"""Version of the format. Format 1 stored the optimizer's state as it lay on the ranks, format 2 had no checksums."""
+FORMAT, READABLE = 4, (3, 4)
+"""Version of the format, and the versions that can be read. Format 1 stored the optimizer's state as it lay on the
+ranks, format 2 had no checksums, format 3 pickled the random states."""
 
 
 @dataclass
@@ -44,9 +45,10 @@ def read_record(folder: str, flag: str) -> dict:
         with open(os.path.join(folder, RECORD)) as file:
             record = json.load(file)
         number = record["format"]
-    if number != FORMAT:
-        raise ValueError(f"{flag} {folder}: a checkpoint of format {number}, and this version reads format {FORMAT}; "
-                         "load it with the version of megatron_ebft that wrote it, or name another one")
+    if number not in READABLE:
+        raise ValueError(f"{flag} {folder}: a checkpoint of format {number}, and this version reads formats "
+                         f"{' and '.join(map(str, READABLE))}; load it with the version of megatron_ebft that wrote "
+                         "it, or name another one")
     check_whole(folder, flag, is_chosen=lambda name: name == RECORD)
     return record
 

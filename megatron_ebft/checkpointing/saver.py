@@ -35,6 +35,7 @@ from megatron_ebft.checkpointing.folders import (
 )
 from megatron_ebft.checkpointing.manifest import seal, write_sums
 from megatron_ebft.checkpointing.optimizer_state import optimizer_kind
+from megatron_ebft.checkpointing.random_states import random_states
 from megatron_ebft.checkpointing.record import FORMAT, TrainState
 from megatron_ebft.checkpointing.sharded_state import current_layout, sharded_state
 from megatron_ebft.common.disk import write_json
@@ -96,7 +97,7 @@ class Saver:
         with self._attempt(), shielded(), torch.no_grad():
             if getattr(filesystem_async, "_results_queue", False) is None:
                 filesystem_async._results_queue = _ResultsQueue()
-            request = dist_checkpointing.save(sharded_state(*parts, with_random_states=True), temporary,
+            request = dist_checkpointing.save(sharded_state(*parts, random_states()), temporary,
                                               async_sharded_save=True, **STRATEGY)
             request.finalize_fns.insert(0, functools.partial(_release_space, temporary))
             iteration = record["train_state"]["iteration"]

@@ -1,7 +1,106 @@
-"""Writes that survive a crash of the machine."""
+"""Reads and writes of files: parsers' errors name the file, passing errors are waited out, writes survive a crash."""
 
+import errno
 import json
 import os
+import stat
+import time
+
+PASSING = frozenset(getattr(errno, name) for name in (
+    "ESTALE", "EIO", "ETIMEDOUT", "EAGAIN", "EINTR", "EBUSY", "EREMOTEIO", "ENOLINK", "ECOMM", "ENOTCONN", "ESHUTDOWN",
+    "ECONNRESET", "ECONNABORTED", "ECONNREFUSED", "ENETDOWN", "ENETUNREACH", "ENETRESET", "EHOSTDOWN", "EHOSTUNREACH",
+    "EMFILE", "ENFILE", "ENOMEM", "ENOBUFS"))
+"""Numbers of OSErrors that say nothing about the file: a filesystem, a network or a machine is in trouble."""
+PAUSES = (1, 4, 15, 40)
+"""Seconds before each further attempt to read."""
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether the same read may succeed later."""
+    return isinstance(error, OSError) and error.errno in PASSING
+
+
+def patiently(read, *args):
+    """read(*args), repeated after a pause while it fails with a passing error.
+
+    Raises:
+        OSError: one that is_passing, after the last attempt; any other at once.
+    """
+    for pause in PAUSES:
+        try:
+            return read(*args)
+        except OSError as error:
+            if not is_passing(error):
+                raise
+            print(f"warning: {error}: trying again in {pause} s", flush=True)
+            time.sleep(pause)
+    return read(*args)
+
+
+def file_mode(path: str) -> int:
+    """The mode of what a path names, as in os.stat; 0 if there is nothing.
+
+    os.path.exists and its kin take an error of the filesystem for a missing file.
+    """
+    try:
+        return patiently(os.stat, path).st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last: a name with a null byte
+        return 0
+
+
+def is_folder(path: str) -> bool:
+    """Whether a path names a folder, or a link to one."""
+    return stat.S_ISDIR(file_mode(path))
+
+
+def is_regular(path: str) -> bool:
+    """Whether a path names a regular file, or a link to one. A device may never end, a FIFO may never begin."""
+    return stat.S_ISREG(file_mode(path))
+
+
+def names_in(folder: str) -> list[str]:
+    """Names in a folder; none if it does not exist."""
+    return patiently(os.listdir, folder) if is_folder(folder) else []
+
+
+def read_bytes(path: str) -> bytes:
+    """Content of a regular file.
+
+    Raises:
+        ValueError: it is a folder, a device or a FIFO; names the file.
+        OSError: it is missing or cannot be read.
+    """
+    if not is_regular(path) and file_mode(path):
+        raise ValueError(f"{path} is no regular file; put a copy of the file there")
+
+    def read() -> bytes:
+        with open(path, "rb") as file:
+            return file.read()
+
+    return patiently(read)
+
+
+def read_json(path: str, kind: type = dict):
+    """Content of a JSON file: an object, or a value of another `kind`.
+
+    Raises:
+        ValueError: it is not JSON, or its value is of another kind; names the file.
+        OSError: it is missing or cannot be read.
+    """
+    return parse_json(read_bytes(path), path, kind)
+
+
+def parse_json(content: bytes, where: str, kind: type = dict):
+    """As `read_json`, of a content in memory. `where` names it in errors."""
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{where} is not JSON ({reason}); copy it again") from error
+    if not isinstance(value, kind):
+        name = {dict: "object", list: "array"}.get(kind, kind.__name__)
+        raise ValueError(f"{where} is not a JSON {name}; copy it again")
+    return value
 
 
 def sync(path: str) -> None:

@@ -108,9 +108,9 @@ def test_another_architecture(saved):
 
 def test_another_format(copy):
     path = copy / "iter_0000003" / "ebft.json"
-    path.write_text(path.read_text().replace('"format": 3', '"format": 1'))
+    path.write_text(path.read_text().replace('"format": 4', '"format": 1'))
     manifest = json.loads((copy / "iter_0000003" / MANIFEST).read_text())
     assert manifest["ebft.json"]["bytes"] == path.stat().st_size
-    refused(copy, "--load .*iter_0000003: a checkpoint of format 1, and this version reads format 3")
+    refused(copy, "--load .*iter_0000003: a checkpoint of format 1, and this version reads formats 3 and 4")
     with pytest.raises(ValueError, match="--pretrained-checkpoint .*format 1"):
         read_metadata(str(copy), flag="--pretrained-checkpoint")

@@ -150,7 +150,7 @@ class StepRun(SmallRun):
     def state(self) -> dict[str, torch.Tensor]:
         """Every tensor of a checkpoint, unsplit, from all ranks."""
         own = [(tensor.key, tensor.global_shape, tensor.global_offset, tensor.data.detach().cpu())
-                for tensor in sharded_tensors(sharded_state(*self.parts, with_random_states=False))
+                for tensor in sharded_tensors(sharded_state(*self.parts))
                 if is_main_replica(tensor.replica_id)]
         whole = {}
         for key, shape, offset, data in itertools.chain(*gather(own)):
