@@ -26,8 +26,8 @@ class Distrusted(ValueError):
 
 def distrusted(where: str, what: str) -> Distrusted:
     """The error for a file whose pickle names a class or function that is not allowed."""
-    return Distrusted(f"{where} asks for {what}, which no checkpoint needs and which could run code. Nothing was run; do "
-                      "not use this checkpoint unless its author can explain that")
+    return Distrusted(f"{where} asks for {what}, which no checkpoint needs and which could run code. Nothing was run; "
+                      "do not use this checkpoint unless its author can explain that")
 
 
 def damaged(folder: str, flag: str, what: str) -> ValueError:

@@ -34,7 +34,7 @@ from megatron_ebft.checkpointing.folders import (
     temporary_name,
 )
 from megatron_ebft.checkpointing.manifest import seal, write_sums
-from megatron_ebft.checkpointing.optimizer_state import optimizer_kind
+from megatron_ebft.checkpointing.optimizer_state import check_finite, optimizer_kind
 from megatron_ebft.checkpointing.random_states import random_states
 from megatron_ebft.checkpointing.record import FORMAT, TrainState
 from megatron_ebft.checkpointing.sharded_state import current_layout, sharded_state
@@ -55,7 +55,7 @@ class Saver:
 
     Args:
         is_async: training goes on while separate processes write what was copied to host memory.
-        keep, retain_interval: which checkpoints stay after each save, as in `folders.drop_old`.
+        keep, retain_interval: which checkpoints `drop_old` leaves, as in `folders.drop_old`.
         flag: for error messages.
     """
 
@@ -76,8 +76,10 @@ class Saver:
         Raises:
             ValueError: the directory cannot be written, or is not the same on every rank. Earlier checkpoints are
                 untouched.
+            NotFinite: there is a weight or moment that is not finite. Nothing is written.
         """
         self._settle(wait=True)
+        check_finite(model, optimizer)
         temporary = self._begin(state.iteration)
         record = {"format": FORMAT, "train_state": asdict(state), "layout": current_layout(),
                   "optimizer": optimizer_kind(optimizer), "metadata": metadata}
@@ -124,6 +126,17 @@ class Saver:
         folder, self._finished = self._finished, None
         return folder
 
+    def drop_old(self) -> None:
+        """Remove the checkpoints that need not stay, once a step from the newest was finite: finite weights are not
+        yet good ones. Rank 0 does it; the others need not call.
+
+        Raises:
+            ValueError: on rank 0: they cannot be removed.
+        """
+        if dist.get_rank() == 0:
+            with writing(self.directory, self.flag):
+                drop_old(self.directory, self.keep, self.retain_interval)
+
     def _settle(self, wait: bool) -> None:
         if self._queue.get_num_unfinalized_calls():
             with self._attempt():
@@ -153,7 +166,6 @@ class Saver:
                 write_json(os.path.join(temporary, RECORD), record)
                 seal(temporary)
                 publish(self.directory, temporary, iteration)
-                drop_old(self.directory, self.keep, self.retain_interval)
         self._finished = os.path.join(self.directory, folder_name(iteration))
 
     @contextlib.contextmanager

@@ -3,3 +3,7 @@
 
 class StepFailed(RuntimeError):
     """A step stopped before it changed the weights. Raised on every rank."""
+
+
+class NotFinite(StepFailed):
+    """A loss, a gradient or what a step made of the weights is not finite. Raised on every rank."""

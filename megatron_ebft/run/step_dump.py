@@ -49,7 +49,7 @@ class StepDump:
         if not self.held:
             return
         folder = self.args.ebft_dump_steps
-        if kind is StepFailed:
+        if kind is not None and issubclass(kind, StepFailed):
             try:
                 self._write(folder or os.path.join(self.args.save, FAILED))
             except ValueError as error:  # must not hide the reason why the step failed

@@ -83,6 +83,7 @@ def test_a_run_that_went_back_keeps_what_it_has_made_since(copy, saved, keep):
     saver = Saver(str(copy), keep=keep)
     for iteration in (4, 5):
         saver.save(TrainState(iteration), *saved[1].parts, META)
+        saver.drop_old()
         assert complete_iterations(str(copy)) == [x for x in (2, 4, 5) if iteration - keep < x <= iteration or
                                                   (x, iteration, keep) == (2, 4, 2)]
     assert newest_whole(str(copy)) == str(copy / "iter_0000005")
