@@ -145,8 +145,14 @@ minutes_left() {
   fi
 }
 
-# newest_step: print the step of the latest checkpoint.
-newest_step() { cat "$save/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0; }
+# newest_step: print the step of the latest checkpoint; 0 if there is none. Only digits are taken from a file: arithmetic
+# would run whatever else it holds.
+newest_step() {
+  local file="$save/latest_checkpointed_iteration.txt" text=""
+  [[ ! -f "$file" ]] || read -r text <"$file" || true # the file has no newline
+  [[ "$text" =~ ^[0-9]{1,15}$ ]] || text=0
+  echo "$((10#$text))"
+}
 
 # outcome: print the worst exit code among the ranks that ended by themselves, or 1 (a crash) if there is none.
 outcome() {
@@ -180,11 +186,12 @@ first_ending() {
 in_a_row() {
   local file="$save/logs/$job.$1" count=0 step=""
   if [[ -f "$file" ]]; then
-    read -r count step <"$file"
+    read -r count step <"$file" || true
   fi
-  [[ "$step" == "$(newest_step)" ]] || count=0
-  echo "$((count + 1)) $(newest_step)" >"$file"
-  echo "$((count + 1))"
+  [[ "$count" =~ ^[0-9]{1,9}$ && "$step" == "$(newest_step)" ]] || count=0
+  count="$((10#$count + 1))"
+  echo "$count $(newest_step)" >"$file"
+  echo "$count"
 }
 
 # requeue: ask SLURM to start the same job again, unless it is being cancelled or is requeued already.

@@ -78,7 +78,7 @@ class RunCheckpoints:
         there = complete_iterations(folder)
         if self.last is not None and self.last[0] == iteration and iteration > 0:
             older = listed([x for x in there if x < iteration])
-            advice = (f"The checkpoint of step {iteration} is not proven good, since this was the first step from it. To "
+            advice = (f"The checkpoint of step {iteration} is not proven good: this was the first step from it. To "
                       f"go back to an older one (there: {older}), write its iteration into {POINTER}")
         elif there:
             advice = f"The last checkpoint, of step {there[-1]}, is good"
