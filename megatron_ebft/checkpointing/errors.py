@@ -57,7 +57,8 @@ def reading(folder: str, flag: str):
         if is_passing(cause):
             raise OSError(cause.errno, f"{flag} {folder}: {os.strerror(cause.errno)}: the filesystem did not answer; "
                           "the checkpoint may be whole. Start the same command again") from error
-        raise damaged(folder, flag, f"{type(cause).__name__}: {cause}"[:300]) from error
+        kind = "" if isinstance(cause, ValueError) else f"{type(cause).__name__}: "
+        raise damaged(folder, flag, f"{kind}{cause}"[:300]) from error
 
 
 @contextlib.contextmanager

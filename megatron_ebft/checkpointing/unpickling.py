@@ -29,9 +29,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_ebft.checkpointing.errors import distrusted
+from megatron_ebft.checkpointing.folders import METADATA
 from megatron_ebft.common.disk import is_regular, patiently, read_bytes, read_json
 
-METADATA, COMMON, CONFIG = ".metadata", "common.pt", "metadata.json"
+COMMON, CONFIG = "common.pt", "metadata.json"
 CLASSES = (BytesStorageMetadata, ChunkStorageMetadata, Metadata, MetadataIndex, StorageMeta, TensorProperties,
            TensorStorageMetadata, metadata._MEM_FORMAT_ENCODING, filesystem._StorageInfo)
 """Classes of which `.metadata` consists."""

@@ -38,13 +38,15 @@ def patiently(read, *args):
 
 
 def file_mode(path: str) -> int:
-    """The mode of what a path names, as in os.stat; 0 if there is nothing.
+    """The mode of what a path names, as in os.stat; 0 if there is nothing, or nothing that may be seen.
 
-    os.path.exists and its kin take an error of the filesystem for a missing file.
+    os.path.exists and its kin take a passing error of the filesystem for a missing file.
     """
     try:
         return patiently(os.stat, path).st_mode
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last: a name with a null byte
+    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
+        if is_passing(error):
+            raise
         return 0
 
 
@@ -59,8 +61,33 @@ def is_regular(path: str) -> bool:
 
 
 def names_in(folder: str) -> list[str]:
-    """Names in a folder; none if it does not exist."""
-    return patiently(os.listdir, folder) if is_folder(folder) else []
+    """Names in a folder; none if it does not exist.
+
+    Raises:
+        ValueError: it may not be listed.
+    """
+    try:
+        return patiently(os.listdir, folder) if is_folder(folder) else []
+    except PermissionError as error:
+        raise ValueError(f"{folder}: may not be listed ({error.strerror}); make it readable") from error
+
+
+def is_inside(name: str) -> bool:
+    """Whether a name in a file's list stays below the folder of the list: relative, without `..`."""
+    return bool(name) and not os.path.isabs(name) and ".." not in name.split("/") and "\0" not in name
+
+
+def unreadable(error: Exception, where: str, what: str = "cannot be read") -> Exception:
+    """What to raise for an error of reading a file: a passing error stays one, others are the user's to mend.
+
+    Args:
+        where: flag and file.
+    """
+    if is_passing(error):
+        return OSError(error.errno, f"{where}: {os.strerror(error.errno)}: the filesystem did not answer; start the "
+                       "same command again")
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+    return ValueError(f"{where} {what} ({reason}); copy it again")
 
 
 def read_bytes(path: str) -> bytes:
@@ -80,18 +107,25 @@ def read_bytes(path: str) -> bytes:
     return patiently(read)
 
 
-def read_json(path: str, kind: type = dict):
+def read_json(path: str, where: str = "", kind: type = dict):
     """Content of a JSON file: an object, or a value of another `kind`.
 
+    Args:
+        where: what names the file in errors; default: its path.
+
     Raises:
-        ValueError: it is not JSON, or its value is of another kind; names the file.
-        OSError: it is missing or cannot be read.
+        ValueError: it is missing or cannot be read, is not JSON, or its value is of another kind; begins with `where`.
+        OSError: a passing one.
     """
-    return parse_json(read_bytes(path), path, kind)
+    try:
+        content = read_bytes(path)
+    except (OSError, ValueError) as error:
+        raise unreadable(error, where or path) from error
+    return parse_json(content, where or path, kind)
 
 
-def parse_json(content: bytes, where: str, kind: type = dict):
-    """As `read_json`, of a content in memory. `where` names it in errors."""
+def parse_json(content: bytes | str, where: str, kind: type = dict):
+    """As `read_json`, of a content in memory."""
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:

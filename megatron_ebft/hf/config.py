@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 
 from megatron_ebft.checkpointing.companions import CONFIG
+from megatron_ebft.common.disk import is_regular, read_json
 from megatron_ebft.hf.families import FAMILIES, Family, HFModel
 from megatron_ebft.model.architecture import ModelArgs
 
@@ -62,17 +63,10 @@ def read_config(folder: str, flag: str) -> dict:
         ValueError: there is none, or it is not a JSON object.
     """
     path = os.path.join(folder, CONFIG)
-    if not os.path.isfile(path):
+    if not is_regular(path):
         raise ValueError(f"{flag} {folder}: no {CONFIG} there; name the local folder of a Hugging Face model (nothing "
                          "is downloaded)")
-    try:
-        with open(path) as file:
-            config = json.load(file)
-    except ValueError as error:
-        raise ValueError(f"{flag} {folder}: {CONFIG} is not JSON ({error}); copy it again") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{flag} {folder}: {CONFIG} is not a JSON object; copy it again")
-    return config
+    return read_json(path, f"{flag} {folder}: {CONFIG}")
 
 
 def parse_config(config: dict, where: str) -> HFModel:

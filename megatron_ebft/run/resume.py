@@ -10,6 +10,7 @@ import os
 from megatron_ebft.checkpointing.companions import COMPANIONS, SENTENCEPIECE, TOKENIZER_FILES, read_companions
 from megatron_ebft.checkpointing.folders import POINTER, RECORD, complete_iterations, resolve
 from megatron_ebft.checkpointing.record import first_readable, read_metadata
+from megatron_ebft.common.disk import file_mode
 from megatron_ebft.model.architecture import free_fields
 from megatron_ebft.run.flags.flag import spelled
 
@@ -19,7 +20,7 @@ def find_resume(args) -> bool:
     if not args.load:
         return False
     is_own = bool(args.save) and os.path.abspath(args.load) == os.path.abspath(args.save)
-    if complete_iterations(args.load) or any(os.path.exists(os.path.join(args.load, x)) for x in (RECORD, POINTER)):
+    if complete_iterations(args.load) or any(file_mode(os.path.join(args.load, x)) for x in (RECORD, POINTER)):
         if first_readable(args.load, "--load")[1]["optimizer"] is not None:
             return True
         if args.pretrained_checkpoint or is_own:

@@ -81,11 +81,17 @@ REFUSED = {  # by name: a family, what is done to its folder, what is said
     "truncated shard": ("llama 2", lambda x: os.truncate(next(x.glob(SHARD + "*")), 5000),
                         "model-00002-of-.* is no whole safetensors file .*copy it again"),
     "empty shard": ("llama 2", lambda x: next(x.glob(SHARD + "*")).write_bytes(b""), "is no whole safetensors file"),
-    "damaged index": ("llama 2", lambda x: (x / INDEX).write_text("[]"), "index.json is damaged"),
+    "damaged index": ("llama 2", lambda x: (x / INDEX).write_text("[]"), "index.json is not a JSON object"),
     "index of numbers": ("llama 2", lambda x: (x / INDEX).write_text('{"weight_map": {"a": 3}}'), "damaged"),
     "index of other places": ("llama 2", lambda x: (x / INDEX).write_text(re.sub(
         r'("lm_head.weight": "model-)\d{5}', r"\g<1>00001", (x / INDEX).read_text())),
         "index.json says that lm_head.weight is in model-00001-of-.*, but it is not; copy both again"),
+    "index outside": ("llama 2", lambda x: (x / INDEX).write_text('{"weight_map": {"a": "../x.safetensors"}}'),
+                      "says that a is in '../x.safetensors', outside the model's folder"),
+    "index of absolute paths": ("llama 2", lambda x: (x / INDEX).write_text('{"weight_map": {"a": "/x.safetensors"}}'),
+                                "says that a is in '/x.safetensors', outside the model's folder"),
+    "index that is a FIFO": ("llama 2", lambda x: ((x / INDEX).unlink(), os.mkfifo(x / INDEX)), "no regular file"),
+    "nested index": ("llama 2", lambda x: (x / INDEX).write_text('{"a":' * 9999), "not JSON"),
     "a shard twice": ("llama 2", lambda x: shutil.copy(next(x.glob("model-00001*")), next(x.glob(SHARD + "*"))),
                       "is in model-00001.* and in model-00002.*; remove"),
     "pickles": ("llama 2", lambda x: [p.rename(p.with_suffix(".bin")) for p in x.glob("*.safetensors")] and
@@ -146,7 +152,7 @@ def test_bad_checkpoints_are_refused(tmp_path):
     record = checkpoint / "iter_0000000/ebft.json"
     text = record.read_text()
     for old, new, message in (('"num_layers": 4', '"num_layers": 5', "the checkpoint's model: num_layers 4"),
-                              ('"format": 3', '"format": 1', "a checkpoint of format 1, and this version")):
+                              ('"format": 4', '"format": 1', "a checkpoint of format 1, and this version")):
         record.write_text(text.replace(old, new))
         reseal(checkpoint / "iter_0000000")
         refused(message)
