@@ -1,7 +1,7 @@
 """Entry point: torchrun --nproc-per-node N -m megatron_ebft.train --help
 
 The exit code says what to do next (stopping.py): 0 finished, 75 stopped after saving (start again), 64 wrong flags or
-files, 65 a step that was not finite, 70 a rank that hangs.
+files, 65 a step that was not finite, 70 a rank that hangs, 74 a filesystem that does not answer.
 Imports wait until `main`: saving a checkpoint starts a process that imports this file again.
 """
 
@@ -11,6 +11,7 @@ import time
 import warnings
 
 from megatron_ebft.common import signals
+from megatron_ebft.common.disk import is_passing
 from megatron_ebft.common.errors import StepFailed
 from megatron_ebft.run import stopping
 
@@ -67,3 +68,7 @@ if __name__ == "__main__":
         fail(error, stopping.EXIT_USAGE)
     except StepFailed as error:
         fail(error, stopping.EXIT_STEP_FAILED)
+    except OSError as error:
+        if not is_passing(error):
+            raise
+        fail(error, stopping.EXIT_UNREACHABLE)

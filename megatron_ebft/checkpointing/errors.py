@@ -10,7 +10,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ebft.checkpointing.folders import POINTER, complete_iterations, folder_name, listed
-from megatron_ebft.common.disk import is_passing
+from megatron_ebft.common.disk import is_passing, unreadable
 
 UNREADABLE = (CheckpointingException, CheckpointException, pickle.UnpicklingError, zipfile.BadZipFile, EOFError,
               OSError, RuntimeError, KeyError, ValueError, AttributeError, IndexError, ImportError, TypeError)
@@ -55,8 +55,7 @@ def reading(folder: str, flag: str):
         if isinstance(cause, Distrusted):
             raise ValueError(f"{flag} {folder}: {cause}") from error
         if is_passing(cause):
-            raise OSError(cause.errno, f"{flag} {folder}: {os.strerror(cause.errno)}: the filesystem did not answer; "
-                          "the checkpoint may be whole. Start the same command again") from error
+            raise unreadable(cause, f"{flag} {folder}") from error
         kind = "" if isinstance(cause, ValueError) else f"{type(cause).__name__}: "
         raise damaged(folder, flag, f"{kind}{cause}"[:300]) from error
 

@@ -99,8 +99,9 @@ def load_checkpoint(directory: str, model: list, optimizer, scheduler, *, archit
         if states is not None:
             restore_random_states(loaded[KEY])
     if states is None and dist.get_rank() == 0:
-        changes = ", ".join(f"{name} {saved.get(name)}, now {size}" for name, size in current.items()
-                            if saved.get(name) != size) or "another kind of device"
+        before = saved or {}
+        changes = ", ".join(f"{name} {before.get(name)}, now {size}" for name, size in current.items()
+                            if before.get(name) != size) or "another kind of device"
         print(f"{flag} {folder}: saved with {changes}; random states start anew", flush=True)
     return TrainState(**record["train_state"]), record["metadata"]
 

@@ -9,9 +9,9 @@ from megatron_ebft.checkpointing.errors import reading
 from megatron_ebft.checkpointing.folders import resolve
 from megatron_ebft.checkpointing.manifest import check_whole
 from megatron_ebft.checkpointing.random_states import KEY
-from megatron_ebft.checkpointing.record import read_record
+from megatron_ebft.checkpointing.record import architecture_of, read_record
 from megatron_ebft.checkpointing.unpickling import CheckpointFiles
-from megatron_ebft.model.architecture import ModelArgs
+from megatron_ebft.model.architecture import read_architecture
 
 
 class CheckpointReader:
@@ -30,7 +30,7 @@ class CheckpointReader:
         self.flag, self.folder = flag, resolve(directory, flag)
         self.metadata: dict = read_record(self.folder, flag)["metadata"]
         """The caller's metadata, as it was saved."""
-        self.architecture = ModelArgs(**self.metadata["architecture"])
+        self.architecture = read_architecture(self.metadata["architecture"], architecture_of(self.folder, flag))
         if not is_whole:
             check_whole(self.folder, flag, say=say)
         with reading(self.folder, flag):

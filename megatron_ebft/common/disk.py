@@ -13,6 +13,8 @@ PASSING = frozenset(getattr(errno, name) for name in (
 """Numbers of OSErrors that say nothing about the file: a filesystem, a network or a machine is in trouble."""
 PAUSES = (1, 4, 15, 40)
 """Seconds before each further attempt to read."""
+MOST_LEVELS = 100
+"""Deepest nesting of a JSON file."""
 
 
 def is_passing(error: BaseException) -> bool:
@@ -128,6 +130,7 @@ def parse_json(content: bytes | str, where: str, kind: type = dict):
     """As `read_json`, of a content in memory."""
     try:
         value = json.loads(content)
+        _check_depth(value)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise ValueError(f"{where} is not JSON ({reason}); copy it again") from error
@@ -135,6 +138,17 @@ def parse_json(content: bytes | str, where: str, kind: type = dict):
         name = {dict: "object", list: "array"}.get(kind, kind.__name__)
         raise ValueError(f"{where} is not a JSON {name}; copy it again")
     return value
+
+
+def _check_depth(value) -> None:
+    """RecursionError if a value is nested so deeply that printing it, say, could fail later."""
+    level = [value]
+    for _ in range(MOST_LEVELS):
+        level = [x for part in level if isinstance(part, dict | list)
+                 for x in (part.values() if isinstance(part, dict) else part)]
+        if not level:
+            return
+    raise RecursionError
 
 
 def sync(path: str) -> None:

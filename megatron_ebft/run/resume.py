@@ -6,12 +6,13 @@ encoder and the start it was trained with, which must be the ones at hand.
 """
 
 import os
+from dataclasses import asdict
 
 from megatron_ebft.checkpointing.companions import COMPANIONS, SENTENCEPIECE, TOKENIZER_FILES, read_companions
 from megatron_ebft.checkpointing.folders import POINTER, RECORD, complete_iterations, resolve
-from megatron_ebft.checkpointing.record import first_readable, read_metadata
+from megatron_ebft.checkpointing.record import architecture_of, first_readable, read_metadata
 from megatron_ebft.common.disk import file_mode
-from megatron_ebft.model.architecture import free_fields
+from megatron_ebft.model.architecture import free_fields, read_architecture
 from megatron_ebft.run.flags.flag import spelled
 
 
@@ -37,15 +38,16 @@ def find_resume(args) -> bool:
 
 def restore_architecture(args, flag: str, folder: str) -> None:
     """Set the flags of the architecture, and of the tokenizer if none was named, to what a checkpoint says."""
-    metadata = read_metadata(folder, flag=flag)
-    fields, tokenizer = metadata["architecture"], metadata["tokenizer"]
+    metadata, folder = read_metadata(folder, flag=flag), resolve(folder, flag)
+    fields = asdict(read_architecture(metadata["architecture"], architecture_of(folder, flag)))
+    tokenizer, longest = metadata["tokenizer"], "max_position_embeddings"
     for name, value in fields.items():
-        if name in vars(args) and name not in free_fields(fields):
+        if name in vars(args) and name not in free_fields(fields) or name == longest and vars(args)[name] is None:
             setattr(args, name, value)
     args.vocab_size = fields["vocab_size"]
     if tokenizer is None or args.tokenizer_model or args.tokenizer_type == "NullTokenizer":
         return
-    path = os.path.join(resolve(folder, flag), COMPANIONS)
+    path = os.path.join(folder, COMPANIONS)
     files = {"HuggingFaceTokenizer": path, "SentencePieceTokenizer": os.path.join(path, SENTENCEPIECE)}
     args.tokenizer_type, args.tokenizer_model = tokenizer["type"], files.get(tokenizer["type"])
 
@@ -60,12 +62,17 @@ def check_tokenizer(metadata: dict, tokenizer, flag: str) -> None:
 
 def check_origins(saved: dict, now: dict, args) -> None:
     """The encoder, and with a KL term the start, must be those the checkpoint was trained with."""
+    needed = {"arguments", "start", *(["encoder"] if args.training_mode == "ebft" else [])}
+    lacks = sorted(name for name in needed if saved.get(name) is None)
+    if lacks or "training_mode" not in saved["arguments"]:
+        raise ValueError(f"--load {args.load}: {RECORD} has no {', '.join(lacks) or 'arguments.training_mode'}, which "
+                         "training records; give the checkpoint as --pretrained-checkpoint")
     if args.training_mode != saved["arguments"]["training_mode"]:
         raise ValueError(f"--load {args.load}: was saved by --training-mode {saved['arguments']['training_mode']}; to "
                          f"start {args.training_mode} from its weights, give it as --pretrained-checkpoint")
     if args.training_mode != "ebft":
         return
-    sizes = [f"--{name} {saved['arguments'][name.replace('-', '_')]}" for name in (
+    sizes = [f"--{name} {saved['arguments'].get(name.replace('-', '_'))}" for name in (
         "tensor-model-parallel-size", "pipeline-model-parallel-size", "num-virtual-stages-per-pipeline-rank")]
     for part, flag in (("encoder", "--ebft-encoder-load"), ("start", "--pretrained-checkpoint")):
         if saved[part]["fingerprint"] != now[part]["fingerprint"]:

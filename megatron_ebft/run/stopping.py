@@ -14,9 +14,10 @@ import time
 
 from megatron_ebft.common import signals
 
-EXIT_USAGE, EXIT_STEP_FAILED, EXIT_HUNG, EXIT_RESUME = 64, 65, 70, 75
+EXIT_USAGE, EXIT_STEP_FAILED, EXIT_HUNG, EXIT_UNREACHABLE, EXIT_RESUME = 64, 65, 70, 74, 75
 """Exit codes other than 0 (finished). 64: flags or files are wrong. 65: a step was not finite. Both would fail again.
-70: a rank hangs. 75: stopped on request after saving; the same command continues the run."""
+70: a rank hangs. 74: a filesystem did not answer, however often it was asked. 75: stopped on request after saving; the
+same command continues the run."""
 
 _process_start = time.monotonic()
 

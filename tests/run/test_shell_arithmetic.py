@@ -1,4 +1,4 @@
-"""Shell functions take numbers from files, and nothing that arithmetic would run."""
+"""Shell functions of the scripts: numbers from files, and nothing that arithmetic would run; the exit code of a job."""
 
 import re
 import subprocess
@@ -32,3 +32,11 @@ def test_numbers_in_files(tmp_path, content, number):
     count = run("slurm/lib.sh", "in_a_row", tmp_path, "in_a_row crashes; in_a_row crashes").split()
     assert count == [str(int(number) + 1), str(int(number) + 2)] if content.strip() != "1 2" else count == ["1", "2"]
     assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("codes, code", [(["74", "1"], "74"), (["74", "0"], "74"), (["74", "64"], "64"), (["1"], "1")])
+def test_a_filesystem_that_did_not_answer_decides(tmp_path, codes, code):
+    for rank, ended in enumerate(codes):
+        (tmp_path / f"exit-{rank}").write_text(f"{ended}\n")
+    constants = re.search("^readonly (FINISHED=.*)$", (ROOT / "slurm/lib.sh").read_text(), re.MULTILINE)[1]
+    assert run("slurm/lib.sh", "outcome", tmp_path, f"LOGS=. {constants}; outcome") == code

@@ -30,7 +30,7 @@ from megatron_ebft.parallel import groups
 
 ARGS = ModelArgs(num_layers=4, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2,
                  kv_channels=8, vocab_size=60, padded_vocab_size=64, max_position_embeddings=64)
-META = {"architecture": {"num_layers": 4, "hidden_size": 32}, "tokenizer": "fingerprint ü"}
+META = {"architecture": {"num_layers": 4, "hidden_size": 32}, "tokenizer": {"type": "x", "fingerprint": "ü"}}
 ROWS, T, VOCAB = 4, 12, 50
 MODELS = {"untied": {}, "tied": {}, "bf16": {"bf16": True, "params_dtype": torch.bfloat16}}
 """Models of StepRun, and their configuration."""
