@@ -67,6 +67,7 @@ class RunCheckpoints:
                 self.run.state.longest_save = self.run.stopper.longest_save = longest
         if self.unproven is not None and self.run.state.iteration > self.unproven:
             self.unproven = None
+            self.run.watchdog.enter("removing older checkpoints", PATIENCE)  # the others wait for rank 0
             try:
                 self.saver.drop_old()
             except ValueError as error:
