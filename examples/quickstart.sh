@@ -69,8 +69,14 @@ begin() {
 }
 trap 'echo "error: stage $stage failed; the reason is above" >&2' ERR
 
-# steps_done FOLDER: print the steps of its latest checkpoint.
-steps_done() { cat "$1/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0; }
+# steps_done FOLDER: print the steps of its latest checkpoint; 0 if there is none. Only digits are taken from the file:
+# arithmetic would run whatever else it holds.
+steps_done() {
+  local file="$1/latest_checkpointed_iteration.txt" text=""
+  [[ ! -f "$file" ]] || read -r text <"$file" || true # the file has no newline
+  [[ "$text" =~ ^[0-9]{1,15}$ ]] || text=0
+  echo "$((10#$text))"
+}
 
 # train FOLDER STEPS FLAGS...: train to STEPS on two data-parallel ranks; continue if FOLDER has a checkpoint.
 train() {

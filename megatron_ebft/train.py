@@ -1,7 +1,7 @@
 """Entry point: torchrun --nproc-per-node N -m megatron_ebft.train --help
 
 The exit code says what to do next (run/stopping.py): 0 finished, 75 stopped after saving (start again), 64 wrong flags
-or files, 65 a step that was not finite, 70 a rank that hangs, 1 anything else.
+or files, 65 a step that was not finite, 70 a rank that hangs, 74 a filesystem that does not answer, 1 anything else.
 Imports wait until `main`: a signal that arrives while torch is imported must not kill, and wrong flags answer at once.
 """
 

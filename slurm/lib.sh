@@ -3,6 +3,7 @@
 #
 # A training job runs its checks (tools/preflight.py), starts the ranks and acts on the training command's exit code:
 #   0        finished: the job ends COMPLETED, even if a signal came in the meantime
+#   74       a filesystem did not answer: the job requeues itself; another node or hour may reach the files
 #   75       stopped after a save, on request or before the time limit: the job requeues itself and continues
 #   64       wrong flags or files: the job ends FAILED, because a retry would not help
 #   65       a loss or gradient that is not finite: the job ends FAILED, for the same reason
@@ -44,7 +45,7 @@ export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:T
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
-readonly FINISHED=0 WRONG=64 NOT_FINITE=65 STOPPED=75
+readonly FINISHED=0 WRONG=64 NOT_FINITE=65 UNREACHABLE=74 STOPPED=75
 
 # Each task of an array has its own job number, but the number of one task also names the whole array.
 job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"
@@ -145,14 +146,20 @@ minutes_left() {
   fi
 }
 
-# newest_step: print the step of the latest checkpoint.
-newest_step() { cat "$save/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0; }
+# newest_step: print the step of the latest checkpoint; 0 if there is none. Only digits are taken from a file: arithmetic
+# would run whatever else it holds.
+newest_step() {
+  local file="$save/latest_checkpointed_iteration.txt" text=""
+  [[ ! -f "$file" ]] || read -r text <"$file" || true # the file has no newline
+  [[ "$text" =~ ^[0-9]{1,15}$ ]] || text=0
+  echo "$((10#$text))"
+}
 
 # outcome: print the worst exit code among the ranks that ended by themselves, or 1 (a crash) if there is none.
 outcome() {
   local codes code
   codes="$(cat "$LOGS"/exit-* 2>/dev/null | sort -u || true)"
-  for code in "$NOT_FINITE" "$WRONG" "$FINISHED" "$STOPPED"; do
+  for code in "$NOT_FINITE" "$WRONG" "$UNREACHABLE" "$FINISHED" "$STOPPED"; do
     if grep -qx "$code" <<<"$codes"; then
       echo "$code"
       return
@@ -180,11 +187,12 @@ first_ending() {
 in_a_row() {
   local file="$save/logs/$job.$1" count=0 step=""
   if [[ -f "$file" ]]; then
-    read -r count step <"$file"
+    read -r count step <"$file" || true
   fi
-  [[ "$step" == "$(newest_step)" ]] || count=0
-  echo "$((count + 1)) $(newest_step)" >"$file"
-  echo "$((count + 1))"
+  [[ "$count" =~ ^[0-9]{1,9}$ && "$step" == "$(newest_step)" ]] || count=0
+  count="$((10#$count + 1))"
+  echo "$count $(newest_step)" >"$file"
+  echo "$count"
 }
 
 # requeue: ask SLURM to start the same job again, unless it is being cancelled or is requeued already.
@@ -194,7 +202,7 @@ requeue() {
   requeues="$(in_a_row requeues)"
   if ((requeues > MAX_REQUEUES)); then
     give_up 1 "the job requeued itself $MAX_REQUEUES times without a newer checkpoint: raise --time, so that the" \
-      "start, a step and a save fit before --signal comes"
+      "start, a step and a save fit before --signal comes; or see the errors above"
   fi
   for pause in 5 10 20 40 60 60 60 60 60 60 60 0; do # a restart of SLURM's controller may take this long
     state="$(scontrol show -o job "$job" 2>/dev/null | grep -o ' JobState=[A-Z_]*' | head -n 1 | cut -d = -f 2 || true)"
@@ -270,6 +278,10 @@ train_until_done() {
         exit 0
         ;;
       "$STOPPED") requeue ;;
+      "$UNREACHABLE")
+        say "a filesystem did not answer: see the error above"
+        requeue
+        ;;
       "$WRONG") give_up "$code" "wrong flags or files: see the error above and $LOGS, fix it and submit again" ;;
       "$NOT_FINITE") give_up "$code" "a loss or gradient is not finite: see the error above" ;;
     esac

@@ -22,7 +22,8 @@ OLDEST = {
     "test_killed_run_continues_bit_for_bit", "test_every_kind_of_model_and_method_trains", "test_bad_flags_are_named",
     "test_training_continues_bit_for_bit", "test_two_ranks", "test_round_trip",
     "test_training_needs_nothing_but_the_checkpoint", "test_another_optimizer_or_schedule",
-    "test_a_checkpoint_of_gpt_model_loads", "test_a_checkpoint_of_format_3", "test_the_gpt_family_may_go"}
+    "test_a_checkpoint_of_gpt_model_loads", "test_a_checkpoint_of_format_3", "test_the_gpt_family_may_go",
+    "test_metadata_runs_no_code", "test_objects_run_no_code"}
 """Tests that also run on the oldest supported versions: golden steps, brute force, tensor and pipeline ranks, saving
 and resuming, conversion, flags, and what reads Megatron-Core differently in different versions."""
 

@@ -11,8 +11,8 @@
    (float32 weight and two moments).
 4. --node-only checks the GPUs of this machine and nothing else.
 
-It takes all training flags, which `python -m megatron_ebft.train --help` lists. The exit code is 0, or 64 if something
-is missing.
+It takes all training flags, which `python -m megatron_ebft.train --help` lists. The exit code is 0, 64 if something is
+missing, or 74 if a filesystem does not answer.
 """
 
 import contextlib
@@ -22,13 +22,14 @@ import socket
 import sys
 import warnings
 
+from megatron_ebft.common.disk import is_passing
 from megatron_ebft.run.flags.checks import check_args
 from megatron_ebft.run.flags.flag import Flag, Group, at_least
 from megatron_ebft.run.flags.parallelism import PARALLELISM
 from megatron_ebft.run.flags.parser import Parser
 from megatron_ebft.run.flags.table import FLAGS
 
-EXIT_WRONG = 64
+EXIT_WRONG, EXIT_UNREACHABLE = 64, 74
 OPTIMIZER_BYTES = 12
 NVIDIA = "/dev/nvidiactl"
 """Exists wherever the driver is loaded."""
@@ -239,4 +240,10 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except OSError as problem:
+        if not is_passing(problem):
+            raise
+        print(f"preflight on {socket.gethostname()}: {problem}", flush=True)
+        sys.exit(EXIT_UNREACHABLE)

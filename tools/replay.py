@@ -52,10 +52,10 @@ def parse(argv: list[str]):
     Raises:
         ValueError: naming the flag or the file.
     """
-    from megatron_ebft.checkpointing.record import read_metadata
+    from megatron_ebft.checkpointing.record import architecture_of, read_metadata
     from megatron_ebft.hf.config import describe, read_model
     from megatron_ebft.hf.weights import HFWeights
-    from megatron_ebft.model.architecture import ModelArgs
+    from megatron_ebft.model.architecture import read_architecture
     from megatron_ebft.run.flags.checks import check_args
     from megatron_ebft.run.step_file import read_step
 
@@ -73,7 +73,8 @@ def parse(argv: list[str]):
         weights.check(hf)
     else:
         weights = None
-        hf = describe(ModelArgs(**read_metadata(mine.load)["architecture"]), f"--load {mine.load}")
+        architecture = read_architecture(read_metadata(mine.load)["architecture"], architecture_of(mine.load, "--load"))
+        hf = describe(architecture, f"--load {mine.load}")
     step = read_step(mine.batch, "--batch", hf.architecture.vocab_size)
     if step.args.seq_length > hf.architecture.max_position_embeddings:
         raise ValueError(f"--batch {mine.batch}: has rows of {step.args.seq_length} tokens, and the model is for "

@@ -33,6 +33,7 @@ def measure(run, gold, saver) -> tuple[float, float, float]:
     waited, slower = time.perf_counter() - start, 0.0
     while saver.finished() is None:
         slower += measure_step(run, gold)[0]["step"] - alone
+    saver.drop_old()
     run.state.iteration += 1
     return alone, waited, max(slower, 0.0)
 

@@ -5,6 +5,8 @@ They are the configuration, the generation settings and the tokenizer.
 
 import os
 
+from megatron_ebft.common.disk import is_regular, read_bytes
+
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 SENTENCEPIECE = "tokenizer.model"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -20,9 +22,8 @@ def read_companions(folder: str, names: tuple[str, ...] = (CONFIG, GENERATION_CO
     companions = {}
     for name in names:
         path = os.path.join(folder, name)
-        if os.path.isfile(path):
-            with open(path, "rb") as file:
-                companions[name] = file.read()
+        if is_regular(path):
+            companions[name] = read_bytes(path)
     return companions
 
 

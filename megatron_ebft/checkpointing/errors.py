@@ -10,6 +10,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ebft.checkpointing.folders import POINTER, complete_iterations, folder_name, listed
+from megatron_ebft.common.disk import is_passing, unreadable
 
 UNREADABLE = (CheckpointingException, CheckpointException, pickle.UnpicklingError, zipfile.BadZipFile, EOFError,
               OSError, RuntimeError, KeyError, ValueError, AttributeError, IndexError, ImportError, TypeError)
@@ -17,6 +18,16 @@ UNREADABLE = (CheckpointingException, CheckpointException, pickle.UnpicklingErro
 UNWRITABLE = ("iostream error", "PytorchStreamWriter", "inline_container", "Worker failure", "results_queue",
               "Incomplete worker results")
 """Parts of RuntimeError messages that stand for an OSError, or for a writing process that has died."""
+
+
+class Distrusted(ValueError):
+    """A file asks for something that could run code. Megatron-Core pickles it to tell the other ranks."""
+
+
+def distrusted(where: str, what: str) -> Distrusted:
+    """The error for a file whose pickle names a class or function that is not allowed."""
+    return Distrusted(f"{where} asks for {what}, which no checkpoint needs and which could run code. Nothing was run; "
+                      "do not use this checkpoint unless its author can explain that")
 
 
 def damaged(folder: str, flag: str, what: str) -> ValueError:
@@ -29,13 +40,24 @@ def damaged(folder: str, flag: str, what: str) -> ValueError:
 
 @contextlib.contextmanager
 def reading(folder: str, flag: str):
-    """Turn the errors that damaged files cause into a ValueError that names the folder."""
+    """Turn the errors that damaged files cause into a ValueError that names the folder.
+
+    Raises:
+        ValueError: a file is damaged, or is not to be trusted.
+        OSError: a passing error (common/disk.py) of the filesystem. It says nothing about the checkpoint.
+    """
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except UNREADABLE as error:
-        raise damaged(folder, flag, f"{type(error).__name__}: {error}"[:300]) from error
+        cause = _cause(error)
+        if isinstance(cause, Distrusted):
+            raise ValueError(f"{flag} {folder}: {cause}") from error
+        if is_passing(cause):
+            raise unreadable(cause, f"{flag} {folder}") from error
+        kind = "" if isinstance(cause, ValueError) else f"{type(cause).__name__}: "
+        raise damaged(folder, flag, f"{kind}{cause}"[:300]) from error
 
 
 @contextlib.contextmanager
@@ -56,7 +78,7 @@ def writing(directory: str, flag: str, otherwise: str = "Earlier checkpoints are
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The first cause of a failed save."""
+    """The first cause of a failed save or load."""
     while True:
         if isinstance(error, CheckpointException) and error.failures:
             error = next(iter(error.failures.values()))[0]

@@ -11,9 +11,9 @@ import re
 import secrets
 import shutil
 
-from megatron_ebft.common.disk import sync
+from megatron_ebft.common.disk import file_mode, is_folder, names_in, read_bytes, sync
 
-POINTER, RECORD, MANIFEST = "latest_checkpointed_iteration.txt", "ebft.json", "manifest.json"
+POINTER, RECORD, MANIFEST, METADATA = "latest_checkpointed_iteration.txt", "ebft.json", "manifest.json", ".metadata"
 
 
 def folder_name(iteration: int) -> str:
@@ -28,9 +28,8 @@ def temporary_name(iteration: int) -> str:
 
 def complete_iterations(directory: str) -> list[int]:
     """Iterations with a complete checkpoint, ascending, including those kept as `.old` by a killed save."""
-    names = os.listdir(directory) if os.path.isdir(directory) else []
-    matches = filter(None, (re.fullmatch(r"iter_(\d{7,})(\.old)?", name) for name in names))
-    return sorted({int(match[1]) for match in matches if os.path.exists(os.path.join(directory, match[0], MANIFEST))})
+    matches = filter(None, (re.fullmatch(r"iter_(\d{7,18})(\.old)?", name) for name in names_in(directory)))
+    return sorted({int(match[1]) for match in matches if file_mode(os.path.join(directory, match[0], MANIFEST))})
 
 
 def listed(iterations: list[int]) -> str:
@@ -47,7 +46,7 @@ def latest_iteration(directory: str, *, flag: str = "--load") -> int | None:
     complete, text = complete_iterations(directory), _pointer(directory)
     if text is None:
         return max(complete, default=None)
-    if not text.isdecimal() or int(text) not in complete:
+    if not _is_iteration(text) or int(text) not in complete:
         raise ValueError(f"{flag} {directory}: {POINTER} says {text!r}, but complete checkpoints there are "
                          f"{listed(complete)}; write one of these iterations into {os.path.join(directory, POINTER)}, "
                          "or remove that file")
@@ -57,10 +56,12 @@ def latest_iteration(directory: str, *, flag: str = "--load") -> int | None:
 def _pointer(directory: str) -> str | None:
     """Content of the pointer file; None if there is no such file."""
     path = os.path.join(directory, POINTER)
-    if not os.path.exists(path):
-        return None
-    with open(path, errors="replace") as file:
-        return file.read().strip()
+    return read_bytes(path).decode(errors="replace").strip()[:80] if file_mode(path) else None
+
+
+def _is_iteration(text: str) -> bool:
+    """Whether a pointer's text is a number."""
+    return re.fullmatch("[0-9]{1,18}", text) is not None
 
 
 def resolve(directory: str, flag: str) -> str:
@@ -69,9 +70,9 @@ def resolve(directory: str, flag: str) -> str:
     Raises:
         ValueError: no such directory, no complete checkpoint in it, or a wrong pointer.
     """
-    if not os.path.isdir(directory):
+    if not is_folder(directory):
         raise ValueError(f"{flag} {directory}: no such directory; name one that --save wrote")
-    if os.path.exists(os.path.join(directory, RECORD)):
+    if file_mode(os.path.join(directory, RECORD)):
         return directory
     iteration = latest_iteration(directory, flag=flag)
     if iteration is None:
@@ -83,7 +84,7 @@ def resolve(directory: str, flag: str) -> str:
 def _resolve_iteration(directory: str, iteration: int) -> str:
     """The folder of a complete checkpoint."""
     folder = os.path.join(directory, folder_name(iteration))
-    return folder if os.path.isdir(folder) else folder + ".old"
+    return folder if is_folder(folder) else folder + ".old"
 
 
 def newest_first(directory: str, flag: str) -> list[str]:
@@ -92,12 +93,12 @@ def newest_first(directory: str, flag: str) -> list[str]:
     Raises:
         ValueError: as `resolve`.
     """
-    if os.path.exists(os.path.join(directory, RECORD)):
+    if file_mode(os.path.join(directory, RECORD)):
         return [directory]
     complete, text = complete_iterations(directory), _pointer(directory)
-    if text is not None and text.isdecimal():  # damage may keep the named checkpoint from counting as complete
+    if text is not None and _is_iteration(text):  # damage may keep the named checkpoint from counting as complete
         complete = [number for number in complete if number <= int(text)]
-    if not complete or text is not None and not text.isdecimal():
+    if not complete or text is not None and not _is_iteration(text):
         resolve(directory, flag)  # raises, and names the problem
     return [_resolve_iteration(directory, number) for number in reversed(complete)]
 
@@ -105,7 +106,7 @@ def newest_first(directory: str, flag: str) -> list[str]:
 def publish(directory: str, temporary: str, iteration: int) -> None:
     """Make a sealed folder the checkpoint of its iteration, then make it the latest."""
     folder = os.path.join(directory, folder_name(iteration))
-    if os.path.isdir(folder):
+    if is_folder(folder):
         os.rename(folder, folder + ".old")
     os.rename(temporary, folder)
     sync(directory)
@@ -142,7 +143,7 @@ def clear_leftovers(directory: str) -> None:
     for name in os.listdir(directory):
         path = os.path.join(directory, name)
         final = path.removesuffix(".old")
-        is_replaced = re.fullmatch(r"iter_\d{7,}\.old", name) and os.path.isdir(final)
+        is_replaced = re.fullmatch(r"iter_\d{7,}\.old", name) and is_folder(final)
         if re.fullmatch(r"iter_\d{7,}\.tmp\.\w+", name) or is_replaced:
             shutil.rmtree(path, ignore_errors=True)  # the writing process of a killed rank may still be at work there
         elif re.fullmatch(r"iter_\d{7,}\.old", name):
@@ -151,7 +152,6 @@ def clear_leftovers(directory: str) -> None:
 
 def leftover_bytes(directory: str) -> int:
     """Bytes that `clear_leftovers` will free at the next save."""
-    names = os.listdir(directory) if os.path.isdir(directory) else []
-    paths = [os.path.join(parent, file) for name in names if re.fullmatch(r"iter_\d{7,}\.tmp\.\w+", name)
+    paths = [os.path.join(parent, file) for name in names_in(directory) if re.fullmatch(r"iter_\d{7,}\.tmp\.\w+", name)
              for parent, _, files in os.walk(os.path.join(directory, name)) for file in files]
     return sum(os.path.getsize(path) for path in paths)

@@ -11,17 +11,17 @@ import logging
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_ebft.checkpointing.errors import reading
 from megatron_ebft.checkpointing.folders import newest_first, resolve
 from megatron_ebft.checkpointing.manifest import check_whole
 from megatron_ebft.checkpointing.optimizer_state import load_optimizer_state, optimizer_kind
+from megatron_ebft.checkpointing.random_states import KEY, random_states_template, restore_random_states
 from megatron_ebft.checkpointing.record import TrainState, read_record
-from megatron_ebft.checkpointing.sharded_state import current_layout, restore_random_states, sharded_state
+from megatron_ebft.checkpointing.sharded_state import current_layout, sharded_state
 from megatron_ebft.checkpointing.sharded_weights import real_vocab_size, sharded_tensors, sharded_weights
+from megatron_ebft.checkpointing.unpickling import CheckpointFiles
 from megatron_ebft.model.weights import unwrap
 from megatron_ebft.parallel.errors import collective_errors
 
@@ -80,8 +80,10 @@ def load_checkpoint(directory: str, model: list, optimizer, scheduler, *, archit
         raise ValueError(f"{flag} {folder}: the optimizer was another one ({record['optimizer']}, now "
                          f"{optimizer_kind(optimizer)}); load the weights alone with --pretrained-checkpoint")
     saved, current = record["layout"], current_layout()
-    template = sharded_state(model, optimizer, scheduler, with_random_states=saved == current, is_loading=True)
-    loaded = _read(folder, template, real_vocab_size(model), flag)
+    files, shapes, objects = _opened(folder, flag)
+    states = random_states_template(shapes, objects) if saved == current else None
+    template = sharded_state(model, optimizer, scheduler, states, is_loading=True)
+    loaded = _read(files, shapes, template, real_vocab_size(model), flag)
     _set_weights(model, loaded)
     with collective_errors(), torch.no_grad():
         try:
@@ -93,11 +95,13 @@ def load_checkpoint(directory: str, model: list, optimizer, scheduler, *, archit
             raise ValueError(
                 f"{flag} {folder}: optimizer or schedule is not the saved one ({error}); give the saved run's flags, "
                 "or --override-opt-param-scheduler or --use-checkpoint-opt-param-scheduler") from error
-    if saved == current:
-        restore_random_states(loaded["rng_state"])
-    elif dist.get_rank() == 0:
-        changes = ", ".join(f"{name} {saved[name]}, now {size}" for name, size in current.items()
-                            if saved[name] != size)
+    with collective_errors(), reading(folder, flag):
+        if states is not None:
+            restore_random_states(loaded[KEY])
+    if states is None and dist.get_rank() == 0:
+        before = saved or {}
+        changes = ", ".join(f"{name} {before.get(name)}, now {size}" for name, size in current.items()
+                            if before.get(name) != size) or "another kind of device"
         print(f"{flag} {folder}: saved with {changes}; random states start anew", flush=True)
     return TrainState(**record["train_state"]), record["metadata"]
 
@@ -120,7 +124,8 @@ def load_weights(directory: str, model, *, architecture: dict | None = None,
         ValueError: as `load_checkpoint`; the message names tensors that are missing or have another shape.
     """
     folder, record = _open(directory, architecture, flag)
-    loaded = _read(folder, sharded_weights(model), real_vocab_size(model), flag)
+    files, shapes, _ = _opened(folder, flag)
+    loaded = _read(files, shapes, sharded_weights(model), real_vocab_size(model), flag)
     _set_weights(model if isinstance(model, list) else [model], loaded)
     return record["metadata"]
 
@@ -147,17 +152,23 @@ def _open(directory: str, architecture: dict | None, flag: str, is_whole: bool =
     return folder, record
 
 
-def _read(folder: str, template: dict, vocab_size: int, flag: str) -> dict:
-    """Check every tensor of the template against the checkpoint, then load them.
+def _opened(folder: str, flag: str) -> tuple[CheckpointFiles, dict[str, tuple[int, ...]], set[str]]:
+    """The reader of a folder, the shapes of the tensors there, and the keys of the objects."""
+    with collective_errors(), reading(folder, flag):
+        files = CheckpointFiles(folder)
+        stored = files.read_metadata().state_dict_metadata
+    shapes = {key: tuple(value.size) for key, value in stored.items() if isinstance(value, TensorStorageMetadata)}
+    return files, shapes, stored.keys() - shapes.keys()
+
+
+def _read(files: CheckpointFiles, stored: dict[str, tuple[int, ...]], template: dict, vocab_size: int,
+          flag: str) -> dict:
+    """Check every tensor of the template against the shapes in the checkpoint, then load them.
 
     An embedding or output layer (and the optimizer's state of one) may have any number of rows from `vocab_size` on.
     """
+    folder = files.folder
     with collective_errors():
-        with reading(folder, flag):
-            # Not dist_checkpointing.load_tensors_metadata: that of 0.19.2 fails on what torch 2.15 stores.
-            stored = {key: tuple(value.size) for key, value in
-                      FileSystemReader(folder).read_metadata().state_dict_metadata.items()
-                      if isinstance(value, TensorStorageMetadata)}
         wrong = {}
         for tensor in sharded_tensors(template):
             needed, shape = tuple(tensor.global_shape), stored.get(tensor.key)
@@ -169,6 +180,5 @@ def _read(folder: str, template: dict, vocab_size: int, flag: str) -> dict:
             raise ValueError(f"{flag} {folder}: {len(wrong)} tensors do not fit the model: "
                              f"{'; '.join(list(wrong.values())[:8])}; name a checkpoint of this model")
     with collective_errors(), reading(folder, flag), torch.no_grad():
-        # The save validated the sharding. Validating again would fail on rank 0 alone while the others wait.
-        loaded = dist_checkpointing.load(template, folder, validate_access_integrity=False)
+        loaded = files.load(template)
         return {key: loaded.get(key, {}) for key in template}  # {}: a stage without weights

@@ -4,14 +4,13 @@ A checkpoint is whole when every file has the size and the CRC-32 of its manifes
 Each rank sums up the files it wrote. Ranks share the reading when a checkpoint is checked.
 """
 
-import json
 import os
 import re
 import zlib
 
-from megatron_ebft.checkpointing.errors import damaged, reading
-from megatron_ebft.checkpointing.folders import MANIFEST
-from megatron_ebft.common.disk import sync, write_json
+from megatron_ebft.checkpointing.errors import reading
+from megatron_ebft.checkpointing.folders import MANIFEST, METADATA, RECORD
+from megatron_ebft.common.disk import file_mode, is_inside, is_regular, patiently, read_json, sync, write_json
 from megatron_ebft.common.progress import Progress, gigabytes
 
 
@@ -27,8 +26,7 @@ def seal(temporary: str) -> None:
     sums = {}
     for name in os.listdir(temporary):
         if re.fullmatch(r"sums_\d+\.json", name):
-            with open(os.path.join(temporary, name)) as file:
-                sums |= json.load(file)
+            sums |= read_json(os.path.join(temporary, name))
             os.remove(os.path.join(temporary, name))
     paths = [os.path.join(parent, name) for parent, _, names in os.walk(temporary) for name in sorted(names)]
     manifest = {}
@@ -53,19 +51,26 @@ def check_sizes(folder: str, flag: str, part: int = 0, parts: int = 1, is_chosen
         bytes, name and checksum of each file that was checked, the largest first.
 
     Raises:
-        ValueError: a file is missing or has another size; names the file.
+        ValueError: a file is missing, is a device or a FIFO, or has another size; names the file.
     """
     with reading(folder, flag):
-        with open(os.path.join(folder, MANIFEST)) as file:
-            manifest = json.load(file)
+        manifest = read_json(os.path.join(folder, MANIFEST), MANIFEST)
+        for name, entry in manifest.items():
+            if not is_inside(name):
+                raise ValueError(f"{MANIFEST} names {name!r}, outside the checkpoint's folder")
+            if not isinstance(entry, dict) or [type(entry.get(key)) for key in ("bytes", "crc32")] != [int, str]:
+                raise ValueError(f"{MANIFEST} says {entry!r} of {name}")
+        if not {RECORD, METADATA} <= manifest.keys():
+            raise ValueError(f"{MANIFEST} does not name {RECORD} and {METADATA}")
         files = sorted(((entry["bytes"], name, entry["crc32"]) for name, entry in manifest.items() if is_chosen(name)),
                        reverse=True)
-    for size, name, _ in files[part::parts]:
-        path = os.path.join(folder, name)
-        actual = os.path.getsize(path) if os.path.exists(path) else None
-        if actual != size:
-            raise damaged(folder, flag, f"{name} is missing" if actual is None else
-                          f"{name} has {actual} bytes instead of {size}")
+        for size, name, _ in files[part::parts]:
+            path = os.path.join(folder, name)
+            if not is_regular(path):
+                raise ValueError(f"{name} is {'no regular file' if file_mode(path) else 'missing'}")
+            actual = patiently(os.path.getsize, path)
+            if actual != size:
+                raise ValueError(f"{name} has {actual} bytes instead of {size}")
     return files[part::parts]
 
 
@@ -82,10 +87,11 @@ def check_whole(folder: str, flag: str, part: int = 0, parts: int = 1, say=lambd
     """
     files = check_sizes(folder, flag, part, parts, is_chosen)
     progress = Progress("checked", sum(size for size, _, _ in files), say, gigabytes)
-    for size, name, crc32 in files:
-        if _crc32(os.path.join(folder, name)) != crc32:
-            raise damaged(folder, flag, f"{name} is not what was written: its checksum differs")
-        progress.add(size)
+    with reading(folder, flag):
+        for size, name, crc32 in files:
+            if patiently(_crc32, os.path.join(folder, name)) != crc32:
+                raise ValueError(f"{name} is not what was written: its checksum differs")
+            progress.add(size)
 
 
 def _crc32(path: str) -> str:

@@ -1,17 +1,54 @@
 """The optimizer's part of a checkpoint, with what Megatron-Core 0.16.1 … 0.19.2 gets wrong about it."""
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_ebft.checkpointing.sharded_weights import SHARDING
+from megatron_ebft.common.device import device
+from megatron_ebft.common.errors import NotFinite
+from megatron_ebft.model.weights import unwrap
 
 
 def optimizer_kind(optimizer) -> dict:
     """What decides whether a saved optimizer state fits this optimizer; a part of the record."""
     return {"class": type(_inner(optimizer)[0]).__name__, "sharding": SHARDING["distrib_optim_sharding_type"]}
+
+
+def check_finite(model: list, optimizer) -> None:
+    """Look at every weight and moment of this rank, on the device and without a copy. All ranks must call.
+
+    Raises:
+        NotFinite: on every rank, if a weight or moment of any rank is not finite; names some of them.
+    """
+    tensors = dict(_floats(model, optimizer))
+    largest = [torch.linalg.vector_norm(tensor, float("inf")).float() for tensor in tensors.values()]
+    is_bad = ~torch.stack(largest).isfinite() if largest else torch.zeros(1, dtype=torch.bool, device=device())
+    count = is_bad.sum()
+    dist.all_reduce(count)
+    if count.item():
+        names = [None] * dist.get_world_size()
+        dist.all_gather_object(names, [name for name, bad in zip(tensors, is_bad.tolist()) if bad][:3])
+        named = ", ".join(sorted({name for some in names for name in some})[:3])
+        raise NotFinite(f"weights or moments are not finite ({named}); lower --lr, raise --adam-eps or lower "
+                        "--clip-grad")
+
+
+def _floats(model: list, optimizer) -> Iterator[tuple[str, torch.Tensor]]:
+    """This rank's weights, and the float32 weights and moments of its share of the optimizer, by name."""
+    for i, chunk in enumerate(model):
+        for name, parameter in unwrap(chunk).named_parameters():
+            yield f"{name}{f' of chunk {i}' * (i > 0)}", parameter.detach()
+    inner = _inner(optimizer)[0].optimizer
+    for i, parameter in enumerate(x for group in inner.param_groups for x in group["params"]):
+        yield f"the optimizer's weight {i}", parameter.detach()
+        for key, value in inner.state.get(parameter, {}).items():
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel() > 1:
+                yield f"{key} of the optimizer's weight {i}", value
 
 
 def sharded_optimizer_state(optimizer, weights: dict, is_loading: bool = False) -> dict:

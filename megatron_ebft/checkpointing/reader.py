@@ -2,15 +2,16 @@
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_ebft.checkpointing.errors import reading
 from megatron_ebft.checkpointing.folders import resolve
 from megatron_ebft.checkpointing.manifest import check_whole
-from megatron_ebft.checkpointing.record import read_record
-from megatron_ebft.model.architecture import ModelArgs
+from megatron_ebft.checkpointing.random_states import KEY
+from megatron_ebft.checkpointing.record import architecture_of, read_record
+from megatron_ebft.checkpointing.unpickling import CheckpointFiles
+from megatron_ebft.model.architecture import read_architecture
 
 
 class CheckpointReader:
@@ -29,15 +30,15 @@ class CheckpointReader:
         self.flag, self.folder = flag, resolve(directory, flag)
         self.metadata: dict = read_record(self.folder, flag)["metadata"]
         """The caller's metadata, as it was saved."""
-        self.architecture = ModelArgs(**self.metadata["architecture"])
+        self.architecture = read_architecture(self.metadata["architecture"], architecture_of(self.folder, flag))
         if not is_whole:
             check_whole(self.folder, flag, say=say)
         with reading(self.folder, flag):
-            self._reader = FileSystemReader(self.folder)
+            self._reader = CheckpointFiles(self.folder)
             self._stored = self._reader.read_metadata()
             self._reader.set_up_storage_reader(self._stored, is_coordinator=True)
         weights = {key: value for key, value in self._stored.state_dict_metadata.items()
-                   if isinstance(value, TensorStorageMetadata) and not key.startswith("optimizer.")}
+                   if isinstance(value, TensorStorageMetadata) and not key.startswith(("optimizer.", f"{KEY}."))}
         self.dtypes = {key: value.properties.dtype for key, value in weights.items()}
         self.shapes = {key: tuple(value.size) for key, value in weights.items()}
 

@@ -35,7 +35,8 @@ from megatron_ebft.checkpointing.folders import (
     temporary_name,
 )
 from megatron_ebft.checkpointing.manifest import seal, write_sums
-from megatron_ebft.checkpointing.optimizer_state import optimizer_kind
+from megatron_ebft.checkpointing.optimizer_state import check_finite, optimizer_kind
+from megatron_ebft.checkpointing.random_states import random_states
 from megatron_ebft.checkpointing.record import FORMAT, TrainState
 from megatron_ebft.checkpointing.sharded_state import current_layout, sharded_state
 from megatron_ebft.common.disk import write_json
@@ -55,7 +56,7 @@ class Saver:
 
     Args:
         is_async: training goes on while separate processes write what was copied to host memory.
-        keep, retain_interval: which checkpoints stay after each save, as in `folders.drop_old`.
+        keep, retain_interval: which checkpoints `drop_old` leaves, as in `folders.drop_old`.
         flag: for error messages.
     """
 
@@ -76,8 +77,10 @@ class Saver:
         Raises:
             ValueError: the directory cannot be written, or is not the same on every rank. Earlier checkpoints are
                 untouched.
+            NotFinite: there is a weight or moment that is not finite. Nothing is written.
         """
         self._settle(wait=True)
+        check_finite(model, optimizer)
         temporary = self._begin(state.iteration)
         record = {"format": FORMAT, "train_state": asdict(state), "layout": current_layout(),
                   "optimizer": optimizer_kind(optimizer), "metadata": metadata}
@@ -97,7 +100,7 @@ class Saver:
         with self._attempt(), shielded(), torch.no_grad():
             if getattr(filesystem_async, "_results_queue", False) is None:
                 filesystem_async._results_queue = _ResultsQueue()
-            request = dist_checkpointing.save(sharded_state(*parts, with_random_states=True), temporary,
+            request = dist_checkpointing.save(sharded_state(*parts, random_states()), temporary,
                                               async_sharded_save=True, **STRATEGY)
             request.finalize_fns.insert(0, functools.partial(_release_space, temporary))
             iteration = record["train_state"]["iteration"]
@@ -123,6 +126,17 @@ class Saver:
         self._settle(wait)
         folder, self._finished = self._finished, None
         return folder
+
+    def drop_old(self) -> None:
+        """Remove the checkpoints that need not stay, once a step from the newest was finite: finite weights are not
+        yet good ones. Rank 0 does it; the others need not call.
+
+        Raises:
+            ValueError: on rank 0: they cannot be removed.
+        """
+        if dist.get_rank() == 0:
+            with writing(self.directory, self.flag):
+                drop_old(self.directory, self.keep, self.retain_interval)
 
     def _settle(self, wait: bool) -> None:
         if self._queue.get_num_unfinalized_calls():
@@ -153,7 +167,6 @@ class Saver:
                 write_json(os.path.join(temporary, RECORD), record)
                 seal(temporary)
                 publish(self.directory, temporary, iteration)
-                drop_old(self.directory, self.keep, self.retain_interval)
         self._finished = os.path.join(self.directory, folder_name(iteration))
 
     @contextlib.contextmanager

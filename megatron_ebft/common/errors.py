@@ -7,3 +7,7 @@ class StepFailed(RuntimeError):
 
 class SaveFailed(RuntimeError):
     """The end of a run could not be saved; it can be reached again. Raised on every rank."""
+
+
+class NotFinite(StepFailed):
+    """A loss, a gradient or what a step made of the weights is not finite. Raised on every rank."""

@@ -1,7 +1,7 @@
 """config.json of transformers, read as ModelArgs and written from them.
 
 1. config.json is read strictly. An unknown key, or a value that this project does not compute, stops the conversion;
-   the error names the key.
+   the error names the key. Keys that begin with an underscore are private and ignored.
 2. Both spellings of rotary settings are read: `rope_theta` with `rope_scaling`, and transformers 5's
    `rope_parameters`. The older spelling is written, since every version reads it.
 """
@@ -13,8 +13,9 @@ from dataclasses import replace
 import torch
 
 from megatron_ebft.checkpointing.companions import CONFIG
+from megatron_ebft.common.disk import is_regular, read_json
 from megatron_ebft.hf.families import FAMILIES, Family, HFModel
-from megatron_ebft.model.architecture import ModelArgs
+from megatron_ebft.model.architecture import LARGEST_NUMBER, LARGEST_SIZE, MOST_LAYERS, ModelArgs
 
 COMMON = {"hidden_size": "hidden_size", "intermediate_size": "ffn_hidden_size", "num_hidden_layers": "num_layers",
           "num_attention_heads": "num_attention_heads", "vocab_size": "vocab_size", "rms_norm_eps": "norm_epsilon",
@@ -28,11 +29,10 @@ ONLY = {"hidden_act": ("silu",), "attention_dropout": (0, None), "partial_rotary
 """Keys that every family may have, and the values that this project computes."""
 NO_EFFECT = set(
     # About the file, the tokenizer, how transformers runs the model, and training that this project does not do.
-    "transformers_version torch_dtype dtype use_cache pretraining_tp max_window_layers _name_or_path "
-    "_from_model_config _attn_implementation _attn_implementation_autoset attn_implementation bos_token_id "
-    "eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id tokenizer_class is_decoder "
-    "return_dict output_attentions output_hidden_states torchscript use_bfloat16 tf_legacy_loss id2label label2id "
-    "problem_type finetuning_task task_specific_params prefix chunk_size_feed_forward "
+    "transformers_version torch_dtype dtype use_cache pretraining_tp max_window_layers attn_implementation "
+    "bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id tokenizer_class "
+    "is_decoder return_dict output_attentions output_hidden_states torchscript use_bfloat16 tf_legacy_loss id2label "
+    "label2id problem_type finetuning_task task_specific_params prefix chunk_size_feed_forward "
     # About generation, written here by transformers before 4.50.
     "max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k "
     "top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size "
@@ -62,17 +62,10 @@ def read_config(folder: str, flag: str) -> dict:
         ValueError: there is none, or it is not a JSON object.
     """
     path = os.path.join(folder, CONFIG)
-    if not os.path.isfile(path):
+    if not is_regular(path):
         raise ValueError(f"{flag} {folder}: no {CONFIG} there; name the local folder of a Hugging Face model (nothing "
                          "is downloaded)")
-    try:
-        with open(path) as file:
-            config = json.load(file)
-    except ValueError as error:
-        raise ValueError(f"{flag} {folder}: {CONFIG} is not JSON ({error}); copy it again") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{flag} {folder}: {CONFIG} is not a JSON object; copy it again")
-    return config
+    return read_json(path, f"{flag} {folder}: {CONFIG}")
 
 
 def parse_config(config: dict, where: str) -> HFModel:
@@ -93,10 +86,12 @@ def parse_config(config: dict, where: str) -> HFModel:
     allowed = {**ONLY, **family.only}
     known = {*COMMON, *OPTIONAL, *NO_EFFECT, *allowed}
     for key, value in config.items():
+        if key.startswith("_"):  # private to the program that wrote the file: no model depends on it
+            continue
         if key not in known:
             raise ValueError(f"{where} has {key} = {_short(value)}, which is not understood for {family.architecture}, "
                              "so the converted model might compute something else; remove the key if it has no effect")
-        values = value if key == "layer_types" and value else [value]
+        values = value if key == "layer_types" and value and isinstance(value, list) else [value]
         if allowed.get(key) is not None and not all(_is_one_of(x, allowed[key]) for x in values):
             raise ValueError(f"{where} has {key} = {_short(value)}; supported is {_short(allowed[key][0])} only"
                              f"{HINTS.get(key, '')}")
@@ -157,11 +152,13 @@ def _is_one_of(value, allowed: tuple) -> bool:
 
 def _number(config: dict, key: str, where: str, kind: type = float, otherwise=None):
     """A number above 0 from a configuration; `otherwise` if it is absent or null."""
-    value = config.get(key)
+    value, most = config.get(key), LARGEST_SIZE if kind is int else LARGEST_NUMBER
+    most = MOST_LAYERS if key == "num_hidden_layers" else most
     if value is None and otherwise is not None:
         return otherwise
-    if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float) or not value > 0:
-        raise ValueError(f"{where} has {key} = {_short(value)}; it must be a{' whole' * (kind is int)} number above 0")
+    if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float) or not 0 < value <= most:
+        raise ValueError(f"{where} has {key} = {_short(value)}; it must be a{' whole' * (kind is int)} number above 0 "
+                         f"and at most {most}")
     return kind(value)
 
 

@@ -39,7 +39,7 @@ from megatron_ebft.checkpointing.folders import POINTER, RECORD, clear_leftovers
 from megatron_ebft.checkpointing.manifest import seal
 from megatron_ebft.checkpointing.reader import CheckpointReader
 from megatron_ebft.checkpointing.record import FORMAT
-from megatron_ebft.common.disk import sync, write_json
+from megatron_ebft.common.disk import parse_json, sync, write_json
 from megatron_ebft.common.progress import Progress, gigabytes
 from megatron_ebft.common.safetensors_writer import SafetensorsWriter, tensor_bytes
 from megatron_ebft.data.tokenizer import build_tokenizer
@@ -245,7 +245,7 @@ def _family_of(reader: CheckpointReader, companions: dict, where: str) -> HFMode
     """The model as config.json describes it or, without one, as the checkpoint's architecture does."""
     if CONFIG not in companions:
         return describe(reader.architecture, f"{reader.flag} {reader.folder}")
-    model = parse_config(json.loads(companions[CONFIG]), f"{where}: {CONFIG}")
+    model = parse_config(parse_json(companions[CONFIG], f"{where}: {CONFIG}"), f"{where}: {CONFIG}")
     differ = [f"{name} {value} (checkpoint {vars(reader.architecture)[name]})"
               for name, value in vars(model.architecture).items()
               if name not in free_fields(vars(reader.architecture)) and value != vars(reader.architecture)[name]]

@@ -4,7 +4,6 @@ Each read opens the file anew: a mapped file counts as resident memory for as lo
 """
 
 import contextlib
-import json
 import os
 
 import torch
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_ebft.checkpointing.companions import CONFIG
+from megatron_ebft.common.disk import file_mode, is_folder, is_inside, is_regular, read_json, unreadable
 from megatron_ebft.common.safetensors_writer import DTYPES
 from megatron_ebft.hf.families import HFModel
 from megatron_ebft.model.decoder import PositionRotary
@@ -32,7 +32,7 @@ class HFWeights:
         self.dtypes: dict[str, torch.dtype] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._paths: dict[str, str] = {}
-        if not os.path.isdir(folder):
+        if not is_folder(folder):
             raise ValueError(f"{self.where}: no such folder; name the local folder of a Hugging Face model (nothing is "
                              "downloaded)")
         promised = self._index(folder)
@@ -45,25 +45,29 @@ class HFWeights:
 
     def _index(self, folder: str) -> dict[str, str]:
         """File of each tensor according to the index; empty if a single file holds all tensors."""
-        if os.path.exists(os.path.join(folder, SINGLE)):
+        if file_mode(os.path.join(folder, SINGLE)):
             return {}
         path = os.path.join(folder, INDEX)
-        if not os.path.exists(path):
+        if not file_mode(path):
             old = [name for name in os.listdir(folder) if name.endswith((".bin", ".pt", ".pth"))]
             advice = (f"; {old[0]} is in torch's pickle format, which is not supported: load it with transformers' "
                       "from_pretrained and write it with save_pretrained, which makes safetensors files" if old else "")
             raise ValueError(f"{self.where}: neither {SINGLE} nor {INDEX} there{advice}")
-        try:
-            with open(path) as file:
-                files = json.load(file)["weight_map"]
-            return {name: os.path.normpath(file) for name, file in files.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{self.where}: {INDEX} is damaged ({error!r}); copy it again") from error
+        files = read_json(path, f"{self.where}: {INDEX}").get("weight_map")
+        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+            raise ValueError(f"{self.where}: {INDEX} is damaged: it has no weight_map of tensors and files; copy it "
+                             "again")
+        files = {name: os.path.normpath(file) for name, file in files.items()}
+        for name, file in files.items():
+            if not is_inside(file):
+                raise ValueError(f"{self.where}: {INDEX} says that {name} is in {file!r}, outside the model's folder; "
+                                 "copy it again")
+        return files
 
     def _scan(self, folder: str, name: str) -> None:
         path = os.path.join(folder, name)
-        if not os.path.isfile(path):
-            raise ValueError(f"{self.where}: the shard {name} is missing; copy it again")
+        if not is_regular(path):
+            raise ValueError(f"{self.where}: the shard {name} is missing, or no regular file; copy it again")
         with self._open(path) as file:
             for key in file.keys():
                 part = file.get_slice(key)
@@ -82,8 +86,8 @@ class HFWeights:
             with safe_open(path, "pt") as file:
                 yield file
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{self.where}: {os.path.basename(path)} is no whole safetensors file ({error}); copy it "
-                             "again") from error
+            where = f"{self.where}: {os.path.basename(path)}"
+            raise unreadable(error, where, "is no whole safetensors file") from error
 
     def read(self, name: str) -> Tensor:
         """A tensor in memory of its own."""
@@ -112,9 +116,10 @@ class HFWeights:
 
     def _is_redundant(self, name: str, model: HFModel) -> bool:
         if name.endswith(".rotary_emb.inv_freq"):
+            if self.shapes[name] != (model.architecture.kv_channels // 2,):
+                return False
             expected, stored = PositionRotary(model.architecture).inv_freq.cpu(), self.read(name)
-            return expected.shape == stored.shape and torch.allclose(expected.to(stored.dtype), stored, rtol=1e-2,
-                                                                     atol=0.0)
+            return torch.allclose(expected.to(stored.dtype), stored, rtol=1e-2, atol=0.0)
         if name == "lm_head.weight":  # not expected: it is tied
             return torch.equal(self.read(name), self.read("model.embed_tokens.weight"))
         return False

@@ -4,7 +4,7 @@ import math
 
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
-from megatron_ebft.common.errors import StepFailed
+from megatron_ebft.common.errors import NotFinite
 
 
 def clear_gradients(policy: list, optimizer) -> None:
@@ -18,13 +18,13 @@ def update(optimizer, loss: float) -> float:
     """Clip and apply the gradients; returns their norm before clipping.
 
     Raises:
-        StepFailed: the loss or the norm is not finite; the weights are as they were.
+        NotFinite: the loss or the norm is not finite; the weights are as they were.
     """
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise StepFailed(f"loss {loss}, gradient norm {norm}: not finite, stopped before the optimizer step. The last "
-                         "checkpoint is good; lower --lr or --clip-grad, or look at these samples")
+        raise NotFinite(f"loss {loss}, gradient norm {norm}: not finite, stopped before the optimizer step; lower --lr "
+                        "or --clip-grad, or look at these samples")
     parameters = optimizer.get_parameters()  # none in a rank's share of a small model
     if parameters and optimizer.config.clip_grad > 0:  # Megatron's step() would compute the norm a second time
         clip_grad_by_total_norm_fp32(parameters, optimizer.config.clip_grad, norm)

@@ -1,7 +1,13 @@
 """The architecture of a model, and how its layers are split over pipeline stages."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
+
+LARGEST_SIZE, MOST_LAYERS, LARGEST_NUMBER = 2**31 - 1, 2**16, 1e30
+"""Bounds that no model exceeds. A file that does would keep loops and allocations busy for hours."""
+CHOICES = {"position_embedding_type": ("rope", "learned_absolute", "none"), "normalization": ("RMSNorm", "LayerNorm")}
+"""Values of the fields of ModelArgs that are words."""
 
 
 @dataclass
@@ -50,6 +56,35 @@ def matrix_elements(args: ModelArgs) -> int:
     if args.position_embedding_type == "learned_absolute":
         tables += args.max_position_embeddings
     return args.num_layers * (attention + mlp) + tables * args.hidden_size
+
+
+def read_architecture(fields, where: str) -> ModelArgs:
+    """An architecture from what a file says.
+
+    Raises:
+        ValueError: beginning with `where`: a field is missing, unknown, of another type or not possible.
+    """
+    if not isinstance(fields, dict):
+        raise ValueError(f"{where} has no fields")
+    known = {field.name: field for field in dataclasses.fields(ModelArgs)}
+    for name in fields.keys() - known.keys():
+        raise ValueError(f"{where} has the field {name}, which this version does not know")
+    for name, field in known.items():
+        if name not in fields and field.default is dataclasses.MISSING:
+            raise ValueError(f"{where} has no {name}")
+        value = fields.get(name, field.default)
+        kinds = (int, float) if field.type is float else (field.type,)
+        is_right = type(value) in kinds and value in CHOICES.get(name, (value,))
+        if is_right and field.type in (int, float):
+            largest = LARGEST_SIZE if field.type is int else LARGEST_NUMBER
+            is_right = 0 < value <= (MOST_LAYERS if name == "num_layers" else largest)
+        if not is_right:
+            raise ValueError(f"{where} says {name} = {str(value)[:80]}, which no model has")
+    args = ModelArgs(**fields)
+    if args.num_attention_heads % args.num_query_groups or args.padded_vocab_size < args.vocab_size:
+        raise ValueError(f"{where} contradicts itself: {args.num_attention_heads} heads for {args.num_query_groups} "
+                         f"groups, {args.padded_vocab_size} rows for {args.vocab_size} ids")
+    return args
 
 
 def free_fields(architecture: dict) -> set[str]:

@@ -4,6 +4,8 @@ import contextlib
 
 import torch.distributed as dist
 
+from megatron_ebft.common.disk import is_passing
+
 
 @contextlib.contextmanager
 def collective_errors():
@@ -11,6 +13,7 @@ def collective_errors():
 
     Raises:
         ValueError: on every rank, if any rank raised one.
+        OSError: on every rank, if any rank had a passing one (common/disk.py): others may then see no files at all.
         RuntimeError: on the other ranks, if a rank raised anything else (which continues there).
     """
     problem = None
@@ -19,12 +22,18 @@ def collective_errors():
     except Exception as error:
         problem = error
     reports = [None] * dist.get_world_size()
-    dist.all_gather_object(reports, problem and (isinstance(problem, ValueError), f"{problem}"))
+    number = problem.errno if is_passing(problem) else None
+    is_expected = number is not None or isinstance(problem, ValueError)
+    text = f"{problem.strerror if number else problem}"
+    dist.all_gather_object(reports, problem and (is_expected, number, text))
     problems = [(rank, *report) for rank, report in enumerate(reports) if report]
-    unexpected = [f"rank {rank}: {text}" for rank, is_expected, text in problems if not is_expected]
-    if problem is not None and not isinstance(problem, ValueError):
+    unexpected = [f"rank {rank}: {text}" for rank, is_expected, _, text in problems if not is_expected]
+    if problem is not None and not is_expected:
         raise problem
     if unexpected:
         raise RuntimeError(unexpected[0]) from problem
+    for rank, _, number, text in problems:
+        if number is not None:
+            raise OSError(number, f"rank {rank}: {text}") from problem
     if problems:
-        raise ValueError(problems[0][2]) from problem
+        raise ValueError(problems[0][3]) from problem

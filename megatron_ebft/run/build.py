@@ -94,7 +94,7 @@ def _tokenizer_and_architecture(args, resume: str | None) -> tuple:
     check_memory(args, architecture)
     if args.seq_length > architecture.max_position_embeddings:
         raise ValueError(f"--seq-length {args.seq_length}: longer than --max-position-embeddings "
-                         f"{architecture.max_position_embeddings}")
+                         f"{architecture.max_position_embeddings}; raise it to learn longer rows")
     return tokenizer, architecture
 
 

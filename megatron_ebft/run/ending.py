@@ -10,8 +10,9 @@ import sys
 import time
 import traceback
 
+from megatron_ebft.common.disk import is_passing
 from megatron_ebft.common.errors import SaveFailed, StepFailed
-from megatron_ebft.run.stopping import EXIT_CRASHED, EXIT_RESUME, EXIT_STEP_FAILED, EXIT_USAGE
+from megatron_ebft.run.stopping import EXIT_CRASHED, EXIT_RESUME, EXIT_STEP_FAILED, EXIT_UNREACHABLE, EXIT_USAGE
 
 CODES = {ValueError: EXIT_USAGE, StepFailed: EXIT_STEP_FAILED, SaveFailed: EXIT_CRASHED, KeyboardInterrupt: 130}
 """Exit codes of errors that need no traceback. 130 is a shell's for Ctrl-C."""
@@ -32,7 +33,8 @@ def is_under_torchrun() -> bool:
 def fail(error: BaseException) -> None:
     """Say what went wrong and end at once: threads of torch, and Python's own way out, may wait for ranks that are
     gone. Processes that write a checkpoint end with this one."""
-    code = next((code for kind, code in CODES.items() if isinstance(error, kind)), None)
+    code = EXIT_UNREACHABLE if is_passing(error) else next(
+        (code for kind, code in CODES.items() if isinstance(error, kind)), None)
     if code is None:
         traceback.print_exception(error)
     else:

@@ -3,7 +3,7 @@
 import time
 
 from megatron_ebft.common.device import upload
-from megatron_ebft.common.errors import StepFailed
+from megatron_ebft.common.errors import NotFinite, StepFailed
 from megatron_ebft.common.timer import PhaseTimer
 from megatron_ebft.data.micro_batches import GoldBatch
 from megatron_ebft.data.rows import document_ids, rows_for_step
@@ -50,7 +50,10 @@ def train(run: Run, log) -> bool:
             timer = PhaseTimer(on_enter=lambda phase: run.watchdog.enter(f"{phase} of step {state.iteration + 1}"))
             with timer("data"):
                 gold, rollouts = next_rows(run)
-            metrics = train_step(run, gold, timer, check=first, rollouts=rollouts)
+            try:
+                metrics = train_step(run, gold, timer, check=first, rollouts=rollouts)
+            except NotFinite as failure:
+                raise failure if saves is None else saves.explain(failure) from failure
             first = False
             state.iteration += 1
             state.consumed_samples += args.global_batch_size
@@ -107,7 +110,7 @@ def train_step(run: Run, gold: GoldBatch, phase, check: bool, rollouts: Rollouts
                     optimizer=run.optimizer, gold=gold, config=run.config, iteration=run.state.iteration,
                     rollouts=rollouts, phase=phase, after_rollouts=lambda: run.stopper.check(steps=0), inspect=inspect)
     except StepFailed as failure:
-        raise StepFailed(f"step {run.state.iteration + 1} (samples {first} to {last}): {failure}") from failure
+        raise type(failure)(f"step {run.state.iteration + 1} (samples {first} to {last}): {failure}") from failure
     metrics["lr"] = run.optimizer.param_groups[0]["lr"]
     run.scheduler.step(increment=run.args.global_batch_size)  # the schedule counts rows
     return metrics

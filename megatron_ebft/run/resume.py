@@ -10,11 +10,19 @@ on. A --save that another run has filled is refused.
 
 import argparse
 import os
+from dataclasses import asdict
 
 from megatron_ebft.checkpointing.companions import COMPANIONS, SENTENCEPIECE, TOKENIZER_FILES, read_companions
 from megatron_ebft.checkpointing.folders import POINTER, RECORD, complete_iterations, resolve
-from megatron_ebft.checkpointing.record import TrainState, first_readable, read_metadata, read_record
-from megatron_ebft.model.architecture import ModelArgs, feature_layers, free_fields
+from megatron_ebft.checkpointing.record import (
+    TrainState,
+    architecture_of,
+    first_readable,
+    read_metadata,
+    read_record,
+)
+from megatron_ebft.common.disk import file_mode
+from megatron_ebft.model.architecture import ModelArgs, feature_layers, free_fields, read_architecture
 from megatron_ebft.run.flags.flag import spelled
 from megatron_ebft.run.flags.parser import as_argv
 from megatron_ebft.run.models import fixed_fields
@@ -67,7 +75,7 @@ def _is_own(args) -> bool:
 
 
 def _holds_checkpoints(folder: str) -> bool:
-    return bool(complete_iterations(folder)) or any(os.path.exists(os.path.join(folder, x)) for x in (RECORD, POINTER))
+    return bool(complete_iterations(folder)) or any(file_mode(os.path.join(folder, x)) for x in (RECORD, POINTER))
 
 
 def _find_beginning(args) -> bool:
@@ -99,26 +107,33 @@ def progress(args, folder: str | None) -> tuple[dict | None, TrainState]:
     if folder is None:
         return None, TrainState()
     record = read_record(folder, "--load")
-    state, mode = TrainState(**record["train_state"]), record["metadata"]["arguments"]["training_mode"]
+    saved = record["metadata"]
+    needed = {"arguments", "start", *(["encoder"] if args.training_mode == "ebft" else [])}
+    lacks = sorted(name for name in needed if saved.get(name) is None)
+    if lacks or "training_mode" not in saved["arguments"]:
+        raise ValueError(f"--load {args.load}: {RECORD} has no {', '.join(lacks) or 'arguments.training_mode'}, which "
+                         "training records; give the checkpoint as --pretrained-checkpoint")
+    state, mode = TrainState(**record["train_state"]), saved["arguments"]["training_mode"]
     if args.training_mode != mode:
         raise ValueError(f"--load {args.load}: was saved by --training-mode {mode}; to start {args.training_mode} from "
                          "its weights, give it as --pretrained-checkpoint")
     if state.iteration > args.train_iters:
         raise ValueError(f"--train-iters {args.train_iters}: --load {args.load} is at step {state.iteration} already")
-    return record["metadata"], state
+    return saved, state
 
 
 def restore_architecture(args, flag: str, folder: str) -> None:
     """Set the flags of the architecture, and of the tokenizer if none was named, to what a checkpoint says."""
-    metadata = read_metadata(folder, flag=flag)
-    fields, tokenizer = metadata["architecture"], metadata["tokenizer"]
+    metadata, folder = read_metadata(folder, flag=flag), resolve(folder, flag)
+    fields = asdict(read_architecture(metadata["architecture"], architecture_of(folder, flag)))
+    tokenizer, longest = metadata["tokenizer"], "max_position_embeddings"
     for name, value in fields.items():
-        if name in vars(args) and name not in free_fields(fields):
+        if name in vars(args) and name not in free_fields(fields) or name == longest and vars(args)[name] is None:
             setattr(args, name, value)
     args.vocab_size = fields["vocab_size"]
     if tokenizer is None or args.tokenizer_model or args.tokenizer_type == "NullTokenizer":
         return
-    path = os.path.join(resolve(folder, flag), COMPANIONS)
+    path = os.path.join(folder, COMPANIONS)
     files = {"HuggingFaceTokenizer": path, "SentencePieceTokenizer": os.path.join(path, SENTENCEPIECE)}
     args.tokenizer_type, args.tokenizer_model = tokenizer["type"], files.get(tokenizer["type"])
 

@@ -51,7 +51,7 @@ class StepDump:
             return
         folder = self.args.ebft_dump_steps
         is_due = kind is None and folder and self.iteration % self.args.ebft_dump_interval == 0
-        if kind is StepFailed or is_due:
+        if (kind is not None and issubclass(kind, StepFailed)) or is_due:
             try:
                 self._write(folder or os.path.join(self.args.save, FAILED))
             except ValueError as error:

@@ -35,6 +35,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_ebft.common.device import device
+from megatron_ebft.common.disk import is_regular, parse_json, unreadable
 from megatron_ebft.common.safetensors_writer import SafetensorsWriter
 from megatron_ebft.data.micro_batches import GoldBatch
 from megatron_ebft.layout.step_major import from_step_major, step_major_positions, to_step_major
@@ -52,7 +53,9 @@ from megatron_ebft.parallel.groups import (
 from megatron_ebft.rollout.sampler import Rollouts
 from megatron_ebft.run.flags import build_parser, method_flags
 from megatron_ebft.run.flags.checks import check_args
+from megatron_ebft.run.flags.config_file import flag_value
 from megatron_ebft.run.flags.flag import spelled
+from megatron_ebft.run.flags.method import METHOD
 from megatron_ebft.run.flags.parser import as_argv
 
 INPUTS = ("docs", "sequences", "position_ids", "index", "document_ids", "answer_mask", "sampler_log_probs", "entropy")
@@ -184,14 +187,14 @@ def read_step(path: str, flag: str, vocab_size: int) -> Step:
         ValueError: the file is missing, damaged or contradicts itself; names `flag` and the file.
     """
     where = f"{flag} {path}"
-    if not os.path.isfile(path):
-        raise ValueError(f"{where}: no such file")
+    if not is_regular(path):
+        raise ValueError(f"{where}: no such file, or no regular one")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys() if key in INPUTS}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{where}: no whole safetensors file ({error}); copy it again") from error
+        raise unreadable(error, f"{where}: this", "is no whole safetensors file") from error
     args, iteration = _flags(metadata, tensors, where)
     _check_tensors(tensors, args, vocab_size, where)
     layout, documents = _layout(args), tensors.get("document_ids")
@@ -221,11 +224,14 @@ def _flags(metadata: dict[str, str], tensors: dict, where: str) -> tuple[argpars
                      for key, name in GOLDEN.items() if key in metadata})
     masks = [flag for key, flag in MASKS.items() if key in tensors]
     try:
-        flags = json.loads(metadata.get("flags", "{}"))
+        flags = parse_json(metadata.get("flags", "{}"), "flags")
         iteration = flags.pop("iteration", None)
+        if iteration is not None and (type(iteration) is not int or iteration < 1):
+            raise ValueError(f"the iteration is {iteration!r}")
+        flags = {name: _method_flag(name, value) for name, value in flags.items() if value is not None}
         from_entries = build_parser().parse_args(["--train-iters=1", *entries])
         args = check_args(build_parser().parse_args(["--train-iters=1", *entries, *as_argv(flags), *masks]))
-    except (ValueError, AttributeError, TypeError) as error:  # the last two: `flags` is JSON, but not an object
+    except ValueError as error:
         raise ValueError(f"{where}: its metadata cannot be right: {error}") from error
     for key, name in GOLDEN.items():
         if vars(from_entries)[name] != vars(args)[name]:
@@ -236,6 +242,17 @@ def _flags(metadata: dict[str, str], tensors: dict, where: str) -> tuple[argpars
         raise ValueError(f"{where}: the metadata contradict themselves: blocks is {metadata['blocks']}, but there are "
                          f"{blocks} blocks of this stride and context in {args.seq_length} tokens")
     return args, iteration
+
+
+def _method_flag(name: str, value):
+    """The value of a flag of the method. Other flags are not taken from a file: it says what a step computes, not what
+    this program does."""
+    if name not in ("seq_length", *METHOD.dests):
+        raise ValueError(f"{name} is no flag of the method")
+    try:
+        return flag_value(name, value)
+    except ValueError as error:
+        raise ValueError(f"{spelled(name)}: {error}") from error
 
 
 def _check_tensors(tensors: dict[str, Tensor], args: argparse.Namespace, vocab_size: int, where: str) -> None:

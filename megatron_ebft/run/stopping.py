@@ -14,10 +14,10 @@ import time
 
 from megatron_ebft.common import signals
 
-EXIT_CRASHED, EXIT_USAGE, EXIT_STEP_FAILED, EXIT_HUNG, EXIT_RESUME = 1, 64, 65, 70, 75
+EXIT_CRASHED, EXIT_USAGE, EXIT_STEP_FAILED, EXIT_HUNG, EXIT_UNREACHABLE, EXIT_RESUME = 1, 64, 65, 70, 74, 75
 """Exit codes other than 0 (finished). 1: anything unforeseen, or a full disk at the end. 64: flags or files are wrong.
-65: a step was not finite. Both would fail again. 70: a rank hangs. 75: stopped on request after saving; the same
-command continues the run."""
+65: a step was not finite. Both would fail again. 70: a rank hangs. 74: a filesystem did not answer, however often it
+was asked. 75: stopped on request after saving; the same command continues the run."""
 
 _process_start = time.monotonic()
 

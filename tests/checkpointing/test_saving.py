@@ -86,6 +86,7 @@ def test_old_checkpoints_are_removed(saved, tmp_path):
     saver = Saver(str(tmp_path), keep=2, retain_interval=4)
     for iteration in range(1, 8):
         saver.save(TrainState(iteration), *run.parts, META)
+        saver.drop_old()
     assert complete_iterations(str(tmp_path)) == [4, 6, 7] and latest_iteration(str(tmp_path)) == 7
     assert sorted(os.listdir(tmp_path)) == [*(f"iter_000000{i}" for i in (4, 6, 7)), POINTER]
 

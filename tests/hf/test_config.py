@@ -43,7 +43,8 @@ PUBLISHED = {  # config.json as on the hub, less what is in COMMON; then what mu
         architectures=["Qwen3ForCausalLM"], attention_bias=False, bos_token_id=151643, eos_token_id=151645,
         head_dim=128, hidden_size=1024, intermediate_size=3072, max_position_embeddings=40960, max_window_layers=28,
         model_type="qwen3", num_attention_heads=16, num_hidden_layers=28, num_key_value_heads=8, rope_scaling=None,
-        rope_theta=1000000, sliding_window=None, tie_word_embeddings=True, torch_dtype="bfloat16",
+        rope_theta=1000000, sliding_window=None, _model_name_or_path="private", _commit_hash=None,
+        tie_word_embeddings=True, torch_dtype="bfloat16",
         transformers_version="4.51.0", use_sliding_window=False, vocab_size=151936),
         dict(qk_layernorm=True, add_qkv_bias=False, kv_channels=128, num_query_groups=8)),
     "Mistral-7B-v0.3": (dict(

@@ -52,6 +52,14 @@ REFUSED = {  # by name: a family, what is done to its folder, what is said
     "rope keys": ("llama 3.1", lambda x: change(x, rope_parameters=LLAMA3 | {"beta": 1}),
                   "a rope type llama3 that is not understood.*are beta"),
     "partial rope": ("llama 2", lambda x: change(x, partial_rotary_factor=0.5), "partial_rotary_factor = 0.5"),
+    "layers without end": ("llama 2", lambda x: change(x, num_hidden_layers=10**12), "layers = 10{12}; .* at most"),
+    "a size without end": ("llama 2", lambda x: change(x, max_position_embeddings=10**12), "embeddings = 10{12}; it"),
+    "an infinite base": ("llama 2", lambda x: change(x, rope_parameters=None, rope_theta=1e999), "theta = Infinity;"),
+    "a huge base": ("llama 2", lambda x: change(x, rope_parameters=None, rope_theta=10**400), "theta = 10+.*at most"),
+    "nested size": ("llama 2", lambda x: change(x, hidden_size={"a": [1]}), "hidden_size = ..a.: .1.}; it must be"),
+    "layer types of another type": ("mistral", lambda x: change(x, layer_types=5), "layer_types = 5; supported"),
+    "nested config": ("llama 2", lambda x: (x / "config.json").write_text('{"a":' * 9999), "config.json is not JSON"),
+    "deep config": ("llama 2", lambda x: (x / "config.json").write_text('{"a":' * 500 + "1" + "}" * 500), "too deeply"),
     "biases": ("llama 2", lambda x: change(x, attention_bias=True), "attention_bias = true; supported is false only"),
     "biases of Qwen3": ("qwen3", lambda x: change(x, attention_bias=True), "attention_bias = true; supported is f"),
     "MLP biases": ("llama 2", lambda x: change(x, mlp_bias=True), "mlp_bias = true; supported is false only"),
@@ -81,11 +89,17 @@ REFUSED = {  # by name: a family, what is done to its folder, what is said
     "truncated shard": ("llama 2", lambda x: os.truncate(next(x.glob(SHARD + "*")), 5000),
                         "model-00002-of-.* is no whole safetensors file .*copy it again"),
     "empty shard": ("llama 2", lambda x: next(x.glob(SHARD + "*")).write_bytes(b""), "is no whole safetensors file"),
-    "damaged index": ("llama 2", lambda x: (x / INDEX).write_text("[]"), "index.json is damaged"),
+    "damaged index": ("llama 2", lambda x: (x / INDEX).write_text("[]"), "index.json is not a JSON object"),
     "index of numbers": ("llama 2", lambda x: (x / INDEX).write_text('{"weight_map": {"a": 3}}'), "damaged"),
     "index of other places": ("llama 2", lambda x: (x / INDEX).write_text(re.sub(
         r'("lm_head.weight": "model-)\d{5}', r"\g<1>00001", (x / INDEX).read_text())),
         "index.json says that lm_head.weight is in model-00001-of-.*, but it is not; copy both again"),
+    "index outside": ("llama 2", lambda x: (x / INDEX).write_text('{"weight_map": {"a": "../x.safetensors"}}'),
+                      "says that a is in '../x.safetensors', outside the model's folder"),
+    "index of absolute paths": ("llama 2", lambda x: (x / INDEX).write_text('{"weight_map": {"a": "/x.safetensors"}}'),
+                                "says that a is in '/x.safetensors', outside the model's folder"),
+    "index that is a FIFO": ("llama 2", lambda x: ((x / INDEX).unlink(), os.mkfifo(x / INDEX)), "no regular file"),
+    "nested index": ("llama 2", lambda x: (x / INDEX).write_text('{"a":' * 9999), "not JSON"),
     "a shard twice": ("llama 2", lambda x: shutil.copy(next(x.glob("model-00001*")), next(x.glob(SHARD + "*"))),
                       "is in model-00001.* and in model-00002.*; remove"),
     "pickles": ("llama 2", lambda x: [p.rename(p.with_suffix(".bin")) for p in x.glob("*.safetensors")] and
@@ -146,7 +160,7 @@ def test_bad_checkpoints_are_refused(tmp_path):
     record = checkpoint / "iter_0000000/ebft.json"
     text = record.read_text()
     for old, new, message in (('"num_layers": 4', '"num_layers": 5', "the checkpoint's model: num_layers 4"),
-                              ('"format": 3', '"format": 1', "a checkpoint of format 1, and this version")):
+                              ('"format": 4', '"format": 1', "a checkpoint of format 1, and this version")):
         record.write_text(text.replace(old, new))
         reseal(checkpoint / "iter_0000000")
         refused(message)

@@ -220,7 +220,7 @@ def test_a_step_that_is_not_finite_is_dumped_and_the_checkpoint_stays(arguments,
         return original(optimizer, loss)
 
     monkeypatch.setattr(method_step, "update", broken)
-    with pytest.raises(StepFailed, match="step 3 .*: loss .*gradient norm nan.*The last checkpoint is good"):
+    with pytest.raises(StepFailed, match="step 3 .*: loss .*gradient norm nan.*of step 2 is not proven good"):
         loop.train(run, log)
     assert latest_iteration(str(tmp_path)) == 2
     with safe_open(tmp_path / "failed_steps/step_0000003.safetensors", "pt") as file:

@@ -30,7 +30,7 @@ from megatron_ebft.parallel import groups
 
 ARGS = ModelArgs(num_layers=4, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2,
                  kv_channels=8, vocab_size=60, padded_vocab_size=64, max_position_embeddings=64)
-META = {"architecture": {"num_layers": 4, "hidden_size": 32}, "tokenizer": "fingerprint ü"}
+META = {"architecture": {"num_layers": 4, "hidden_size": 32}, "tokenizer": {"type": "x", "fingerprint": "ü"}}
 ROWS, T, VOCAB = 4, 12, 50
 MODELS = {"untied": {}, "tied": {}, "bf16": {"bf16": True, "params_dtype": torch.bfloat16}}
 """Models of StepRun, and their configuration."""
@@ -150,7 +150,7 @@ class StepRun(SmallRun):
     def state(self) -> dict[str, torch.Tensor]:
         """Every tensor of a checkpoint, unsplit, from all ranks."""
         own = [(tensor.key, tensor.global_shape, tensor.global_offset, tensor.data.detach().cpu())
-                for tensor in sharded_tensors(sharded_state(*self.parts, with_random_states=False))
+                for tensor in sharded_tensors(sharded_state(*self.parts))
                 if is_main_replica(tensor.replica_id)]
         whole = {}
         for key, shape, offset, data in itertools.chain(*gather(own)):

@@ -87,7 +87,12 @@ def set_token(tokens: torch.Tensor) -> torch.Tensor:
     (put(1, flags="{"), "its metadata cannot be right"),
     (put(1, flags="[1]"), "its metadata cannot be right"),
     (put(1, flags='{"ebft_stride": 4}'), "contradict themselves: stride is 8, and flags say --ebft-stride 4"),
-    (put(1, flags='{"ebft_magic": 4}'), "its metadata cannot be right: unrecognized arguments: --ebft-magic=4"),
+    (put(1, flags='{"ebft_magic": 4}'), "its metadata cannot be right: ebft_magic is no flag of the method"),
+    (put(1, flags='{"help": true}'), "its metadata cannot be right: help is no flag of the method"),
+    (put(1, flags='{"config": "/dev/zero"}'), "its metadata cannot be right: config is no flag of the method"),
+    (put(1, flags='{"ebft_feature_layers": ["--help"]}'), "--ebft-feature-layers: must be a number, not '--help'"),
+    (put(1, flags='{"iteration": "1"}'), "the iteration is '1'"),
+    (put(1, flags='{"a":' * 9999), "its metadata cannot be right: flags is not JSON"),
 ])
 def test_what_is_wrong_with_a_file_is_named(tmp_path, change, message):
     path = tampered(tmp_path, change)
@@ -97,7 +102,7 @@ def test_what_is_wrong_with_a_file_is_named(tmp_path, change, message):
 
 @pytest.mark.parametrize(("flags", "message"), [
     (["--batch", "/nowhere"], "--batch /nowhere: no such file"),
-    (["--batch", "cut"], "--batch .*cut: no whole safetensors file"),
+    (["--batch", "cut"], "--batch .*cut: this is no whole safetensors file"),
     (["--output", str(GOLDEN / "step.safetensors")], "--output .*: is the --batch"),
     (["--load", "/nowhere"], "--hf-model, --load: give one of the two"),
     (["--hf-model", ""], "--hf-model, --load: give one of the two"),

@@ -52,7 +52,7 @@ def read_config(path: str) -> dict:
             raise ValueError(f"{where}: {key} is on line {lines[name]} already")
         lines[name] = line
         try:
-            values[name] = _value(name, value)
+            values[name] = flag_value(name, value)
         except LookupError:
             names = [*FLAGS, *map(dest, REFUSED)]
             near = difflib.get_close_matches(name, names, 1, cutoff=0)[0].replace("_", "-")
@@ -80,8 +80,13 @@ def _entries(path: str) -> list[tuple]:
         raise ValueError(f"--config {path}: not YAML ({' '.join(str(error).split())})") from error
 
 
-def _value(name: str, value):
-    """The value of a flag. LookupError: there is no such flag; ValueError: the value is wrong."""
+def flag_value(name: str, value):
+    """The value of a flag, from one that YAML or JSON has read.
+
+    Raises:
+        LookupError: there is no such flag.
+        ValueError: the value has another type, or is not in the flag's range.
+    """
     if name in map(dest, REFUSED):
         return None if value in (None, False) else "on" if value is True else str(value)
     flag = FLAGS[name]
