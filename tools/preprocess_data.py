@@ -51,8 +51,8 @@ PREPROCESSING = Group("preprocessing", (
          metavar="PATH"),
     Flag("--vocab-size", int, "vocabulary of the model, if it is larger than the tokenizer's; size of a NullTokenizer",
          default_text="the tokenizer's"),
-    Flag("--append-eod", bool, "end every document with the tokenizer's end-of-document id. Rows hold several "
-         "documents, and only this id tells training where one ends", default=True),
+    Flag("--append-eod", bool, "end every document with the tokenizer's end-of-document id, from which a model learns "
+         "where a text ends", default=True),
     Flag("--workers", int, "number of processes that tokenise", default=1, valid=at_least(1)),
     Flag("--log-interval", int, f"documents between progress lines; at least one line is printed every "
          f"{PROGRESS_SECONDS} s", default=100_000, valid=at_least(1))))

@@ -80,18 +80,11 @@ def _sidecar(prefix: str) -> dict:
     return sidecar
 
 
-def check_masks(prefix: str, flag: str, need_answers: bool, need_documents: bool) -> None:
-    """Check that a dataset can serve the masks that the flags ask for.
-
-    Raises:
-        ValueError: there is no answer mask, or the documents have no eod; names the flag.
-    """
-    if need_answers and not IndexedDataset.exists(prefix + ANSWER_MASK_SUFFIX):
+def check_answers(prefix: str, flag: str) -> None:
+    """ValueError, naming the flag, unless a dataset has an answer mask."""
+    if not IndexedDataset.exists(prefix + ANSWER_MASK_SUFFIX):
         raise ValueError(f"--ebft-answer-only: {flag} {prefix} has no answer mask; make it with "
                          "tools/preprocess_data.py --question-key and --answer-key, or leave the flag out")
-    if need_documents and not _sidecar(prefix).get("append_eod", True):
-        raise ValueError(f"--ebft-document-mask: {flag} {prefix} was made with --no-append-eod, so documents cannot be "
-                         "told apart; make it again without that flag")
 
 
 def check_tokenizer(prefixes: Sequence[str], tokenizer: Tokenizer) -> None:

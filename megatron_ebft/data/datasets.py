@@ -15,7 +15,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 
-from megatron_ebft.data.dataset_files import check_dataset, check_masks, check_tokenizer
+from megatron_ebft.data.dataset_files import check_answers, check_dataset, check_tokenizer
 from megatron_ebft.data.rows import RowDataset
 from megatron_ebft.data.tokenizer import Tokenizer
 
@@ -68,8 +68,7 @@ def build_datasets(*, seq_length: int, seed: int, sizes: Sequence[int | None], t
                    data_path: Sequence[str] | None = None, split: str | None = None,
                    train_data_path: Sequence[str] | None = None, valid_data_path: Sequence[str] | None = None,
                    test_data_path: Sequence[str] | None = None, data_cache_path: str | None = None,
-                   need_answers: bool = False, need_documents: bool = False
-                   ) -> list[RowDataset | BlendedDataset | None]:
+                   need_answers: bool = False) -> list[RowDataset | BlendedDataset | None]:
     """The training, validation and test datasets, the same on every rank.
 
     If torch.distributed is initialised, all ranks must call this. Rank 0 builds the indices; the others wait and read
@@ -86,7 +85,6 @@ def build_datasets(*, seq_length: int, seed: int, sizes: Sequence[int | None], t
         train_data_path, valid_data_path, test_data_path: a blend for each split, instead of data_path.
         data_cache_path: folder for the indices. None: a folder `<prefix>/cache` beside each dataset.
         need_answers: refuse datasets without an answer mask.
-        need_documents: refuse datasets without an eod after each document.
 
     Returns:
         For each split a dataset (see RowDataset) with at least that number of rows, or None for 0 rows.
@@ -96,7 +94,7 @@ def build_datasets(*, seq_length: int, seed: int, sizes: Sequence[int | None], t
             little data for a split. Names the flag.
     """
     blends, source = _blends(data_path, split, (train_data_path, valid_data_path, test_data_path), sizes)
-    lengths = _check_files(blends, tokenizer, need_answers, need_documents)
+    lengths = _check_files(blends, tokenizer, need_answers)
     config = GPTDatasetConfig(
         random_seed=seed, sequence_length=seq_length, tokenizer=tokenizer, path_to_cache=data_cache_path,
         reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False,
@@ -137,15 +135,15 @@ def _blends(data_path: Sequence[str] | None, split: str | None, split_paths: Seq
     return blends, dict(blend_per_split=[blend and (blend.prefixes, blend.weights) for blend in blends])
 
 
-def _check_files(blends: list[Blend | None], tokenizer: Tokenizer, need_answers: bool, need_documents: bool
-                 ) -> dict[str, numpy.ndarray]:
+def _check_files(blends: list[Blend | None], tokenizer: Tokenizer, need_answers: bool) -> dict[str, numpy.ndarray]:
     """Check the files of every dataset; returns the lengths of its documents, in tokens, by prefix."""
     lengths = {}
     for blend in filter(None, blends):
         for prefix in blend.prefixes:
             if prefix not in lengths:
                 lengths[prefix] = check_dataset(prefix, blend.flag)
-                check_masks(prefix, blend.flag, need_answers, need_documents)
+                if need_answers:
+                    check_answers(prefix, blend.flag)
     check_tokenizer(list(lengths), tokenizer)
     return lengths
 

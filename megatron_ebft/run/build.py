@@ -117,6 +117,5 @@ def build_data(args, tokenizer):
         seq_length=args.seq_length, seed=args.seed, sizes=[args.train_iters * args.global_batch_size, eval_rows, 0],
         tokenizer=tokenizer, data_path=args.data_path, split=args.split, train_data_path=args.train_data_path,
         valid_data_path=args.valid_data_path if eval_rows else None, test_data_path=None,
-        data_cache_path=args.data_cache_path, need_answers=args.ebft_answer_only,
-        need_documents=args.ebft_document_mask)
+        data_cache_path=args.data_cache_path, need_answers=args.ebft_answer_only)
     return train_data, valid_data

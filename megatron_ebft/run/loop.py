@@ -6,7 +6,7 @@ from megatron_ebft.common.device import upload
 from megatron_ebft.common.errors import StepFailed
 from megatron_ebft.common.timer import PhaseTimer
 from megatron_ebft.data.micro_batches import GoldBatch
-from megatron_ebft.data.rows import document_ids, rows_for_step
+from megatron_ebft.data.rows import rows_for_step
 from megatron_ebft.method.evaluation import evaluate
 from megatron_ebft.method.sft import sft_step
 from megatron_ebft.method.step import EBFTStep, ebft_step
@@ -110,11 +110,9 @@ def train_step(run: Run, gold: GoldBatch, phase, check: bool, rollouts: Rollouts
 def gold_batch(run: Run, dataset, consumed_samples: int) -> GoldBatch:
     """This rank's rows of the global batch that follows `consumed_samples`."""
     rows = rows_for_step(dataset, consumed_samples, run.args.global_batch_size, document_rank(), document_size())
-    tokens = upload(rows.tokens)
-    return GoldBatch(
-        tokens, upload(rows.index),
-        document_ids(tokens, run.tokenizer.eod) if run.args.ebft_document_mask else None,
-        upload(rows.answer_mask) if run.args.ebft_answer_only else None)
+    return GoldBatch(upload(rows.tokens), upload(rows.index),
+                     upload(rows.documents) if run.args.ebft_document_mask else None,
+                     upload(rows.answer_mask) if run.args.ebft_answer_only else None)
 
 
 def next_rows(run: Run) -> tuple[GoldBatch, Rollouts | None]:
