@@ -30,6 +30,7 @@ from megatron_ebft.run.flags.table import FLAGS
 
 EXIT_WRONG = 64
 OPTIMIZER_BYTES = 12
+ONE_RANK = dict(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, seed=1)
 NVIDIA = "/dev/nvidiactl"
 """Exists wherever the driver is loaded."""
 JOB = Group("job", (
@@ -68,8 +69,9 @@ def check_gpus(args) -> str:
     return f"{gpus} GPUs"
 
 
-def check_data(args, tokenizer, problems: Problems) -> None:
-    """Check each dataset by itself, then build all of them as training does."""
+def check_data(args, tokenizer, problems: Problems) -> tuple | None:
+    """Check each dataset by itself, then build all of them as training does. Returns the training and validation data.
+    """
     from megatron_ebft.data.dataset_files import check_dataset
     from megatron_ebft.data.datasets import Blend
     from megatron_ebft.run.build import build_data
@@ -83,7 +85,8 @@ def check_data(args, tokenizer, problems: Problems) -> None:
                     check_dataset(prefix, flag)
     if tokenizer is not None and len(problems) == before:
         with problems.collected():
-            build_data(args, tokenizer)
+            return build_data(args, tokenizer)
+    return None
 
 
 def check_checkpoints(args, is_resumed: bool, problems: Problems) -> dict:
@@ -144,7 +147,7 @@ def checkpoint_bytes(args, vocab_size: int) -> tuple[int, int]:
     from megatron_ebft.model.build import build_skeleton
     from megatron_ebft.run.configs import model_args
 
-    with rank_zero(1, dict(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, seed=1)):
+    with rank_zero(1, ONE_RANK):
         parameters = sum(p.numel() for p in build_skeleton(model_args(args, vocab_size)).parameters())
     return parameters, parameters * ((2 if args.bf16 else 4) + OPTIMIZER_BYTES)
 
@@ -179,6 +182,7 @@ def check_run(args, problems: Problems) -> list[str]:
     from megatron_ebft.checkpointing.record import read_metadata
     from megatron_ebft.data.tokenizer import build_tokenizer
     from megatron_ebft.run import build, configs, resume
+    from megatron_ebft.run.counts import check_counts
 
     is_resumed, tokenizer, words = False, None, []
     for flag in FLAGS.values():
@@ -199,7 +203,7 @@ def check_run(args, problems: Problems) -> list[str]:
     if not args.use_checkpoint_args or origin in readers or args.tokenizer_model:
         with problems.collected():
             tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, args.vocab_size)
-    check_data(args, tokenizer, problems)
+    data = check_data(args, tokenizer, problems)
     size = 0
     if tokenizer is not None:
         for flag, reader in readers.items():
@@ -209,8 +213,12 @@ def check_run(args, problems: Problems) -> list[str]:
             parameters, size = checkpoint_bytes(args, tokenizer.vocab_size)
             words.append(f"{parameters / 1e6:.4g} M parameters")
         with problems.collected():
+            config = None
             if are_ranges_right and (args.training_mode == "ebft" or args.ebft_encoder_load):
-                configs.ebft_config(args, configs.model_args(args, tokenizer.vocab_size).num_layers)
+                config = configs.ebft_config(args, configs.model_args(args, tokenizer.vocab_size).num_layers)
+            if data is not None and are_ranges_right:
+                with rank_zero(1, ONE_RANK):
+                    check_counts(args, config, *data)
     with problems.collected():
         words.append(check_save(args, size))
     words.append(f"goes on from {readers[origin].folder}" if is_resumed and origin in readers else "starts afresh")

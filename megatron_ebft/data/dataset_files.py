@@ -14,7 +14,7 @@ import numpy
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 from megatron.core.utils import log_single_rank
 
-from megatron_ebft.data.rows import ANSWER_MASK_SUFFIX
+from megatron_ebft.data.rows import ANSWER_MASK_SUFFIX, first_unknown, unknown_id
 from megatron_ebft.data.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -22,14 +22,20 @@ logger = logging.getLogger(__name__)
 # The header of an .idx file: magic, version, dtype code, number of sequences, number of document bounds.
 _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC = b"MMIDIDX\x00\x00"
+_INTEGERS = [dtype.value for dtype in DType if dtype.name not in ("float64", "float32")]
+PART = 1 << 20
+"""Entries of an index that are read together."""
+CHUNKS, CHUNK = 128, 1 << 16
+"""Parts of a dataset whose ids are checked before a run, evenly spread, and tokens of each. A dataset that is not
+larger is checked as a whole. The ids of a row are checked whenever it is read."""
 
 
 def check_dataset(prefix: str, flag: str = "--data-path") -> numpy.ndarray:
-    """Check the sizes of a dataset's files; returns the lengths of its documents, int32 [documents].
+    """Check the index of a dataset and the sizes of its files; returns the lengths of its documents, int32 [documents].
 
     Raises:
-        ValueError: a file is missing, truncated, empty or of the wrong kind, or the answer mask does not fit the text;
-            names the flag.
+        ValueError: a file is missing, truncated, empty or of the wrong kind, the index contradicts itself, or the
+            answer mask does not fit the text; names the flag.
     """
     lengths = _checked_lengths(prefix, flag)
     mask = prefix + ANSWER_MASK_SUFFIX
@@ -49,13 +55,14 @@ def _checked_lengths(prefix: str, flag: str) -> numpy.ndarray:
     with open(idx, "rb") as file:
         head = file.read(_HEADER.size)
     magic, version, code, sequences, bounds = _HEADER.unpack(head) if len(head) == _HEADER.size else (b"", 0, 0, 0, 0)
-    if magic != _MAGIC or version != 1 or code not in [dtype.value for dtype in DType]:
+    if magic != _MAGIC or version != 1 or code not in _INTEGERS:
         raise ValueError(f"{flag} {prefix}: {idx} is truncated or no Megatron index; make the dataset again")
     expected = _HEADER.size + sequences * (4 + 8) + bounds * 8  # lengths int32, pointers int64, bounds int64
     if idx.stat().st_size != expected:
         raise ValueError(f"{flag} {prefix}: {idx} has {idx.stat().st_size} bytes and should have {expected}: it is "
                          "truncated; copy it again or make the dataset again")
     lengths = numpy.fromfile(idx, dtype=numpy.int32, count=sequences, offset=_HEADER.size)
+    _check_index(f"{flag} {prefix}: {idx}", idx, lengths, bounds, DType.size(code))
     tokens = int(lengths.sum(dtype=numpy.int64))
     expected = tokens * DType.size(code)
     if binary.stat().st_size != expected:
@@ -64,6 +71,64 @@ def _checked_lengths(prefix: str, flag: str) -> numpy.ndarray:
     if tokens == 0:
         raise ValueError(f"{flag} {prefix}: the dataset is empty; leave it out")
     return lengths
+
+
+def _check_index(what: str, idx: Path, lengths: numpy.ndarray, bounds: int, size: int) -> None:
+    """Check that the lengths, the pointers into the .bin file and the bounds of documents go together.
+
+    Parts of the index are read one after the other, since an index may not fit into memory.
+    """
+    if len(lengths) and lengths.min() < 0:
+        raise ValueError(f"{what} has the length {lengths.min()} for document {lengths.argmin()} (counted from 0): it "
+                         "is damaged; copy it again or make the dataset again")
+    if bounds == 0:
+        raise ValueError(f"{what} has no bounds of documents: it is damaged; make the dataset again")
+    first, pointer = _HEADER.size + lengths.nbytes, 0
+    for begin in range(0, len(lengths), PART):
+        part = lengths[begin:begin + PART].astype(numpy.int64) * size
+        stored = numpy.fromfile(idx, dtype=numpy.int64, count=len(part), offset=first + 8 * begin)
+        expected = numpy.append(0, part.cumsum()[:-1]) + pointer
+        if not numpy.array_equal(stored, expected):
+            raise ValueError(f"{what} does not point to its documents one after the other: it is damaged; copy it "
+                             "again or make the dataset again")
+        pointer += int(part.sum())
+    last, first = 0, first + 8 * len(lengths)
+    for begin in range(0, bounds, PART):
+        part = numpy.fromfile(idx, dtype=numpy.int64, count=min(bounds - begin, PART), offset=first + 8 * begin)
+        steps = numpy.diff(part, prepend=last)
+        if steps.min() < 0 or (begin == 0 and part[0] != 0):
+            raise ValueError(f"{what} has bounds of documents in the wrong order: it is damaged; copy it again or make "
+                             "the dataset again")
+        if steps.max() > 1:
+            raise ValueError(f"{what} has documents of several sequences, as --split-sentences makes them; rows would "
+                             "take the sentences apart: make the dataset again without it")
+        last = int(part[-1])
+    if last != len(lengths):
+        raise ValueError(f"{what} has bounds for {last} documents and lengths for {len(lengths)}: it is damaged; copy "
+                         "it again or make the dataset again")
+
+
+def check_ids(prefix: str, flag: str, lengths: numpy.ndarray, tokenizer: Tokenizer) -> None:
+    """Check a bounded sample of a dataset's ids.
+
+    Args:
+        lengths: what `check_dataset` returned.
+
+    Raises:
+        ValueError: the tokenizer does not know an id; names the flag, the document and the id.
+    """
+    with open(prefix + ".idx", "rb") as file:
+        code = _HEADER.unpack(file.read(_HEADER.size))[2]
+    tokens = numpy.memmap(prefix + ".bin", dtype=DType.dtype_from_code(code), mode="r")
+    begins = numpy.linspace(0, max(len(tokens) - CHUNK, 0), CHUNKS, dtype=numpy.int64)
+    if len(tokens) <= CHUNKS * CHUNK:
+        begins = numpy.arange(0, len(tokens), CHUNK)
+    for begin in begins.tolist():
+        place = first_unknown(tokens[begin:begin + CHUNK], tokenizer.vocab_size)
+        if place is not None:
+            ends = lengths.cumsum(dtype=numpy.int64)
+            document = int(numpy.searchsorted(ends, begin + place, side="right"))
+            raise ValueError(f"{flag} {unknown_id(prefix, document, tokens[begin + place], tokenizer)}")
 
 
 def _sidecar(prefix: str) -> dict:

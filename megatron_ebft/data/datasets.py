@@ -15,7 +15,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 
-from megatron_ebft.data.dataset_files import check_answers, check_dataset, check_tokenizer
+from megatron_ebft.data.dataset_files import check_answers, check_dataset, check_ids, check_tokenizer
 from megatron_ebft.data.rows import RowDataset
 from megatron_ebft.data.tokenizer import Tokenizer
 
@@ -137,14 +137,15 @@ def _blends(data_path: Sequence[str] | None, split: str | None, split_paths: Seq
 
 def _check_files(blends: list[Blend | None], tokenizer: Tokenizer, need_answers: bool) -> dict[str, numpy.ndarray]:
     """Check the files of every dataset; returns the lengths of its documents, in tokens, by prefix."""
+    flags = {prefix: blend.flag for blend in filter(None, blends) for prefix in blend.prefixes}
     lengths = {}
-    for blend in filter(None, blends):
-        for prefix in blend.prefixes:
-            if prefix not in lengths:
-                lengths[prefix] = check_dataset(prefix, blend.flag)
-                if need_answers:
-                    check_answers(prefix, blend.flag)
-    check_tokenizer(list(lengths), tokenizer)
+    for prefix, flag in flags.items():
+        lengths[prefix] = check_dataset(prefix, flag)
+        if need_answers:
+            check_answers(prefix, flag)
+    check_tokenizer(list(flags), tokenizer)
+    for prefix, flag in flags.items():
+        check_ids(prefix, flag, lengths[prefix], tokenizer)
     return lengths
 
 

@@ -23,7 +23,23 @@ from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch import Tensor
 
+from megatron_ebft.data.tokenizer import Tokenizer
+
 ANSWER_MASK_SUFFIX = "_answer_mask"
+
+
+def first_unknown(tokens: numpy.ndarray, vocab_size: int) -> int | None:
+    """Place of the first id that is not below `vocab_size`, or is negative; None if there is none."""
+    if len(tokens) == 0 or 0 <= tokens.min() and tokens.max() < vocab_size:
+        return None
+    return int(numpy.argmax((tokens < 0) | (tokens >= vocab_size)))
+
+
+def unknown_id(prefix: str, document: int, token: int, tokenizer: Tokenizer) -> str:
+    """What is wrong with a dataset that has such an id."""
+    return (f"{prefix}: document {document} (counted from 0) has the id {token}, and this {tokenizer.name} has "
+            f"{tokenizer.vocab_size} ids: the data were made with another tokenizer; give that one as "
+            "--tokenizer-model, or make the dataset again with this one")
 
 
 class RowDataset(GPTDataset):
@@ -32,6 +48,9 @@ class RowDataset(GPTDataset):
     `dataset[i]` is a dict of `tokens`, int64 [T]; `documents`, int32 [T], the number of each token's document within
     the row; `answer_mask`, bool [T], all True without an answer mask; and `index`, the number of the row in this
     dataset. The constructor is Megatron-Core's.
+
+    Raises:
+        ValueError: a row has an id that the tokenizer does not know; names the dataset, the document and the id.
     """
 
     def __init__(self, *args, **kwargs):
@@ -49,6 +68,7 @@ class RowDataset(GPTDataset):
         spans = list(self._spans(position if epoch == 0 else int(self._shuffled(epoch)[position])))
         tokens_T = numpy.concatenate([self.dataset.get(*span) for span in spans], dtype=numpy.int64)
         assert len(tokens_T) == self.config.sequence_length
+        self._check_ids(tokens_T, spans)
         if self.answer_mask is None:
             answer_T = numpy.ones(len(tokens_T), dtype=bool)
         else:
@@ -57,6 +77,13 @@ class RowDataset(GPTDataset):
         documents_T = numpy.arange(len(lengths), dtype=numpy.int32).repeat(lengths)
         return dict(tokens=torch.from_numpy(tokens_T), documents=torch.from_numpy(documents_T),
                     answer_mask=torch.from_numpy(answer_T), index=int(idx))
+
+    def _check_ids(self, tokens_T: numpy.ndarray, spans: list[tuple[int, int, int]]) -> None:
+        place = first_unknown(tokens_T, self.config.tokenizer.vocab_size)
+        if place is not None:
+            ends = numpy.cumsum([length for _, _, length in spans])
+            document = spans[int(numpy.searchsorted(ends, place, side="right"))][0]
+            raise ValueError(unknown_id(self.dataset_path, document, tokens_T[place], self.config.tokenizer))
 
     def _shuffled(self, epoch: int) -> numpy.ndarray:
         """Order of the rows in an epoch, cached until another epoch is asked for."""

@@ -12,6 +12,7 @@ from megatron_ebft.data.tokenizer import build_tokenizer
 from megatron_ebft.model.architecture import ModelArgs
 from megatron_ebft.parallel.groups import document_size
 from megatron_ebft.run.configs import ebft_config, model_args, policy_overrides, virtual_stages
+from megatron_ebft.run.counts import check_counts
 from megatron_ebft.run.models import Models, Source, build_models, build_optimizer, fixed_fields
 from megatron_ebft.run.resume import (
     changed_flags,
@@ -43,6 +44,7 @@ def build_run(args: argparse.Namespace) -> Run:
     config = ebft_config(args, architecture.num_layers) if wants_encoder else None
     policy_overrides(args)  # refuses FP8 that cannot run, before data are read
     train_data, valid_data = build_data(args, tokenizer)
+    counted = check_counts(args, config, train_data, valid_data)
     if args.ebft_replay_steps:
         done = read_record(resume, "--load")["train_state"]["iteration"] if resume else 0
         check_replay(args, done, tokenizer.vocab_size)
@@ -67,7 +69,7 @@ def build_run(args: argparse.Namespace) -> Run:
                              "already")
     return Run(mode=args.training_mode, policy=models.policy, encoder=models.encoder, start=models.start,
                optimizer=optimizer, scheduler=scheduler, config=config, train_data=train_data, valid_data=valid_data,
-               tokenizer=tokenizer, args=args, metadata=metadata, state=state, companions=companions,
+               counted=counted, tokenizer=tokenizer, args=args, metadata=metadata, state=state, companions=companions,
                stopper=Stopper(args.exit_duration_in_mins, args.ebft_stop_file))
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from small_data import VOCAB, T, all_rows, build, null_dataset, null_tokenizer, question_answers
 
+from megatron_ebft.data import dataset_files
 from megatron_ebft.data.dataset_files import check_dataset
 
 
@@ -41,6 +42,52 @@ def test_damaged_datasets_are_refused(tmp_path):
     preprocess_data.IndexedDatasetBuilder(str(tmp_path / "none.bin"), numpy.uint16).finalize(str(tmp_path / "none.idx"))
     with pytest.raises(ValueError, match="--train-data-path .*none: the dataset is empty"):
         build(tmp_path, [5, 0, 0], train_data_path=[str(tmp_path / "none")])
+
+
+def test_fields_of_the_index_are_checked(tmp_path, monkeypatch):
+    prefix = null_dataset(tmp_path, "text", [range(i + 1) for i in range(20)])
+    path, count = Path(prefix + ".idx"), 20
+    whole = path.read_bytes()
+    places = dict(lengths=(34, numpy.int32), pointers=(34 + 4 * count, numpy.int64),
+                  bounds=(34 + 12 * count, numpy.int64))
+
+    def refuses(message, field, *changes):
+        start, dtype = places[field]
+        damaged = bytearray(whole)
+        values = numpy.frombuffer(damaged, dtype=dtype, offset=start)
+        for place, change in changes:
+            values[place] += change
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"--data-path {prefix}: {path} {message}"):
+            check_dataset(prefix)
+
+    monkeypatch.setattr(dataset_files, "PART", 7)  # an index is read in parts
+    assert len(check_dataset(prefix)) == count
+    refuses("has the length -1 for document 3", "lengths", (3, -6), (4, 6))  # the sum is right
+    refuses("does not point to its documents one after the other", "lengths", (10, 1), (11, -1))
+    refuses("does not point to its documents", "pointers", (14, 2))
+    refuses("has bounds of documents in the wrong order", "bounds", (0, 1))
+    refuses("has bounds of documents in the wrong order", "bounds", (8, -2))
+    refuses("has documents of several sequences, as --split-sentences", "bounds", (7, -1))
+    refuses("has bounds for 19 documents and lengths for 20", "bounds", (20, -1))
+    damaged = bytearray(whole)
+    damaged[17] = 7  # float32
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match="is truncated or no Megatron index"):
+        check_dataset(prefix)
+
+
+@pytest.mark.parametrize("chunks, chunk, is_seen", [(128, 1 << 16, True), (2, 8, False)])
+def test_ids_are_checked_in_a_sample_and_in_every_row(tmp_path, monkeypatch, chunks, chunk, is_seen):
+    """Of a dataset that is larger than the sample, its beginning and its end are looked at."""
+    monkeypatch.setattr(dataset_files, "CHUNKS", chunks)
+    monkeypatch.setattr(dataset_files, "CHUNK", chunk)
+    prefix = null_dataset(tmp_path, "text", [[7] * 6, [150], [7, 160], [8] * 40], "--no-append-eod")
+    Path(prefix + ".json").unlink()
+    build(tmp_path, [6, 0, 0], data_path=[prefix], split="1", tokenizer=null_tokenizer(161))
+    message = f"{prefix}: document 2 .counted from 0. has the id 160, and this NullTokenizer has 160 ids"
+    with pytest.raises(ValueError, match=f"^{'--data-path ' * is_seen}{message}"):
+        all_rows(build(tmp_path, [6, 0, 0], data_path=[prefix], split="1", tokenizer=null_tokenizer(160))[0])
 
 
 def test_another_tokenizer_is_refused(tmp_path, caplog):
