@@ -180,6 +180,7 @@ def check_save(args, size: int) -> str:
 def check_run(args, problems: Problems) -> list[str]:
     """Check everything but GPUs. Returns phrases that describe the run."""
     from megatron_ebft.checkpointing.record import read_metadata
+    from megatron_ebft.data.datasets import content_hashes
     from megatron_ebft.data.tokenizer import build_tokenizer
     from megatron_ebft.run import build, configs, resume
     from megatron_ebft.run.counts import check_counts
@@ -204,6 +205,10 @@ def check_run(args, problems: Problems) -> list[str]:
         with problems.collected():
             tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, args.vocab_size)
     data = check_data(args, tokenizer, problems)
+    if is_resumed and "--load" in readers and data is not None:
+        with problems.collected():
+            resume.changed_data(read_metadata(readers["--load"].folder),
+                                content_hashes(args.data_path, args.train_data_path, args.valid_data_path), args)
     size = 0
     if tokenizer is not None:
         for flag, reader in readers.items():

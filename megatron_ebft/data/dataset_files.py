@@ -3,11 +3,12 @@
 Every rank makes the same checks: a rank that raised alone would leave the others waiting.
 """
 
+import hashlib
 import json
 import logging
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy
@@ -26,8 +27,8 @@ _INTEGERS = [dtype.value for dtype in DType if dtype.name not in ("float64", "fl
 PART = 1 << 20
 """Entries of an index that are read together."""
 CHUNKS, CHUNK = 128, 1 << 16
-"""Parts of a dataset whose ids are checked before a run, evenly spread, and tokens of each. A dataset that is not
-larger is checked as a whole. The ids of a row are checked whenever it is read."""
+"""Parts of a dataset that are looked at before a run, evenly spread, and tokens of each. A dataset that is not larger
+is looked at as a whole. The ids of a row are checked whenever it is read."""
 
 
 def check_dataset(prefix: str, flag: str = "--data-path") -> numpy.ndarray:
@@ -117,6 +118,16 @@ def check_ids(prefix: str, flag: str, lengths: numpy.ndarray, tokenizer: Tokeniz
     Raises:
         ValueError: the tokenizer does not know an id; names the flag, the document and the id.
     """
+    for begin, tokens in _sample(prefix):
+        place = first_unknown(tokens, tokenizer.vocab_size)
+        if place is not None:
+            ends = lengths.cumsum(dtype=numpy.int64)
+            document = int(numpy.searchsorted(ends, begin + place, side="right"))
+            raise ValueError(f"{flag} {unknown_id(prefix, document, tokens[place], tokenizer)}")
+
+
+def _sample(prefix: str) -> Iterator[tuple[int, numpy.ndarray]]:
+    """Parts of a dataset's ids, each with the place of its first id."""
     with open(prefix + ".idx", "rb") as file:
         code = _HEADER.unpack(file.read(_HEADER.size))[2]
     tokens = numpy.memmap(prefix + ".bin", dtype=DType.dtype_from_code(code), mode="r")
@@ -124,11 +135,22 @@ def check_ids(prefix: str, flag: str, lengths: numpy.ndarray, tokenizer: Tokeniz
     if len(tokens) <= CHUNKS * CHUNK:
         begins = numpy.arange(0, len(tokens), CHUNK)
     for begin in begins.tolist():
-        place = first_unknown(tokens[begin:begin + CHUNK], tokenizer.vocab_size)
-        if place is not None:
-            ends = lengths.cumsum(dtype=numpy.int64)
-            document = int(numpy.searchsorted(ends, begin + place, side="right"))
-            raise ValueError(f"{flag} {unknown_id(prefix, document, tokens[begin + place], tokenizer)}")
+        yield begin, tokens[begin:begin + CHUNK]
+
+
+def content_hash(prefix: str) -> str:
+    """A hash of a dataset: the lengths of its documents, and a bounded sample of its ids and of its answer mask."""
+    digest = hashlib.sha256()
+    for path in (prefix, prefix + ANSWER_MASK_SUFFIX):
+        if IndexedDataset.exists(path):
+            with open(path + ".idx", "rb") as file:
+                head = file.read(_HEADER.size)
+            digest.update(head)
+            digest.update(numpy.memmap(path + ".idx", dtype=numpy.int32, mode="r", offset=_HEADER.size,
+                                       shape=_HEADER.unpack(head)[3]))
+            for _, tokens in _sample(path):
+                digest.update(tokens)
+    return digest.hexdigest()[:16]
 
 
 def _sidecar(prefix: str) -> dict:

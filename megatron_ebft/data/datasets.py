@@ -15,7 +15,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 
-from megatron_ebft.data.dataset_files import check_answers, check_dataset, check_ids, check_tokenizer
+from megatron_ebft.data.dataset_files import check_answers, check_dataset, check_ids, check_tokenizer, content_hash
 from megatron_ebft.data.rows import RowDataset
 from megatron_ebft.data.tokenizer import Tokenizer
 
@@ -115,6 +115,12 @@ def build_datasets(*, seq_length: int, seed: int, sizes: Sequence[int | None], t
             raise ValueError(f"{blend.flag}: {size} rows of the {kind.name} split are needed; without weights its "
                              f"datasets are read once and give {len(dataset)}: put a weight before every prefix")
     return datasets
+
+
+def content_hashes(*data_paths: Sequence[str] | None) -> dict[str, str]:
+    """`content_hash` of every dataset that data path flags name, by prefix."""
+    return {prefix: content_hash(prefix) for values in data_paths if values
+            for prefix in Blend.parse("--data-path", values).prefixes}
 
 
 def _blends(data_path: Sequence[str] | None, split: str | None, split_paths: Sequence[Sequence[str] | None],

@@ -7,7 +7,7 @@ import os
 from megatron_ebft.checkpointing.fingerprint import weights_fingerprint
 from megatron_ebft.checkpointing.loader import load_checkpoint, newest_whole
 from megatron_ebft.checkpointing.record import TrainState, read_metadata, read_record
-from megatron_ebft.data.datasets import build_datasets
+from megatron_ebft.data.datasets import build_datasets, content_hashes
 from megatron_ebft.data.tokenizer import build_tokenizer
 from megatron_ebft.model.architecture import ModelArgs
 from megatron_ebft.parallel.groups import document_size
@@ -15,6 +15,7 @@ from megatron_ebft.run.configs import ebft_config, model_args, policy_overrides,
 from megatron_ebft.run.counts import check_counts
 from megatron_ebft.run.models import Models, Source, build_models, build_optimizer, fixed_fields
 from megatron_ebft.run.resume import (
+    changed_data,
     changed_flags,
     check_origins,
     check_tokenizer,
@@ -44,6 +45,8 @@ def build_run(args: argparse.Namespace) -> Run:
     config = ebft_config(args, architecture.num_layers) if wants_encoder else None
     policy_overrides(args)  # refuses FP8 that cannot run, before data are read
     train_data, valid_data = build_data(args, tokenizer)
+    data = content_hashes(args.data_path, args.train_data_path, args.valid_data_path)
+    changed = changed_data(read_metadata(resume), data, args) if resume else []
     counted = check_counts(args, config, train_data, valid_data)
     if args.ebft_replay_steps:
         done = read_record(resume, "--load")["train_state"]["iteration"] if resume else 0
@@ -57,13 +60,13 @@ def build_run(args: argparse.Namespace) -> Run:
         has_start=args.training_mode == "ebft" and bool(args.ebft_kl_coef or args.ebft_track_kl))
     optimizer, scheduler = build_optimizer(args, models.policy)
     companions = gather_companions(args, *origin)
-    metadata, state = _metadata(args, architecture, tokenizer, models), TrainState()
+    metadata, state = {**_metadata(args, architecture, tokenizer, models), "data": data}, TrainState()
     if resume:
         saved = read_metadata(resume)
         check_origins(saved, metadata, args)
         state, _ = load_checkpoint(resume, models.policy, optimizer, scheduler, architecture=fixed_fields(architecture),
                                    is_whole=True)
-        metadata["changed"] = changed_flags(saved["arguments"], vars(args))
+        metadata["changed"] = changed_flags(saved["arguments"], vars(args)) + changed
         if state.iteration > args.train_iters:
             raise ValueError(f"--train-iters {args.train_iters}: --load {args.load} is at step {state.iteration} "
                              "already")

@@ -7,7 +7,7 @@ import numpy
 import preflight
 import pytest
 from ranks import run_ranks
-from small_run import MODEL, SMALL, TOKENIZER, VOCAB, scalars, start
+from small_run import MODEL, SMALL, TOKENIZER, VOCAB, save, scalars, start
 
 from megatron_ebft.checkpointing.folders import latest_iteration
 from megatron_ebft.data import dataset_files
@@ -117,6 +117,39 @@ def test_steps_in_which_nothing_counts(tmp_path, one_rank, capsys):
             assert ("no block counts" in line) != (" loss " in line) == (counted[step] > 0), line
     first = min(step for step, share in counted.items() if not share)
     assert f"warning: step {first}: no block of its rows counts" in console
+
+
+# ---------------------------------------------------------------- replaced data
+
+
+def test_data_replaced_under_a_run_are_refused(tmp_path, one_rank):
+    """Of the same sizes; an answer mask belongs to the content."""
+    data = make(tmp_path, [(ids(9), ids(12))] * 40)
+    flags = [*data, *FLAGS, "--training-mode", "sft", "--save", str(tmp_path), "--load", str(tmp_path)]
+    run = build_run(parse_args(flags))
+    save(run, tmp_path)
+    build_run(parse_args(flags))
+    for name in (data[1] + ".bin", data[1] + "_answer_mask.bin"):
+        whole = Path(name).read_bytes()
+        Path(name).write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+        with pytest.raises(ValueError, match=f"^{data[1]}.bin and .idx: are not the data that --load {tmp_path} was"):
+            build_run(parse_args(flags))
+        allowed = build_run(parse_args([*flags, "--ebft-allow-changed-data"]))
+        assert f"content of {data[1]}" in allowed.metadata["changed"]
+        Path(name).write_bytes(whole)
+    problem, = run_ranks(1, "test_data:preflight_problems_of_changed_data", data[1], *flags)[0]
+    assert "are not the data that --load" in problem
+    del run.metadata["data"]  # as of an earlier version
+    save(run, tmp_path)
+    build_run(parse_args(flags))
+
+
+def preflight_problems_of_changed_data(prefix: str, *flags) -> list[str]:
+    set_id(prefix, 3, 5)
+    return preflight_problems(*flags)
+
+
+# ---------------------------------------------------------------- preflight
 
 
 def preflight_problems(*flags) -> list[str]:
