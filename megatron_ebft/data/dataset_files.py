@@ -160,11 +160,29 @@ def _sidecar(prefix: str) -> dict:
         return {}
     try:
         sidecar = json.loads(path.read_bytes())
-        sidecar["tokenizer_fingerprint"], sidecar["tokenizer_type"], sidecar["append_eod"]
-    except (ValueError, KeyError, TypeError) as error:
+        if not all(isinstance(sidecar[key], str) for key in ("tokenizer_fingerprint", "tokenizer_type")):
+            raise TypeError("the tokenizer is no text")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: not what tools/preprocess_data.py writes ({error!r}); make the dataset again, "
                          "or remove the file if you know that --tokenizer-model is right") from error
     return sidecar
+
+
+def check_cached(folder: str) -> None:
+    """Check that the cached indices in a folder are whole arrays.
+
+    Megatron-Core unpickles a file that is none, which may run any code.
+
+    Raises:
+        ValueError: one is none; names it.
+    """
+    for path in sorted(Path(folder).rglob("*_index.npy")):
+        try:
+            array = numpy.lib.format.open_memmap(path, mode="r")  # reads no pickles
+            del array
+        except (OSError, ValueError, SyntaxError, RecursionError, MemoryError) as error:
+            raise ValueError(f"--data-cache-path: {path} is no whole array ({error}): remove it, and it will be made "
+                             "again, or wait if another run is writing it") from error
 
 
 def check_answers(prefix: str, flag: str) -> None:

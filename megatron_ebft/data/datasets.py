@@ -4,6 +4,7 @@ All flags and files are checked on every rank before anything is built: a rank t
 waiting.
 """
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,9 +16,17 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 
-from megatron_ebft.data.dataset_files import check_answers, check_dataset, check_ids, check_tokenizer, content_hash
+from megatron_ebft.data.dataset_files import (
+    check_answers,
+    check_cached,
+    check_dataset,
+    check_ids,
+    check_tokenizer,
+    content_hash,
+)
 from megatron_ebft.data.rows import RowDataset
 from megatron_ebft.data.tokenizer import Tokenizer
+from megatron_ebft.parallel.errors import collective_errors
 
 DEFAULT_SPLIT = "969,30,1"
 
@@ -109,12 +118,21 @@ def build_datasets(*, seq_length: int, seed: int, sizes: Sequence[int | None], t
         bounds = (0.0, 1.0) if data_path is None else config.split_matrix[kind.value]
         _check_split(kind, blend, size, bounds, lengths, seq_length)
 
+    _check_cached([data_cache_path] if data_cache_path else [f"{prefix}/cache" for prefix in lengths])
     datasets = _Builder(RowDataset, list(sizes), lambda: True, config).build()
     for kind, blend, size, dataset in zip(Split, blends, sizes, datasets, strict=True):
         if size and len(dataset) < size:
             raise ValueError(f"{blend.flag}: {size} rows of the {kind.name} split are needed; without weights its "
                              f"datasets are read once and give {len(dataset)}: put a weight before every prefix")
     return datasets
+
+
+def _check_cached(folders: list[str]) -> None:
+    """`check_cached` by rank 0, which alone writes indices; ValueError on every rank."""
+    has_ranks = torch.distributed.is_initialized()
+    with collective_errors() if has_ranks else contextlib.nullcontext():
+        for folder in folders if not has_ranks or torch.distributed.get_rank() == 0 else ():
+            check_cached(folder)
 
 
 def content_hashes(*data_paths: Sequence[str] | None) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Blends and splits; datasets that are damaged, or made with another tokenizer, are refused."""
 
+import pickle
 import shutil
 from pathlib import Path
 
@@ -31,7 +32,8 @@ def test_damaged_datasets_are_refused(tmp_path):
         refuses(r".idx has \d+ bytes and should have \d+: it is truncated", mask + ".idx", lambda whole: whole[:-8])
         refuses(r".idx is truncated or no Megatron index", mask + ".idx", lambda whole: whole[:20])
         refuses(r".idx is truncated or no Megatron index", mask + ".idx", lambda whole: b"x" + whole[1:])
-    refuses(r"not what tools/preprocess_data.py writes", ".json", lambda whole: whole[:20])
+    for damaged in (b"{", b"[" * 100_000, b"[]", b"{}", b'{"tokenizer_fingerprint": 7, "tokenizer_type": "x"}'):
+        refuses(r"not what tools/preprocess_data.py writes", ".json", lambda whole: damaged)
     assert len(check_dataset(prefix)) == 20
 
     other = null_dataset(tmp_path, "other", question_answers(20, seed=1))
@@ -75,6 +77,32 @@ def test_fields_of_the_index_are_checked(tmp_path, monkeypatch):
     path.write_bytes(damaged)
     with pytest.raises(ValueError, match="is truncated or no Megatron index"):
         check_dataset(prefix)
+
+
+class Marker:
+    """Leaves a file where it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_cached_indices_run_no_code(tmp_path, one_rank):
+    """Megatron-Core unpickles a cached index that is no array."""
+    prefix = null_dataset(tmp_path, "text", [range(20)] * 20)
+    build(tmp_path, [8, 0, 0], data_path=[prefix, prefix])
+    cached = sorted((tmp_path / "cache").glob("*.npy"))
+    assert len(cached) == 5  # those of rows, and of the blend
+    for path in cached:
+        whole = path.read_bytes()
+        for content in (pickle.dumps(Marker(tmp_path / "marker")), whole[:-1], b""):
+            path.write_bytes(content)
+            with pytest.raises(ValueError, match=f"^--data-cache-path: {path} is no whole array .*: remove it"):
+                build(tmp_path, [8, 0, 0], data_path=[prefix, prefix])
+        path.write_bytes(whole)
+    assert build(tmp_path, [8, 0, 0], data_path=[prefix, prefix])[0] and not (tmp_path / "marker").exists()
 
 
 @pytest.mark.parametrize("chunks, chunk, is_seen", [(128, 1 << 16, True), (2, 8, False)])
