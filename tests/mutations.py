@@ -155,8 +155,9 @@ TABLE = (
     Mutation("document-start", "cross entropy counts the first token of a document", "data/micro_batches.py",
              "            valid &= self.document_BT[:, 1:] == self.document_BT[:, :-1]\n", "            pass\n",
              "data/test_micro_batches.py::test_gold_tokens_that_count"),
-    Mutation("eod", "an eod belongs to the next document", "data/rows.py", "(ends.cumsum(dim=1) - ends)",
-             "ends.cumsum(dim=1)", "data/test_rows.py::test_document_ids"),
+    Mutation("documents", "a document ends one token early", "data/rows.py", "dtype=numpy.int32).repeat(lengths)",
+             "dtype=numpy.int32).repeat(lengths)[numpy.arange(1, len(tokens_T) + 1).clip(max=len(tokens_T) - 1)]",
+             "data/test_rows.py::test_documents_are_those_of_the_index"),
     # checkpointing
     Mutation("checksum", "a file of the right size is believed", "checkpointing/manifest.py",
              "if patiently(_crc32, os.path.join(folder, name)) != crc32:",

@@ -14,8 +14,8 @@
    FP8, which needs a GPU. FP8 pads rows a little; the weights of a rollout or encoder pass in FP8 take half as much
    again during the pass, and with --fp8-format the policy's weights take twice as much all the time.
 3. The plan leaves out CUDA's context, NCCL's buffers and fragmentation, for which it sets aside UNUSABLE of the memory,
-   and temporaries inside operations. Evaluation needs less than training: its rows are as long, without a backward
-   pass.
+   and temporaries inside operations. Evaluation needs less than training: its rows are cut to the length of training's,
+   without a backward pass.
 4. Times are an estimate. An operation takes the longer of computing and of moving its bytes, at EFFICIENCY of the
    peaks. A collective takes its ring's bytes over the slowest link. Nothing overlaps. Pipeline stages idle as in the
    schedules of Megatron (training) and of rollout/schedule.py (sampling).

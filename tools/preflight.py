@@ -31,6 +31,7 @@ from megatron_ebft.run.flags.table import FLAGS
 
 EXIT_WRONG, EXIT_UNREACHABLE = 64, 74
 OPTIMIZER_BYTES = 12
+ONE_RANK = dict(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, seed=1)
 NVIDIA = "/dev/nvidiactl"
 """Exists wherever the driver is loaded."""
 JOB = Group("job", (
@@ -69,8 +70,9 @@ def check_gpus(args) -> str:
     return f"{gpus} GPUs"
 
 
-def check_data(args, tokenizer, done, problems: Problems) -> None:
-    """Check each dataset by itself, then build all of them as training does from `done` on."""
+def check_data(args, tokenizer, done, problems: Problems) -> tuple | None:
+    """Check each dataset by itself, then build all of them as training does from `done` on. Returns the training and
+    validation data."""
     from megatron_ebft.data.dataset_files import check_dataset
     from megatron_ebft.data.datasets import Blend
     from megatron_ebft.run.build import build_data
@@ -84,7 +86,8 @@ def check_data(args, tokenizer, done, problems: Problems) -> None:
                     check_dataset(prefix, flag)
     if tokenizer is not None and len(problems) == before:
         with problems.collected():
-            build_data(args, tokenizer, done)
+            return build_data(args, tokenizer, done)
+    return None
 
 
 def check_checkpoints(args, is_resumed: bool, problems: Problems) -> dict:
@@ -145,7 +148,7 @@ def checkpoint_bytes(args, vocab_size: int) -> tuple[int, int]:
     from megatron_ebft.model.build import build_skeleton
     from megatron_ebft.run.configs import model_args
 
-    with rank_zero(1, dict(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, seed=1)):
+    with rank_zero(1, ONE_RANK):
         parameters = sum(p.numel() for p in build_skeleton(model_args(args, vocab_size)).parameters())
     return parameters, parameters * ((2 if args.bf16 else 4) + OPTIMIZER_BYTES)
 
@@ -171,8 +174,10 @@ def check_save(args, size: int) -> str:
 def check_run(args, problems: Problems) -> list[str]:
     """Check everything but GPUs. Returns phrases that describe the run."""
     from megatron_ebft.checkpointing.record import TrainState, read_metadata
+    from megatron_ebft.data.datasets import content_hashes
     from megatron_ebft.data.tokenizer import build_tokenizer
     from megatron_ebft.run import build, configs, folders, resume
+    from megatron_ebft.run.counts import check_counts
 
     is_resumed, tokenizer, words = False, None, []
     for flag in FLAGS.values():
@@ -199,7 +204,10 @@ def check_run(args, problems: Problems) -> list[str]:
     saved, done = None, TrainState()
     with problems.collected():
         saved, done = resume.progress(args, readers["--load"].folder if "--load" in readers else None)
-    check_data(args, None if wrong else tokenizer, done, problems)
+    data = check_data(args, None if wrong else tokenizer, done, problems)
+    if saved is not None and data is not None:
+        with problems.collected():
+            resume.changed_data(saved, content_hashes(args.data_path, args.train_data_path, args.valid_data_path), args)
     size = 0
     if tokenizer is not None:
         for flag, reader in readers.items():
@@ -213,8 +221,12 @@ def check_run(args, problems: Problems) -> list[str]:
             if saved is not None:
                 resume.check_flags(saved, args, configs.model_args(args, tokenizer.vocab_size))
         with problems.collected():
+            config = None
             if args.training_mode == "ebft" or args.ebft_encoder_load:
-                configs.ebft_config(args, configs.model_args(args, tokenizer.vocab_size).num_layers)
+                config = configs.ebft_config(args, configs.model_args(args, tokenizer.vocab_size).num_layers)
+            if data is not None:
+                with rank_zero(1, ONE_RANK):
+                    check_counts(args, config, *data)
     with problems.collected():
         words.append(check_save(args, size))
     words.append(f"goes on from {readers[origin].folder}" if is_resumed and origin in readers else "starts afresh")

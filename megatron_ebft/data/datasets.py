@@ -19,7 +19,14 @@ from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 
 from megatron_ebft.common.disk import check_writable
-from megatron_ebft.data.dataset_files import check_dataset, check_masks, check_tokenizer
+from megatron_ebft.data.dataset_files import (
+    check_answers,
+    check_cached,
+    check_dataset,
+    check_ids,
+    check_tokenizer,
+    content_hash,
+)
 from megatron_ebft.data.rows import RowDataset
 from megatron_ebft.data.tokenizer import Tokenizer
 from megatron_ebft.parallel.errors import collective_errors
@@ -73,8 +80,7 @@ def build_datasets(*, seq_length: int, seed: int, sizes: Sequence[int | None], t
                    data_path: Sequence[str] | None = None, split: str | None = None,
                    train_data_path: Sequence[str] | None = None, valid_data_path: Sequence[str] | None = None,
                    test_data_path: Sequence[str] | None = None, data_cache_path: str | None = None,
-                   need_answers: bool = False, need_documents: bool = False
-                   ) -> list[RowDataset | BlendedDataset | None]:
+                   need_answers: bool = False) -> list[RowDataset | BlendedDataset | None]:
     """The training, validation and test datasets, the same on every rank.
 
     If torch.distributed is initialised, all ranks must call this. Rank 0 builds the indices; the others wait and read
@@ -92,7 +98,6 @@ def build_datasets(*, seq_length: int, seed: int, sizes: Sequence[int | None], t
         data_cache_path: folder for the indices, written by rank 0 unless they are there. None: a folder
             `<prefix>/cache` beside each dataset.
         need_answers: refuse datasets without an answer mask.
-        need_documents: refuse datasets without an eod after each document.
 
     Returns:
         For each split a dataset (see RowDataset) with at least that number of rows, or None for 0 rows.
@@ -102,7 +107,7 @@ def build_datasets(*, seq_length: int, seed: int, sizes: Sequence[int | None], t
             little data for a split; indices that cannot be written. Names the flag.
     """
     blends, source = _blends(data_path, split, (train_data_path, valid_data_path, test_data_path), sizes)
-    lengths = _check_files(blends, tokenizer, need_answers, need_documents)
+    lengths = _check_files(blends, tokenizer, need_answers)
     config = GPTDatasetConfig(
         random_seed=seed, sequence_length=seq_length, tokenizer=tokenizer, path_to_cache=data_cache_path,
         reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False,
@@ -117,12 +122,27 @@ def build_datasets(*, seq_length: int, seed: int, sizes: Sequence[int | None], t
         bounds = (0.0, 1.0) if data_path is None else config.split_matrix[kind.value]
         _check_split(kind, blend, size, bounds, lengths, seq_length)
 
+    _check_cached([data_cache_path] if data_cache_path else [f"{prefix}/cache" for prefix in lengths])
     datasets = _build(config, sizes, lengths)
     for kind, blend, size, dataset in zip(Split, blends, sizes, datasets, strict=True):
         if size and len(dataset) < size:
             raise ValueError(f"{blend.flag}: {size} rows of the {kind.name} split are needed; without weights its "
                              f"datasets are read once and give {len(dataset)}: put a weight before every prefix")
     return datasets
+
+
+def _check_cached(folders: list[str]) -> None:
+    """`check_cached` by rank 0, which alone writes indices; ValueError on every rank."""
+    has_ranks = torch.distributed.is_initialized()
+    with collective_errors() if has_ranks else contextlib.nullcontext():
+        for folder in folders if not has_ranks or torch.distributed.get_rank() == 0 else ():
+            check_cached(folder)
+
+
+def content_hashes(*data_paths: Sequence[str] | None) -> dict[str, str]:
+    """`content_hash` of every dataset that data path flags name, by prefix."""
+    return {prefix: content_hash(prefix) for values in data_paths if values
+            for prefix in Blend.parse("--data-path", values).prefixes}
 
 
 def _blends(data_path: Sequence[str] | None, split: str | None, split_paths: Sequence[Sequence[str] | None],
@@ -143,16 +163,17 @@ def _blends(data_path: Sequence[str] | None, split: str | None, split_paths: Seq
     return blends, dict(blend_per_split=[blend and (blend.prefixes, blend.weights) for blend in blends])
 
 
-def _check_files(blends: list[Blend | None], tokenizer: Tokenizer, need_answers: bool, need_documents: bool
-                 ) -> dict[str, numpy.ndarray]:
+def _check_files(blends: list[Blend | None], tokenizer: Tokenizer, need_answers: bool) -> dict[str, numpy.ndarray]:
     """Check the files of every dataset; returns the lengths of its documents, in tokens, by prefix."""
+    flags = {prefix: blend.flag for blend in filter(None, blends) for prefix in blend.prefixes}
     lengths = {}
-    for blend in filter(None, blends):
-        for prefix in blend.prefixes:
-            if prefix not in lengths:
-                lengths[prefix] = check_dataset(prefix, blend.flag)
-                check_masks(prefix, blend.flag, need_answers, need_documents)
-    check_tokenizer(list(lengths), tokenizer)
+    for prefix, flag in flags.items():
+        lengths[prefix] = check_dataset(prefix, flag)
+        if need_answers:
+            check_answers(prefix, flag)
+    check_tokenizer(list(flags), tokenizer)
+    for prefix, flag in flags.items():
+        check_ids(prefix, flag, lengths[prefix], tokenizer)
     return lengths
 
 

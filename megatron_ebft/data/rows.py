@@ -7,6 +7,8 @@
    are packed once, in Megatron's order. Every further epoch shuffles the rows again by (seed, epoch).
 3. An answer mask is a second indexed dataset, `<prefix>_answer_mask`, of the same shape as the first. Both are read at
    the same document numbers and offsets.
+4. The index says where a document ends. Its tokens do not: the end token of a chat model ends each turn, texts spell
+   end tokens, and data may have none.
 """
 
 import hashlib
@@ -21,14 +23,34 @@ from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch import Tensor
 
+from megatron_ebft.data.tokenizer import Tokenizer
+
 ANSWER_MASK_SUFFIX = "_answer_mask"
+
+
+def first_unknown(tokens: numpy.ndarray, vocab_size: int) -> int | None:
+    """Place of the first id that is not below `vocab_size`, or is negative; None if there is none."""
+    if len(tokens) == 0 or 0 <= tokens.min() and tokens.max() < vocab_size:
+        return None
+    return int(numpy.argmax((tokens < 0) | (tokens >= vocab_size)))
+
+
+def unknown_id(prefix: str, document: int, token: int, tokenizer: Tokenizer) -> str:
+    """What is wrong with a dataset that has such an id."""
+    return (f"{prefix}: document {document} (counted from 0) has the id {token}, and this {tokenizer.name} has "
+            f"{tokenizer.vocab_size} ids: the data were made with another tokenizer; give that one as "
+            "--tokenizer-model, or make the dataset again with this one")
 
 
 class RowDataset(GPTDataset):
     """Rows of T tokens with their answer masks.
 
-    `dataset[i]` is a dict of `tokens`, int64 [T]; `answer_mask`, bool [T], all True without an answer mask; and
-    `index`, the number of the row in this dataset. The constructor is Megatron-Core's.
+    `dataset[i]` is a dict of `tokens`, int64 [T]; `documents`, int32 [T], the number of each token's document within
+    the row; `answer_mask`, bool [T], all True without an answer mask; and `index`, the number of the row in this
+    dataset. The constructor is Megatron-Core's.
+
+    Raises:
+        ValueError: a row has an id that the tokenizer does not know; names the dataset, the document and the id.
     """
 
     def __init__(self, *args, **kwargs):
@@ -46,11 +68,22 @@ class RowDataset(GPTDataset):
         spans = list(self._spans(position if epoch == 0 else int(self._shuffled(epoch)[position])))
         tokens_T = numpy.concatenate([self.dataset.get(*span) for span in spans], dtype=numpy.int64)
         assert len(tokens_T) == self.config.sequence_length
+        self._check_ids(tokens_T, spans)
         if self.answer_mask is None:
             answer_T = numpy.ones(len(tokens_T), dtype=bool)
         else:
             answer_T = numpy.concatenate([self.answer_mask.get(*span) for span in spans]) != 0
-        return dict(tokens=torch.from_numpy(tokens_T), answer_mask=torch.from_numpy(answer_T), index=int(idx))
+        lengths = numpy.array([length for _, _, length in spans])
+        documents_T = numpy.arange(len(lengths), dtype=numpy.int32).repeat(lengths)
+        return dict(tokens=torch.from_numpy(tokens_T), documents=torch.from_numpy(documents_T),
+                    answer_mask=torch.from_numpy(answer_T), index=int(idx))
+
+    def _check_ids(self, tokens_T: numpy.ndarray, spans: list[tuple[int, int, int]]) -> None:
+        place = first_unknown(tokens_T, self.config.tokenizer.vocab_size)
+        if place is not None:
+            ends = numpy.cumsum([length for _, _, length in spans])
+            document = spans[int(numpy.searchsorted(ends, place, side="right"))][0]
+            raise ValueError(unknown_id(self.dataset_path, document, tokens_T[place], self.config.tokenizer))
 
     def _shuffled(self, epoch: int) -> numpy.ndarray:
         """Order of the rows in an epoch, cached until another epoch is asked for."""
@@ -65,7 +98,7 @@ class RowDataset(GPTDataset):
         return 1
 
     def _spans(self, idx: int) -> Iterator[tuple[int, int, int]]:
-        """(document, offset, length) of the pieces of a row, in order."""
+        """(document, offset, length) of the pieces of a row, in order. None is empty."""
         sample = int(self.shuffle_index[idx])
         first, start = map(int, self.sample_index[sample])
         last, stop = map(int, self.sample_index[sample + 1])
@@ -73,7 +106,8 @@ class RowDataset(GPTDataset):
             document = int(self.document_index[i])
             offset = start if i == first else 0
             end = stop if i == last else int(self.dataset.sequence_lengths[document])
-            yield document, offset, end - offset
+            if end > offset:
+                yield document, offset, end - offset
 
     def _build_document_sample_shuffle_indices(self):
         # Megatron-Core names cached indices after the path of the dataset. A new dataset at an old path would be read
@@ -92,6 +126,8 @@ class RowBatch:
 
     tokens: Tensor
     """int64 [B, T]."""
+    documents: Tensor
+    """int32 [B, T], number of each token's document within its row."""
     answer_mask: Tensor
     """bool [B, T], True on answer tokens."""
     index: Tensor
@@ -114,12 +150,5 @@ def rows_for_step(dataset: RowDataset | BlendedDataset, consumed_samples: int, g
     rows = global_batch_size // dp_size
     first = consumed_samples + dp_rank * rows
     samples = [dataset[i] for i in range(first, first + rows)]
-    return RowBatch(tokens=torch.stack([sample["tokens"] for sample in samples]),
-                    answer_mask=torch.stack([sample["answer_mask"] for sample in samples]),
-                    index=torch.arange(first, first + rows))
-
-
-def document_ids(tokens_BT: Tensor, eod: int) -> Tensor:
-    """Number of each token's document within its row, int32 [B, T]. An eod belongs to the document that it ends."""
-    ends = (tokens_BT == eod).int()
-    return (ends.cumsum(dim=1) - ends).int()
+    return RowBatch(**{name: torch.stack([sample[name] for sample in samples])
+                       for name in ("tokens", "documents", "answer_mask")}, index=torch.arange(first, first + rows))

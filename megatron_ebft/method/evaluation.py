@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ebft.data.micro_batches import GoldBatch
@@ -22,7 +23,9 @@ from megatron_ebft.method.losses import kl_estimate
 from megatron_ebft.method.means import Means
 from megatron_ebft.method.sft import cross_entropy_pass
 from megatron_ebft.model.fp8 import FP8
+from megatron_ebft.parallel.groups import pp_group
 from megatron_ebft.rollout.sampler import Rollouts, sample_rollouts
+from megatron_ebft.rollout.schedule import row_groups
 
 EVALUATION_ITERATION = -1
 """Names evaluation in the sampler's random numbers, where training has its iteration."""
@@ -37,18 +40,33 @@ class EvaluationRollouts:
     rollouts: Rollouts
 
 
-def evaluation_config(config: EBFTConfig, longest: int) -> tuple[EBFTConfig, list[int]]:
+def evaluation_config(config: EBFTConfig, longest: int, rows: int) -> tuple[EBFTConfig, list[int]]:
     """The configuration evaluation rolls out with, and the completion lengths it measures: 1, 2, 4, …, and G.
 
-    Rollouts have the longest of these lengths and blocks are that far apart, so that an evaluation row is about as long
-    as a training row. Lengths that leave no room for a block are skipped.
+    Rollouts have the longest of these lengths and blocks are that far apart. A micro-batch holds no more rollout tokens
+    than in training (but one block at least), and no more are decoded together. Lengths that leave no room for a block
+    are skipped.
+
+    Args:
+        rows: of a batch on this rank.
     """
     training = config.layout
     longest = max(min(longest, training.seq_length - training.context_length), training.rollout_length)
     lengths = sorted({training.rollout_length, *(2**i for i in range(longest.bit_length()))})
     layout = replace(training, rollout_length=lengths[-1], stride=max(training.stride, lengths[-1]))
     sampling = replace(config.sampling, temperature=1.0, top_p=1.0, top_k=0, fp8=FP8())
-    return replace(config, layout=layout, sampling=sampling), lengths
+    blocks = (config.blocks_per_microbatch or training.num_blocks) * training.rollout_length // layout.rollout_length
+    decoded = config.rollout_rows
+    if cached_tokens(layout) > cached_tokens(training):
+        groups = row_groups(rows, dist.get_world_size(pp_group()), config.rollout_rows)
+        decoded = max(1, (groups[0].stop - groups[0].start) * cached_tokens(training) // cached_tokens(layout))
+    return replace(config, layout=layout, sampling=sampling, blocks_per_microbatch=max(1, blocks),
+                   rollout_rows=decoded), lengths
+
+
+def cached_tokens(layout: StridedLayout) -> int:
+    """Tokens of a row whose keys and values are cached while it decodes."""
+    return layout.seq_length + layout.num_blocks * layout.num_samples * (layout.rollout_length - 1)
 
 
 def evaluate(policy: list, encoder, start, batches: Iterable[GoldBatch], config: EBFTConfig | None,
@@ -80,7 +98,7 @@ def evaluate(policy: list, encoder, start, batches: Iterable[GoldBatch], config:
 
 
 def _measure_rollouts(policy, encoder, start, gold, config, longest, means) -> tuple[Rollouts, StridedLayout]:
-    config, lengths = evaluation_config(config, longest)
+    config, lengths = evaluation_config(config, longest, len(gold.tokens_BT))
     layout = config.layout
     rollouts = sample_rollouts(policy, gold, layout, config.sampling, EVALUATION_ITERATION, config.rollout_rows)
     valid_BKNG = _valid_tokens(gold, layout)

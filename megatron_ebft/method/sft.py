@@ -19,6 +19,8 @@ def sft_step(*, policy: list, optimizer, gold: GoldBatch, micro_batch_size: int,
              phase: Callable[[str], AbstractContextManager]) -> dict[str, float]:
     """One optimizer step of next-token training on the global batch; returns its metrics, the same on every rank.
 
+    Where no token of the batch counts, there is no loss among the metrics.
+
     Args:
         gold: this rank's rows of the global batch.
         phase: makes the context of each phase, from its name.
@@ -31,9 +33,10 @@ def sft_step(*, policy: list, optimizer, gold: GoldBatch, micro_batch_size: int,
     with phase("train"):
         cross_entropy_pass(policy, gold, micro_batch_size, means, forward_only=False)
     metrics = means.reduce()
-    metrics["loss"] = metrics.get("ce_loss", 0.0)
+    if "ce_loss" in metrics:
+        metrics["loss"] = metrics["ce_loss"]
     with phase("optimizer"):
-        metrics["grad_norm"] = update(optimizer, metrics["loss"])
+        metrics["grad_norm"] = update(optimizer, metrics.get("loss", 0.0))
     return metrics
 
 

@@ -32,6 +32,8 @@ def ebft_step(*, policy: list, encoder, start, optimizer, gold: GoldBatch, confi
               inspect: Callable[[Computed, Means], None] = lambda *step: None) -> dict[str, float]:
     """One optimizer step on the global batch; returns its metrics, the same on every rank.
 
+    Where nothing of the batch counts, there is no loss among the metrics.
+
     Args:
         policy: this rank's stages, as `build_policy` makes them.
         start: frozen starting policy; None: no KL term, and no distance to the start is measured.
@@ -57,7 +59,9 @@ def ebft_step(*, policy: list, encoder, start, optimizer, gold: GoldBatch, confi
     inspect(step, means)
     metrics = means.reduce()
     parts = {"rl_loss": config.rl_coef, "ce_loss": config.ce_coef, "kl_loss": config.kl_coef}
-    metrics["loss"] = sum(coef * metrics[part] for part, coef in parts.items() if part in metrics)
+    parts = {part: coef for part, coef in parts.items() if part in metrics}
+    if any(parts.values()):
+        metrics["loss"] = sum(coef * metrics[part] for part, coef in parts.items())
     with phase("optimizer"):
-        metrics["grad_norm"] = update(optimizer, metrics["loss"])
+        metrics["grad_norm"] = update(optimizer, metrics.get("loss", 0.0))
     return metrics

@@ -6,7 +6,7 @@ import dataclasses
 from megatron_ebft.checkpointing.fingerprint import weights_fingerprint
 from megatron_ebft.checkpointing.loader import load_checkpoint, newest_whole
 from megatron_ebft.checkpointing.record import TrainState, read_metadata
-from megatron_ebft.data.datasets import build_datasets
+from megatron_ebft.data.datasets import build_datasets, content_hashes
 from megatron_ebft.data.tokenizer import build_tokenizer
 from megatron_ebft.model.architecture import ModelArgs
 from megatron_ebft.parallel.groups import document_size
@@ -18,11 +18,13 @@ from megatron_ebft.run.configs import (
     policy_overrides,
     virtual_stages,
 )
+from megatron_ebft.run.counts import check_counts
 from megatron_ebft.run.folders import tensorboard_folder
 from megatron_ebft.run.learning_rate import rows_of_run
 from megatron_ebft.run.models import Models, Source, build_models, build_optimizer, fixed_fields
 from megatron_ebft.run.resume import (
     beginning,
+    changed_data,
     changed_flags,
     check_flags,
     check_origins,
@@ -60,6 +62,9 @@ def build_run(args: argparse.Namespace) -> Run:
         check_rollouts(args, architecture, config.layout)
     policy_overrides(args)  # refuses FP8 that cannot run, before data are read
     train_data, valid_data = build_data(args, tokenizer, state)
+    data = content_hashes(args.data_path, args.train_data_path, args.valid_data_path)
+    changed = [] if saved is None else changed_data(saved, data, args)
+    counted = check_counts(args, config, train_data, valid_data)
     if args.ebft_replay_steps:
         check_replay(args, state.iteration, tokenizer.vocab_size)
 
@@ -71,15 +76,15 @@ def build_run(args: argparse.Namespace) -> Run:
         has_start=args.training_mode == "ebft" and bool(args.ebft_kl_coef or args.ebft_track_kl))
     optimizer, scheduler = build_optimizer(args, models.policy, state)
     companions = gather_companions(args, *origin)
-    metadata = _metadata(args, architecture, tokenizer, models) | {"beginning": began}
+    metadata = _metadata(args, architecture, tokenizer, models) | {"beginning": began, "data": data}
     if resume:
         check_origins(saved, metadata, args)
         state, _ = load_checkpoint(resume, models.policy, optimizer, scheduler, architecture=fixed_fields(architecture),
                                    is_whole=True)
-        metadata["changed"] = changed_flags(saved["arguments"], vars(args))
+        metadata["changed"] = changed_flags(saved["arguments"], vars(args)) + changed
     return Run(mode=args.training_mode, policy=models.policy, encoder=models.encoder, start=models.start,
                optimizer=optimizer, scheduler=scheduler, config=config, train_data=train_data, valid_data=valid_data,
-               tokenizer=tokenizer, args=args, metadata=metadata, state=state, companions=companions,
+               counted=counted, tokenizer=tokenizer, args=args, metadata=metadata, state=state, companions=companions,
                stopper=Stopper(args.exit_duration_in_mins, args.ebft_stop_file))
 
 
@@ -130,6 +135,5 @@ def build_data(args, tokenizer, done: TrainState):
         seq_length=args.seq_length, seed=args.seed, sizes=[rows_of_run(args, done), eval_rows, 0],
         tokenizer=tokenizer, data_path=args.data_path, split=args.split, train_data_path=args.train_data_path,
         valid_data_path=args.valid_data_path if eval_rows else None, test_data_path=None,
-        data_cache_path=args.data_cache_path, need_answers=args.ebft_answer_only,
-        need_documents=args.ebft_document_mask)
+        data_cache_path=args.data_cache_path, need_answers=args.ebft_answer_only)
     return train_data, valid_data

@@ -47,6 +47,10 @@ def describe(run: Run) -> str:
                          "if all steps take equally long")
         if (run.config.sampling.fp8.recipe != "off") != bool(args.fp8_format):
             lines.append(mixed_precision(args))
+    if run.counted is not None:
+        blocks = "" if run.counted.blocks is None else f"{run.counted.blocks:.2%} of the blocks and "
+        lines.append(f"{blocks}{run.counted.tokens:.2%} of the gold tokens count, in {run.counted.rows} rows of the "
+                     "training data")
     if args.ebft_replay_steps:
         lines.append(f"documents and rollouts are those of the steps in {args.ebft_replay_steps}")
     if run.state.iteration:

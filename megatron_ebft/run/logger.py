@@ -92,6 +92,8 @@ class Logger:
             **{f"run/{name}": value for name, value in totals.items()},
             "seconds/step": duration, "train/tokens_per_second": self.tokens_per_step / duration})
         numbers = " ".join(form.format(metrics[name]) for name, form in CONSOLE.items() if name in metrics)
+        if not metrics.get("valid_blocks", "loss" in metrics):
+            numbers = f"no {'block' if 'valid_blocks' in metrics else 'token'} counts | {numbers}"
         phases = " ".join(f"{name} {value:.2f}" for name, value in seconds.items() if value >= 0.005)
         self.print(f"step {iteration}/{self.train_iters} | {numbers} | {phases} | {duration:.2f}s "
                    f"{self.tokens_per_step / duration:.0f} tok/s | left {clock(left)}")
@@ -112,6 +114,8 @@ class Logger:
         text = None if shown is None else self._rollout_text(shown)
         self._record(iteration, {f"eval/{name}": value for name, value in metrics.items()}, text, flush=True)
         numbers = " ".join(form.format(metrics[name]) for name, form in EVALUATION.items() if name in metrics)
+        if shown is not None and "alignment" not in metrics:
+            numbers = f"no block counts at {self.rollout_length} tokens | {numbers}"
         self.print(f"eval {iteration}/{self.train_iters} | {numbers} | {clock(seconds)}")
 
     def flush(self) -> None:

@@ -6,19 +6,20 @@ from megatron_ebft.common.device import upload
 from megatron_ebft.common.errors import NotFinite, StepFailed
 from megatron_ebft.common.timer import PhaseTimer
 from megatron_ebft.data.micro_batches import GoldBatch
-from megatron_ebft.data.rows import document_ids, rows_for_step
+from megatron_ebft.data.rows import rows_for_step
 from megatron_ebft.method.computed import Computed
 from megatron_ebft.method.evaluation import evaluate
 from megatron_ebft.method.means import Means
 from megatron_ebft.method.sft import sft_step
 from megatron_ebft.method.step import ebft_step
+from megatron_ebft.parallel.errors import collective_errors
 from megatron_ebft.parallel.groups import document_rank, document_size
 from megatron_ebft.rollout.sampler import Rollouts
 from megatron_ebft.run.saves import RunCheckpoints
 from megatron_ebft.run.self_check import self_check
 from megatron_ebft.run.state import Run
 from megatron_ebft.run.step_dump import StepDump, replayed_step
-from megatron_ebft.run.stopping import StopAsked
+from megatron_ebft.run.stopping import CannotGoOn, StopAsked
 
 HEALTHY_MISMATCH = 1.05
 """mean exp |Δ log-probability| between sampler and trainer up to which training is reported to go well."""
@@ -32,9 +33,10 @@ def train(run: Run, log) -> bool:
         what it did.
     """
     args, state = run.args, run.state
-    batches = [gold_batch(run, run.valid_data, i * args.global_batch_size)
-               for i in range(args.eval_iters)] if run.valid_data is not None else []
-    saves = RunCheckpoints(run, log) if args.save else None
+    with collective_errors():
+        batches = [gold_batch(run, run.valid_data, i * args.global_batch_size)
+                   for i in range(args.eval_iters)] if run.valid_data is not None else []
+    saves, stopped_by = RunCheckpoints(run, log) if args.save else None, None
     if state.iteration:
         state.restarts += 1
         state.lost_to_restarts += time.time() - state.reached
@@ -43,9 +45,8 @@ def train(run: Run, log) -> bool:
             run_evaluation(run, batches, log)
             if saves is not None and state.iteration:  # another restart must not evaluate this step again
                 saves.save()
-        first = is_healthy = True
+        first = is_healthy = has_counted = True
         while state.iteration < args.train_iters:
-            run.stopper.check()
             start = time.perf_counter()
             timer = PhaseTimer(on_enter=lambda phase: run.watchdog.enter(f"{phase} of step {state.iteration + 1}"))
             with timer("data"):
@@ -64,20 +65,24 @@ def train(run: Run, log) -> bool:
                     "restarts": state.restarts, "lost_to_restarts": state.lost_to_restarts,
                     "lost_to_saves": state.lost_to_saves})
             is_healthy = warn_of_mismatch(metrics.get("mismatch_ratio", 1.0), is_healthy, state.iteration, log)
+            has_counted = warn_of_nothing(metrics, has_counted, state.iteration, log)
             if batches and is_due(state.iteration, args.eval_interval, args):
                 run_evaluation(run, batches, log)
             if saves is not None:
                 saves.poll()
                 if is_due(state.iteration, args.save_interval, args):
                     saves.save()
-    except StopAsked as reason:
+    except (StopAsked, CannotGoOn) as reason:
         log.print(f"stopping after step {state.iteration}/{args.train_iters}: {reason}")
+        stopped_by = reason
     except StepFailed:
         if saves is not None:
             saves.poll(wait=True)  # every rank is here, and can complete a save under way
         raise
     if saves is not None:
         saves.finish()
+    if isinstance(stopped_by, CannotGoOn):
+        raise stopped_by
     return state.iteration == args.train_iters and (not batches or state.evaluated == state.iteration)
 
 
@@ -119,18 +124,27 @@ def train_step(run: Run, gold: GoldBatch, phase, check: bool, rollouts: Rollouts
 def gold_batch(run: Run, dataset, consumed_samples: int) -> GoldBatch:
     """This rank's rows of the global batch that follows `consumed_samples`."""
     rows = rows_for_step(dataset, consumed_samples, run.args.global_batch_size, document_rank(), document_size())
-    tokens = upload(rows.tokens)
-    return GoldBatch(
-        tokens, upload(rows.index),
-        document_ids(tokens, run.tokenizer.eod) if run.args.ebft_document_mask else None,
-        upload(rows.answer_mask) if run.args.ebft_answer_only else None)
+    return GoldBatch(upload(rows.tokens), upload(rows.index),
+                     upload(rows.documents) if run.args.ebft_document_mask else None,
+                     upload(rows.answer_mask) if run.args.ebft_answer_only else None)
 
 
 def next_rows(run: Run) -> tuple[GoldBatch, Rollouts | None]:
-    """This rank's rows of the next step, with their rollouts where a dumped step is replayed."""
-    if run.args.ebft_replay_steps:
-        return replayed_step(run.args, run.state.iteration + 1, run.tokenizer.vocab_size).local_part()
-    return gold_batch(run, run.train_data, run.state.consumed_samples), None
+    """This rank's rows of the next step, with their rollouts where a dumped step is replayed.
+
+    Raises:
+        StopAsked, CannotGoOn: on every rank, if one has been asked to stop or cannot read its rows.
+    """
+    rows = problem = None
+    try:
+        if run.args.ebft_replay_steps:
+            rows = replayed_step(run.args, run.state.iteration + 1, run.tokenizer.vocab_size).local_part()
+        else:
+            rows = gold_batch(run, run.train_data, run.state.consumed_samples), None
+    except ValueError as error:
+        problem = error
+    run.stopper.check(problem=problem)
+    return rows
 
 
 def is_due(iteration: int, interval: int, args) -> bool:
@@ -162,3 +176,14 @@ def warn_of_mismatch(ratio: float, was_healthy: bool, iteration: int, log) -> bo
                   f"(mean exp|Δ log p|; healthy up to {HEALTHY_MISMATCH}): look at train/mismatch_kl and "
                   "train/importance_truncated, and at --ebft-rollout-fp8 and --fp8-format")
     return is_healthy
+
+
+def warn_of_nothing(metrics: dict[str, float], had_counted: bool, iteration: int, log) -> bool:
+    """Whether a block of the step counts, or a token in SFT; warns at the first step of those where none does."""
+    has_counted = bool(metrics.get("valid_blocks", "loss" in metrics))
+    if had_counted and not has_counted:
+        what = "block" if "valid_blocks" in metrics else "token"
+        log.print(f"warning: step {iteration}: no {what} of its rows counts, so nothing is learnt from "
+                  f"{'rollouts' if what == 'block' else 'them'}: look at the share that counts, in the first lines, at "
+                  "--global-batch-size, --ebft-answer-only and --ebft-document-mask")
+    return has_counted

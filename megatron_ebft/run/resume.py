@@ -217,6 +217,25 @@ def check_origins(saved: dict, now: dict, args) -> None:
                          f"{saved[part]['fingerprint']} from {saved[part]['origin']}); give the recorded one")
 
 
+def changed_data(saved: dict, now: dict[str, str], args) -> list[str]:
+    """Datasets whose content is not what it was when a checkpoint was saved, as the log names them.
+
+    Args:
+        saved: the checkpoint's metadata.
+        now: `content_hashes` of the data at hand.
+
+    Raises:
+        ValueError: there is one, and --ebft-allow-changed-data is not given.
+    """
+    before = saved.get("data", {})  # earlier versions recorded none
+    changed = [prefix for prefix, content in now.items() if before.get(prefix, content) != content]
+    if changed and not args.ebft_allow_changed_data:
+        raise ValueError(f"{changed[0]}.bin and .idx: are not the data that --load {args.load} was trained on (hash "
+                         f"{now[changed[0]]}, recorded {before[changed[0]]}). Bring those back, or go on with these by "
+                         "--ebft-allow-changed-data")
+    return [f"content of {prefix}" for prefix in changed]
+
+
 def changed_flags(saved: dict, now: dict) -> list[str]:
     """Flags that are not what they were when a checkpoint was saved, as `--flag old → new`.
 

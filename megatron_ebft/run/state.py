@@ -13,6 +13,7 @@ from megatron_ebft.checkpointing.record import TrainState
 from megatron_ebft.data.tokenizer import Tokenizer
 from megatron_ebft.method.config import EBFTConfig
 from megatron_ebft.model.decoder import Decoder
+from megatron_ebft.run.counts import Shares
 from megatron_ebft.run.learning_rate import Schedule
 from megatron_ebft.run.stopping import Stopper
 from megatron_ebft.run.watchdog import Watchdog
@@ -36,6 +37,8 @@ class Run:
     """The method; None without an encoder."""
     train_data: Dataset | None = None
     valid_data: Dataset | None = None
+    counted: Shares | None = None
+    """What counts of the training data; None if all does."""
     tokenizer: Tokenizer | None = None
     args: argparse.Namespace
     """Flags of the loop itself: intervals, batch sizes, folders, masks."""

@@ -26,6 +26,10 @@ class StopAsked(Exception):
     """All ranks stop here. The message says why."""
 
 
+class CannotGoOn(ValueError):
+    """All ranks stop here: one of them has no rows for its next step. The message says why."""
+
+
 class Stopper:
     """Watches for requests to stop.
 
@@ -39,11 +43,16 @@ class Stopper:
         self.longest_step = self.longest_save = 0.0
         """Seconds. The time left must cover one of each, and half as much again."""
 
-    def check(self, steps: int = 1) -> None:
+    def check(self, steps: int = 1, problem: ValueError | None = None) -> None:
         """Raise StopAsked on every rank if any rank has a request. All ranks must call.
 
         Args:
             steps: steps until the next check. The deadline must leave time for them.
+            problem: this rank cannot go on. Asked here, since every rank waits here for the others anyway.
+
+        Raises:
+            StopAsked: a rank has a request.
+            CannotGoOn: a rank has a problem.
         """
         import torch
         import torch.distributed as dist
@@ -51,13 +60,15 @@ class Stopper:
         from megatron_ebft.common.device import device
 
         reason = self._reason(steps)
-        asked = torch.full((), float(reason is not None), device=device())
+        asked = torch.full((), float(bool(reason or problem)), device=device())
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         if asked.item():
             reasons = [None] * dist.get_world_size()
-            dist.all_gather_object(reasons, reason)
-            for asking in filter(None, reasons):
-                raise StopAsked(asking)
+            dist.all_gather_object(reasons, (reason, problem and f"{problem}"))
+            for asking, _ in reasons:
+                if asking:
+                    raise StopAsked(asking)
+            raise CannotGoOn(next(text for _, text in reasons if text)) from problem
 
     def _reason(self, steps: int) -> str | None:
         import torch.distributed as dist

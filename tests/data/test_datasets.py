@@ -1,5 +1,6 @@
 """Blends and splits; datasets that are damaged, or made with another tokenizer, are refused."""
 
+import pickle
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from small_data import VOCAB, T, all_rows, build, null_dataset, null_tokenizer, question_answers
 
+from megatron_ebft.data import dataset_files
 from megatron_ebft.data.dataset_files import check_dataset
 
 
@@ -30,7 +32,8 @@ def test_damaged_datasets_are_refused(tmp_path):
         refuses(r".idx has \d+ bytes and should have \d+: it is truncated", mask + ".idx", lambda whole: whole[:-8])
         refuses(r".idx is truncated or no Megatron index", mask + ".idx", lambda whole: whole[:20])
         refuses(r".idx is truncated or no Megatron index", mask + ".idx", lambda whole: b"x" + whole[1:])
-    refuses(r"not what tools/preprocess_data.py writes", ".json", lambda whole: whole[:20])
+    for damaged in (b"{", b"[" * 100_000, b"[]", b"{}", b'{"tokenizer_fingerprint": 7, "tokenizer_type": "x"}'):
+        refuses(r"not what tools/preprocess_data.py writes", ".json", lambda whole: damaged)
     assert len(check_dataset(prefix)) == 20
 
     other = null_dataset(tmp_path, "other", question_answers(20, seed=1))
@@ -41,6 +44,78 @@ def test_damaged_datasets_are_refused(tmp_path):
     preprocess_data.IndexedDatasetBuilder(str(tmp_path / "none.bin"), numpy.uint16).finalize(str(tmp_path / "none.idx"))
     with pytest.raises(ValueError, match="--train-data-path .*none: the dataset is empty"):
         build(tmp_path, [5, 0, 0], train_data_path=[str(tmp_path / "none")])
+
+
+def test_fields_of_the_index_are_checked(tmp_path, monkeypatch):
+    prefix = null_dataset(tmp_path, "text", [range(i + 1) for i in range(20)])
+    path, count = Path(prefix + ".idx"), 20
+    whole = path.read_bytes()
+    places = dict(lengths=(34, numpy.int32), pointers=(34 + 4 * count, numpy.int64),
+                  bounds=(34 + 12 * count, numpy.int64))
+
+    def refuses(message, field, *changes):
+        start, dtype = places[field]
+        damaged = bytearray(whole)
+        values = numpy.frombuffer(damaged, dtype=dtype, offset=start)
+        for place, change in changes:
+            values[place] += change
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"--data-path {prefix}: {path} {message}"):
+            check_dataset(prefix)
+
+    monkeypatch.setattr(dataset_files, "PART", 7)  # an index is read in parts
+    assert len(check_dataset(prefix)) == count
+    refuses("has the length -1 for document 3", "lengths", (3, -6), (4, 6))  # the sum is right
+    refuses("does not point to its documents one after the other", "lengths", (10, 1), (11, -1))
+    refuses("does not point to its documents", "pointers", (14, 2))
+    refuses("has bounds of documents in the wrong order", "bounds", (0, 1))
+    refuses("has bounds of documents in the wrong order", "bounds", (8, -2))
+    refuses("has documents of several sequences, as --split-sentences", "bounds", (7, -1))
+    refuses("has bounds for 19 documents and lengths for 20", "bounds", (20, -1))
+    damaged = bytearray(whole)
+    damaged[17] = 7  # float32
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match="is truncated or no Megatron index"):
+        check_dataset(prefix)
+
+
+class Marker:
+    """Leaves a file where it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_cached_indices_run_no_code(tmp_path, one_rank):
+    """Megatron-Core unpickles a cached index that is no array."""
+    prefix = null_dataset(tmp_path, "text", [range(20)] * 20)
+    build(tmp_path, [8, 0, 0], data_path=[prefix, prefix])
+    cached = sorted((tmp_path / "cache").glob("*.npy"))
+    assert len(cached) == 5  # those of rows, and of the blend
+    for path in cached:
+        whole = path.read_bytes()
+        for content in (pickle.dumps(Marker(tmp_path / "marker")), whole[:-1], b""):
+            path.write_bytes(content)
+            with pytest.raises(ValueError, match=f"^--data-cache-path: {path} is no whole array .*: remove it"):
+                build(tmp_path, [8, 0, 0], data_path=[prefix, prefix])
+        path.write_bytes(whole)
+    assert build(tmp_path, [8, 0, 0], data_path=[prefix, prefix])[0] and not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("chunks, chunk, is_seen", [(128, 1 << 16, True), (2, 8, False)])
+def test_ids_are_checked_in_a_sample_and_in_every_row(tmp_path, monkeypatch, chunks, chunk, is_seen):
+    """Of a dataset that is larger than the sample, its beginning and its end are looked at."""
+    monkeypatch.setattr(dataset_files, "CHUNKS", chunks)
+    monkeypatch.setattr(dataset_files, "CHUNK", chunk)
+    prefix = null_dataset(tmp_path, "text", [[7] * 6, [150], [7, 160], [8] * 40], "--no-append-eod")
+    Path(prefix + ".json").unlink()
+    build(tmp_path, [6, 0, 0], data_path=[prefix], split="1", tokenizer=null_tokenizer(161))
+    message = f"{prefix}: document 2 .counted from 0. has the id 160, and this NullTokenizer has 160 ids"
+    with pytest.raises(ValueError, match=f"^{'--data-path ' * is_seen}{message}"):
+        all_rows(build(tmp_path, [6, 0, 0], data_path=[prefix], split="1", tokenizer=null_tokenizer(160))[0])
 
 
 def test_another_tokenizer_is_refused(tmp_path, caplog):

@@ -21,7 +21,7 @@ from small_data import (
     write_lines,
 )
 
-from megatron_ebft.data.rows import document_ids, rows_for_step
+from megatron_ebft.data.rows import rows_for_step
 from megatron_ebft.data.tokenizer import build_tokenizer
 
 
@@ -129,7 +129,13 @@ def test_two_ranks_read_what_one_reads(tmp_path, weights):
     assert torch.equal(torch.from_numpy(numpy.concatenate([rows[0], rows[1]])), alone)
 
 
-def test_document_ids():
-    tokens = torch.tensor([[5, 9, 9, 3, 4, 9], [9, 1, 2, 3, 4, 5]])
-    ids = document_ids(tokens, eod=9)
-    assert ids.tolist() == [[0, 0, 1, 2, 2, 2], [0, 1, 1, 1, 1, 1]] and ids.dtype == torch.int32
+def test_documents_are_those_of_the_index(tmp_path):
+    """Of data whose end tokens are anywhere but at the ends of documents."""
+    documents = [[VOCAB - 1 if i % 2 else i] * (i % 11 + 1) + [i] for i in range(100)]
+    prefix = null_dataset(tmp_path, "text", documents, "--no-append-eod")
+    dataset = build(tmp_path, [80, 0, 0], data_path=[prefix], split="1")[0]
+    owner = torch.tensor([i for i in dataset.document_index for _ in documents[i]])
+    rows = owner[:len(owner) // T * T].view(-1, T)[torch.from_numpy(dataset.shuffle_index.astype("int64"))]
+    expected = (rows[:, 1:] != rows[:, :-1]).cumsum(1, dtype=torch.int32)
+    numbers = rows_for_step(dataset, 0, len(expected), 0, 1).documents
+    assert torch.equal(numbers[:, 1:], expected) and not numbers[:, 0].any() and numbers.dtype == torch.int32

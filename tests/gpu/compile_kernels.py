@@ -116,7 +116,7 @@ def _passes():
             args, model.num_layers)
         batch, longest = args.micro_batch_size, args.ebft_eval_length
         training, encoder = (split_blocks(config.layout, 0, config.layout.rollout_length - less)[0] for less in (1, 0))
-        held_out = evaluation_config(config, longest)[0].layout
+        held_out = evaluation_config(config, longest, 1)[0].layout
         yield f"{name}, training", lambda: _row(training, batch, heads, torch.bfloat16, True)  # noqa: B023
         for label, row in (("encoder", encoder), ("evaluation", split_blocks(held_out, 0, held_out.rollout_length)[0])):
             yield f"{name}, {label}", lambda: _row(row, batch, heads, torch.bfloat16, False)  # noqa: B023

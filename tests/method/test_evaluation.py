@@ -1,5 +1,7 @@
 """Evaluation: CFM and alignment of every completion length, against one sequence at a time."""
 
+from dataclasses import replace
+
 import brute_force as bf
 import equations
 import models
@@ -7,7 +9,11 @@ import plain_llama
 import pytest
 import torch
 
+from megatron_ebft.data.micro_batches import MicroBatches
+from megatron_ebft.method import evaluation
+from megatron_ebft.method.batches import encoder_rows
 from megatron_ebft.method.evaluation import EVALUATION_ITERATION, evaluate, evaluation_config
+from megatron_ebft.rollout import sampler
 from megatron_ebft.rollout.sampler import sample_rollouts
 
 pytestmark = pytest.mark.usefixtures("one_rank", "float64")
@@ -23,7 +29,7 @@ def test_every_completion_length_is_brute_force():
     gold = models.gold_batch(docs)
     metrics, shown = evaluate(policy, encoder, models.build_start(config, weights), [gold], method, 8, 2)
 
-    rolled, lengths = evaluation_config(method, 8)
+    rolled, lengths = evaluation_config(method, 8, 2)
     layout = rolled.layout
     assert lengths == [1, 2, 3, 4, 8] and layout.rollout_length == layout.stride == 8
     assert rolled.sampling.temperature == 1
@@ -42,3 +48,34 @@ def test_every_completion_length_is_brute_force():
     assert metrics["ce_loss"] == pytest.approx(-gold_log_probs.mean().item(), abs=1e-6)
     assert metrics["perplexity"] == pytest.approx((-gold_log_probs.mean()).exp().item())
     assert abs(metrics["kl_to_start"]) < 1e-9
+
+
+@pytest.mark.parametrize("stride, blocks", [(2, 4), (8, 0)])
+def test_memory_is_that_of_training(stride, blocks, monkeypatch):
+    """Rows of an evaluation are as long as --ebft-blocks-per-microbatch makes them in training, also where blocks are
+    far apart; the measures are the same."""
+    config, weights = plain_llama.random_llama(0, layers=4, hidden=32, ffn=48, heads=4, kv_heads=2, vocab=23,
+                                               dtype=torch.float64)
+    docs = torch.randint(0, 23, (4, 43), generator=torch.Generator().manual_seed(1))
+    settings = bf.Settings(bf.Geometry(context=3, stride=stride, rollout_length=2, num_samples=3), temperature=0.7)
+    policy, encoder = models.build_policy(config, weights), models.build_encoder(config, weights)
+    start, gold = models.build_start(config, weights), models.gold_batch(docs)
+    method = models.ebft_config(settings, 43, 4, blocks_per_microbatch=blocks)
+
+    def measured() -> tuple[dict, list[int], list[int]]:
+        """Metrics of an evaluation; row lengths, and tokens cached together, of the evaluation and last of training."""
+        lengths, cached = [], []
+        with monkeypatch.context() as patch:
+            make, hold = MicroBatches.__post_init__, sampler._Group.__init__
+            patch.setattr(MicroBatches, "__post_init__", lambda self: (make(self), lengths.append(self.row_length))[0])
+            patch.setattr(sampler._Group, "__init__", lambda self, *args: (
+                hold(self, *args), cached.append(len(self.gold.tokens_BT) * self.row.length))[0])
+            metrics = evaluate(policy, encoder, start, [gold], method, 8, 1)[0]
+            encoder_rows(gold, sample_rollouts(policy, gold, method.layout, method.sampling, 0), method)
+        return metrics, lengths, cached
+
+    metrics, lengths, cached = measured()
+    assert max(lengths[:-1]) <= lengths[-1] and max(cached[:-1]) <= cached[-1]
+    monkeypatch.setattr(evaluation, "evaluation_config", lambda *args: (
+        replace((rolled := evaluation_config(*args))[0], blocks_per_microbatch=0, rollout_rows=0), rolled[1]))
+    assert metrics == pytest.approx(evaluate(policy, encoder, start, [gold], method, 8, 1)[0], abs=1e-9)

@@ -20,7 +20,7 @@ from megatron_ebft.method.means import Means
 from megatron_ebft.model import build
 from megatron_ebft.parallel import groups
 from megatron_ebft.rollout.sampler import Rollouts
-from megatron_ebft.run.stopping import StopAsked, Stopper
+from megatron_ebft.run.stopping import CannotGoOn, StopAsked, Stopper
 
 LAYOUTS = {"tensor": (2, 1), "pipeline": (1, 2), "data": (1, 1)}
 """TP and PP on two ranks."""
@@ -87,15 +87,17 @@ def test_gradient(by_rank, layout):
 
 
 def asked_on_one_rank(asking: int) -> list[str]:
-    """What two checks say on this rank. Before the second one, a signal arrives at the rank `asking`."""
+    """What three checks say on this rank. Before the second one, a signal arrives at the rank `asking`; at the third
+    one that rank has a problem."""
     enter_world(2)
     said = []
-    for requests in ([], ["SIGUSR1"]):
-        signals.received[:] = requests if dist.get_rank() == asking else []
+    for requests, problem in (([], None), (["SIGUSR1"], None), ([], ValueError("no rows"))):
+        is_asking = dist.get_rank() == asking
+        signals.received[:] = requests if is_asking else []
         try:
-            Stopper().check()
+            Stopper().check(problem=problem if is_asking else None)
             said.append("")
-        except StopAsked as reason:
+        except (StopAsked, CannotGoOn) as reason:
             said.append(str(reason))
     signals.received.clear()
     dist.destroy_process_group()
@@ -104,4 +106,4 @@ def asked_on_one_rank(asking: int) -> list[str]:
 
 @pytest.mark.parametrize("asking", [0, 1])
 def test_a_request_to_one_rank_stops_both(asking):
-    assert run_ranks(2, "test_two_ranks:asked_on_one_rank", asking) == [["", "SIGUSR1"]] * 2
+    assert run_ranks(2, "test_two_ranks:asked_on_one_rank", asking) == [["", "SIGUSR1", "no rows"]] * 2

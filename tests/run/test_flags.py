@@ -24,7 +24,7 @@ SWITCHES_AT_FIRST = {
     "sequence_parallel": False, "bf16": False, "deterministic_mode": False, "overlap_grad_reduce": False,
     "async_save": False, "override_opt_param_scheduler": False, "use_checkpoint_opt_param_scheduler": False,
     "use_checkpoint_args": False, "ebft_track_kl": True, "ebft_fp8_emulate": False, "first_last_layers_bf16": False,
-    "ebft_skip_duplicates": True}
+    "ebft_skip_duplicates": True, "ebft_allow_changed_data": False}
 VALUES_AT_FIRST = {
     "train_iters": None, "micro_batch_size": 1, "global_batch_size": 16, "seed": 1234, "rotary_base": 10000.0,
     "rotary_percent": 1.0, "rope_scaling_factor": 8.0, "rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0,

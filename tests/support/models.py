@@ -15,7 +15,6 @@ from torch import Tensor
 from megatron_ebft.checkpointing.sharded_weights import SHARDING, sharded_tensors
 from megatron_ebft.common.device import device
 from megatron_ebft.data.micro_batches import GoldBatch, MicroBatch
-from megatron_ebft.data.rows import document_ids
 from megatron_ebft.layout.strided import StridedLayout
 from megatron_ebft.method.config import EBFTConfig
 from megatron_ebft.method.features import Catch, FeatureMap
@@ -206,6 +205,12 @@ def ebft_config(settings, seq_length: int, num_layers: int, *, micro_batch_size=
         kl_estimator=settings.kl_estimator, micro_batch_size=micro_batch_size,
         blocks_per_microbatch=blocks_per_microbatch, rollout_rows=rollout_rows,
         importance_cap=importance_cap, encoder_fp8=FP8(), skip_duplicates=skip_duplicates)
+
+
+def document_ids(tokens_BT: Tensor, eod: int) -> Tensor:
+    """Document numbers of rows whose documents end with an eod, int32 [B, T]."""
+    ends = (tokens_BT == eod).int()
+    return (ends.cumsum(dim=1) - ends).int()
 
 
 def gold_batch(tokens_BT: Tensor, eod: int | None = None, answer_BT: Tensor | None = None, first: int = 0) -> GoldBatch:

@@ -24,6 +24,8 @@ CHECKPOINTS = Group("checkpoints", (
          default=False),
     Flag("--use-checkpoint-opt-param-scheduler", bool, "on resume, use the learning-rate schedule of the checkpoint, "
          "up to --train-iters", default=False),
+    Flag("--ebft-allow-changed-data", bool, "on resume, accept datasets whose content is not what it was; without this "
+         "flag they are refused", default=False),
     Flag("--use-checkpoint-args", bool, "take the architecture from --load or --pretrained-checkpoint, and also the "
          "tokenizer unless --tokenizer-model is given", default=False),
 ))
