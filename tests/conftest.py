@@ -1,5 +1,6 @@
 """Fixtures shared by all tests, their markers, and which of them share a worker of pytest-xdist."""
 
+import gc
 from pathlib import Path
 
 import plain_llama
@@ -71,6 +72,11 @@ def pytest_collection_modifyitems(config, items):
     missing = OLDEST - {item.originalname for item in items}
     if config.option.markexpr == "oldest" and missing and config.args == config.getini("testpaths"):
         raise pytest.UsageError(f"conftest.py's OLDEST names tests that do not exist: {', '.join(sorted(missing))}")
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # modules and tests: as ranks.spare_the_collector
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import faulthandler
 import functools
+import gc
 import importlib
 import importlib.util
 import itertools
@@ -171,7 +172,14 @@ def _store(port: str):
     return TCPStore(os.environ["MASTER_ADDR"], int(port), is_master=os.environ["RANK"] == "0", wait_for_workers=False)
 
 
+def spare_the_collector() -> None:
+    """Exempt from garbage collection what this process was forked with: a million objects of imported modules. Going
+    through them took a third of the time of a short run, since Megatron-Core collects at every save."""
+    gc.freeze()
+
+
 def _with_output_in(log: str, target, args: tuple) -> None:
+    spare_the_collector()
     for stream in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), stream)
     sys.stdout.reconfigure(line_buffering=True)
