@@ -132,9 +132,14 @@ def stop_ranks() -> None:
         _pool.pop().kill()
 
 
+def start_script(path: Path, *flags: str, before: str = "") -> Process:
+    """`python path flags…`, after the statements of `before`, forked from a process with everything imported."""
+    return Process(_run_script, str(path), flags, before)
+
+
 def run_script(path: Path, *flags: str, before: str = "") -> tuple[int, str]:
-    """`python path flags…`, after the statements of `before`; its exit code, negative for a signal, and its output."""
-    process = Process(_run_script, str(path), flags, before)
+    """The same; its exit code, negative for a signal, and its output."""
+    process = start_script(path, *flags, before=before)
     try:
         process.process.join(600)
         return process.process.exitcode, process.output()
