@@ -10,14 +10,17 @@ those entry points by their CPU counterparts, so that every other module is writ
 `init_device` runs before the process groups start (parallel/groups.py calls it).
 """
 
+import functools
 import os
 import time
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
+MAKERS = ("arange", "as_tensor", "empty", "empty_like", "eye", "full", "full_like", "linspace", "ones", "ones_like",
+          "rand", "rand_like", "randint", "randn", "randn_like", "randperm", "tensor", "zeros", "zeros_like")
+"""Functions of torch that take a device and make a tensor there."""
 
 
 def have_gpu() -> bool:
@@ -86,20 +89,28 @@ class _InertStream:
     wait = wait_stream = wait_event = record_event = synchronize = record
 
 
-class _CudaMeansCpu(TorchFunctionMode):
-    """Turns device="cuda" keywords into "cpu", and a tensor's CPU type name into its CUDA one."""
+def _cuda_means_cpu(function):
+    """The function, which takes device="cuda" for the CPU.
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is torch.Tensor.cuda:
-            return args[0]
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            return func(*args).replace("torch.", "torch.cuda.", 1)
+    A TorchFunctionMode would need no list of functions, but it made training steps on a CPU a third slower.
+    """
+    @functools.wraps(function)
+    def on_cpu(*args, **kwargs):
         name = kwargs.get("device")
         if name is not None and str(name).startswith("cuda"):
-            kwargs = {**kwargs, "device": CPU}
-        return func(*args, **kwargs)
+            kwargs["device"] = CPU
+        return function(*args, **kwargs)
 
+    return on_cpu
+
+
+_type = torch.Tensor.type
+
+
+def _cuda_type(self, *args, **kwargs):
+    """Tensor.type, which names a CPU's type as if it were CUDA's."""
+    answer = _type(self, *args, **kwargs)
+    return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
 
 def be_deterministic() -> None:
     """Choose kernels that add up in a fixed order (--deterministic-mode). Call before the first product on the GPU.
@@ -150,5 +161,9 @@ def init_device() -> None:
         module.get_rng_state = lambda *_, **__: torch.get_rng_state()
         module.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
         module.manual_seed = module.manual_seed_all = lambda seed: torch.random.default_generator.manual_seed(seed)
-    torch.nn.Module.cuda = lambda self, *_: self
-    _CudaMeansCpu().__enter__()
+    torch.nn.Module.cuda = torch.Tensor.cuda = lambda self, *_, **__: self
+    with CPU:
+        torch.empty(0)  # `with device` notes which functions make tensors when it is first used: not those below
+    for name in MAKERS:
+        setattr(torch, name, _cuda_means_cpu(getattr(torch, name)))
+    torch.Tensor.to, torch.Tensor.type = _cuda_means_cpu(torch.Tensor.to), _cuda_type

@@ -6,8 +6,6 @@ step and holds loss, gradient norm and the new state against those of the run th
 two ranks does so from the first checkpoint. The padding of the vocabulary changes with the layout.
 """
 
-import gc
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -95,7 +93,6 @@ def move(folder: str, layout: str, name: str, expected: dict, save: bool) -> dic
 
 
 def four_ranks(folder: str) -> dict:
-    gc.freeze()  # Megatron-Core collects garbage for each sharded state dict
     enter(FIRST)
     expected = {name: begin(folder, name) for name in MODELS}
     if dist.get_rank() == 0:

@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import hf_to_megatron
@@ -37,6 +35,10 @@ for convert, source, target in ((hf_to_megatron, "", ".c"), (megatron_to_hf, ".c
 """
 
 
+FREED_AT_ONCE = "import ctypes; ctypes.CDLL(None).mallopt(-3, 65536)"
+"""M_MMAP_THRESHOLD: memory that is not kept by malloc, as it is with large models."""
+
+
 def test_memory_is_that_of_the_largest_tensor(tmp_path):
     """Converting a model of 200 MB adds no more than three of its largest tensors, and a little."""
     save_model(tmp_path / "small", "llama 3.1")
@@ -45,11 +47,10 @@ def test_memory_is_that_of_the_largest_tensor(tmp_path):
     size = sum(path.stat().st_size for path in large.glob("*.safetensors"))
     largest = max(x.nbytes for x in read_tensors(large).values())
     assert size > 195e6 and len(list(large.glob("*.safetensors"))) == 4 and largest < size / 14
-    freed_at_once = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # not kept by malloc: that is how it is with large models
-    done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, timeout=300,
-                          env=os.environ | freed_at_once)
-    added = [int(line.split()[1]) * 1024 for line in done.stdout.splitlines() if line.startswith("added")]
-    assert len(added) == 2, done.stderr
+    (tmp_path / "memory.py").write_text(MEMORY)
+    _, said = run_script(tmp_path / "memory.py", str(tmp_path), before=FREED_AT_ONCE)
+    added = [int(line.split()[1]) * 1024 for line in said.splitlines() if line.startswith("added")]
+    assert len(added) == 2, said
     assert max(added) <= 3 * largest + 10e6, added
     assert equal_tensors(read_tensors(tmp_path / "large.h"), read_tensors(large))
 
@@ -79,7 +80,7 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(tmp_path, tool):
     assert code == 1 and f"error: --output {output}: cannot write there" in text, text
     assert "Traceback" not in text and "Nothing was left there" in text.splitlines()[-1]
     assert not output.exists() or os.listdir(output) == []
-    subprocess.run([sys.executable, TOOLS / tool, *flags, "--output", output], check=True, timeout=300)
+    assert run_script(TOOLS / tool, *flags, "--output", str(output))[0] == 0
 
 
 def test_too_little_space_is_found_before(tmp_path, monkeypatch):

@@ -42,8 +42,9 @@ SETTINGS = bf.Settings(bf.Geometry(4, 3, 3, 6), temperature=0.8, norm="joint", p
 LAYOUTS = {  # TP, PP, sample ranks, sequence parallel
     "tp2 pp2": (2, 2, 1, False), "tp2 sp samples": (2, 1, 2, True), "pp2 samples": (1, 2, 2, False),
     "tp2 sp pp2": (2, 2, 1, True), "pp4": (1, 4, 1, False)}
-GRAM_CASES = {f"{layout} {norm} {pooling}": (*sizes, norm, pooling) for (layout, sizes), norm, pooling in product(
-    LAYOUTS.items(), ("joint", "layer"), ("last_token", "mean"))}
+GRAM_CASES = {f"{layout} {norm} {pooling}": (*sizes, norm, pooling)  # every two of layout, norm and pooling meet
+              for number, (layout, sizes) in enumerate(LAYOUTS.items())
+              for norm, pooling in zip(("joint", "layer"), ("last_token", "mean", "last_token")[number % 2:])}
 
 
 def settings(norm: str, pooling: str, n: int = 6) -> bf.Settings:

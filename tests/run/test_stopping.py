@@ -3,9 +3,6 @@
 import itertools
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +11,7 @@ from types import SimpleNamespace
 import kills
 import pytest
 import torch
-from ranks import free_port
+from ranks import Process, free_port, start_script
 from safetensors import safe_open
 from small_run import MODEL, SMALL, scalars
 from small_run import start as start_run
@@ -54,15 +51,6 @@ def whole(data, tmp_path_factory, one_rank) -> Path:
 @pytest.fixture(autouse=True)
 def no_requests(monkeypatch):
     monkeypatch.setattr(signals, "received", [])
-
-
-def test_kills(data, tmp_path):
-    """SIGKILL four times, USR1 and TERM once: see kills.py, which does the same twenty times by hand."""
-    kinds = [signal.SIGKILL, signal.SIGKILL, signal.SIGUSR1, signal.SIGKILL, signal.SIGTERM, signal.SIGKILL]
-    steps = kills.STEPS_BETWEEN * (len(kinds) + 1)
-    kills.interrupted_run(tmp_path / "broken", data, steps, kinds, seed=0)
-    kills.interrupted_run(tmp_path / "whole", data, steps, [], seed=0)
-    assert kills.compare(tmp_path / "whole", tmp_path / "broken") > 300
 
 
 # ---------------------------------------------------------------- requests
@@ -249,31 +237,34 @@ watchdog.stop()
 
 
 @pytest.mark.parametrize("how, says", [("stopped", "does not answer"), ("asleep", "does not come to meet the others")])
-def test_a_rank_that_hangs_is_named(how, says):
+def test_a_rank_that_hangs_is_named(tmp_path, how, says):
     """Rank 1 hangs in `features`; rank 0, which waits for it, says so and ends with code 70."""
-    ranks = start_hanging(how, timeout=6, patience=1, seconds=600)
+    ranks = start_hanging(tmp_path, how, timeout=6, patience=1, seconds=600)
     try:
-        said = ranks[0].communicate(timeout=300)[1]
+        ranks[0].process.join(300)
+        code, said = ranks[0].process.exitcode, ranks[0].output()
     finally:
         for rank in ranks:
             rank.kill()
-            rank.wait()
-    assert ranks[0].returncode == 70, said
+    assert code == 70, said
     assert "error: no progress for 6 s: rank 1 on " in said and says in said and "in features of step 7" in said
 
 
-def test_a_long_save_is_no_hang():
+def test_a_long_save_is_no_hang(tmp_path):
     """Phases that may take longer do."""
-    ranks = start_hanging("asleep", timeout=1, patience=20, seconds=3)
-    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+    ranks = start_hanging(tmp_path, "asleep", timeout=1, patience=20, seconds=3)
+    for rank in ranks:
+        rank.process.join(300)
+    assert [rank.process.exitcode for rank in ranks] == [0, 0], ranks[0].output()
 
 
-def start_hanging(how: str, timeout: int, patience: int, seconds: int) -> list[subprocess.Popen]:
-    port = str(free_port())
-    command = [sys.executable, "-c", HANGS, "features", how, str(timeout), str(patience), str(seconds)]
-    return [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {
-        "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-        "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(__file__).parents[2])}) for rank in (0, 1)]
+def start_hanging(folder: Path, how: str, timeout: int, patience: int, seconds: int) -> list[Process]:
+    script, port = folder / "hangs.py", str(free_port())
+    script.write_text(HANGS)
+    flags = ["features", how, str(timeout), str(patience), str(seconds)]
+    worlds = [{"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+              for rank in (0, 1)]
+    return [start_script(script, *flags, before=f"import os; os.environ.update({world})") for world in worlds]
 
 
 def test_who_is_to_blame():

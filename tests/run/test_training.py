@@ -3,14 +3,11 @@
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 from paced import Pace
-from ranks import ENVIRONMENT, free_port
 from small_run import MODEL, SMALL, TIMED, VOCAB, finish, save, scalars, start, start_ranks, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -298,13 +295,7 @@ def test_unknown_values_name_their_flag():
 
 
 def test_a_world_that_does_not_fit_is_refused(data):
-    """The command as a user starts it; every other test forks its ranks."""
-    command = [sys.executable, "-m", "megatron_ebft.train", *data, *MODEL, *SMALL, "--train-iters", "1",
-               "--global-batch-size", "3"]
-    world = os.environ | ENVIRONMENT | {"WORLD_SIZE": "2", "MASTER_PORT": str(free_port()), "MASTER_ADDR": "127.0.0.1"}
-    ranks = [subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              env=world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
-    output = ranks[0].communicate()[0]
-    assert ranks[0].returncode == 64 and "Traceback" not in output
+    ranks = start_ranks([*data, *MODEL, *SMALL, "--train-iters", "1", "--global-batch-size", "3"])
+    output = ranks[0].output.read()
+    assert [rank.wait() for rank in ranks] == [64, 64] and "Traceback" not in output
     assert "error: --global-batch-size 3: must be a multiple of --micro-batch-size 1 × 2 ranks" in output
-    ranks[1].communicate()

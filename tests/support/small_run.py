@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from paced import hold_before_steps
 from preprocess_data import main as preprocess
-from ranks import ENVIRONMENT, free_port, server
+from ranks import ENVIRONMENT, free_port, server, spare_the_collector
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_ebft.checkpointing.loader import load_weights
@@ -107,6 +107,7 @@ def _launch(flags: list[str], variables: dict[str, str], pace: str | None, write
 
 def _train(flags: list[str], variables: dict[str, str], pace: str | None, writer, stdout: str | None) -> None:
     end_with_parent()
+    spare_the_collector()
     os.setsid()  # a process group of its own, so that a test can kill it with the processes that it has started
     for stream in (1, 2):
         os.dup2(writer.fileno(), stream)

@@ -78,6 +78,7 @@ def real_steps(layouts: list[str]) -> list[dict]:
 def real_step(argv: list[str]) -> dict:
     from meter import Meter
 
+    from megatron_ebft.common.timer import PhaseTimer
     from megatron_ebft.parallel.groups import init_parallel, shut_down
     from megatron_ebft.run.configs import parallel_sizes
     from megatron_ebft.run.loop import train_step
@@ -94,7 +95,7 @@ def real_step(argv: list[str]) -> dict:
     counters = Counters()
     train_step(run, gold, counters, check=False)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        train_step(run, gold, Counters(), check=False)
+        train_step(run, gold, PhaseTimer(), check=False)
     is_compared = torch.distributed.get_rank() in compared_ranks(torch.distributed.get_world_size())
     peak = allocator_peak(profile, storage_bytes(models, buffers, state, vars(gold))) if is_compared else None
     shut_down()
