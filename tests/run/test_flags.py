@@ -132,6 +132,8 @@ def test_values_that_kernels_cannot_hold_are_refused_by_name(flag, value, messag
 
 @pytest.mark.parametrize(("flags", "message"), [
     (["--lr", "1e-3", "--min-lr", "2e-3"], "--min-lr 0.002: must not be above --lr 0.001"),
+    (["--lr", "1e38"], "--lr 1e[+]38: a step of AdamW, --lr / .1 − --adam-beta1., is beyond float32"),
+    (["--lr", "1e30", "--weight-decay", "1e9"], "--lr 1e[+]30: a step of AdamW, --lr × --weight-decay"),
     (["--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"], "--override-opt.* one of the two"),
 ])
 def test_contradictions_are_named(flags, message):

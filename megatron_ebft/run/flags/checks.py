@@ -5,11 +5,12 @@ machine or on files is checked where it is used: run/configs.py, run/build.py.
 """
 
 import argparse
+import math
 import os
 import sys
 
 from megatron_ebft.model.fp8_sizes import BLOCK, ROWS
-from megatron_ebft.run.flags.flag import dest
+from megatron_ebft.run.flags.flag import dest, in_float32
 from megatron_ebft.run.flags.refused import REFUSED
 from megatron_ebft.run.flags.table import FLAGS
 
@@ -76,6 +77,10 @@ def _check_batch(args) -> None:
 def _check_schedule(args) -> None:
     if args.min_lr > args.lr:
         raise ValueError(f"--min-lr {args.min_lr}: must not be above --lr {args.lr}")
+    for value, text in ((args.lr / (1 - args.adam_beta1), "/ (1 − --adam-beta1)"),
+                        (args.lr * args.weight_decay, f"× --weight-decay {args.weight_decay}")):
+        if not math.isfinite(in_float32(value)):
+            raise ValueError(f"--lr {args.lr}: a step of AdamW, --lr {text}, is beyond float32; lower it")
     if args.override_opt_param_scheduler and args.use_checkpoint_opt_param_scheduler:
         raise ValueError("--override-opt-param-scheduler takes the schedule of the flags, "
                          "--use-checkpoint-opt-param-scheduler that of the checkpoint: give one of the two")
