@@ -122,21 +122,12 @@ def build_datasets(*, seq_length: int, seed: int, sizes: Sequence[int | None], t
         bounds = (0.0, 1.0) if data_path is None else config.split_matrix[kind.value]
         _check_split(kind, blend, size, bounds, lengths, seq_length)
 
-    _check_cached([data_cache_path] if data_cache_path else [f"{prefix}/cache" for prefix in lengths])
     datasets = _build(config, sizes, lengths)
     for kind, blend, size, dataset in zip(Split, blends, sizes, datasets, strict=True):
         if size and len(dataset) < size:
             raise ValueError(f"{blend.flag}: {size} rows of the {kind.name} split are needed; without weights its "
                              f"datasets are read once and give {len(dataset)}: put a weight before every prefix")
     return datasets
-
-
-def _check_cached(folders: list[str]) -> None:
-    """`check_cached` by rank 0, which alone writes indices; ValueError on every rank."""
-    has_ranks = torch.distributed.is_initialized()
-    with collective_errors() if has_ranks else contextlib.nullcontext():
-        for folder in folders if not has_ranks or torch.distributed.get_rank() == 0 else ():
-            check_cached(folder)
 
 
 def content_hashes(*data_paths: Sequence[str] | None) -> dict[str, str]:
@@ -192,13 +183,15 @@ def _build(config: GPTDatasetConfig, sizes: Sequence[int | None], prefixes: Iter
 
 
 def _check_cache(folder: str | None, prefixes: Iterable[str]) -> None:
-    """ValueError on every rank unless rank 0 can write the indices, or finds some where it cannot write."""
+    """ValueError on every rank unless rank 0 can write the indices, or finds some where it cannot write; or where a
+    cached file is no array."""
     has_ranks = torch.distributed.is_initialized()
     with collective_errors() if has_ranks else contextlib.nullcontext():
         if not has_ranks or torch.distributed.get_rank() == 0:
             for cache in [folder] if folder else [os.path.join(prefix, "cache") for prefix in prefixes]:
                 if not glob.glob(os.path.join(glob.escape(cache), "**", "*_index.npy"), recursive=True):
                     check_writable(cache, "--data-cache-path" if folder else "--data-cache-path (default)")
+                check_cached(cache)
 
 
 def _checked_split(split: str) -> str:
