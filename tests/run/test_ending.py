@@ -13,6 +13,7 @@ import torch
 from paced import Pace
 from ranks import ENVIRONMENT
 from small_run import MODEL, SMALL, TrainingRank, scalars
+from torch.utils.tensorboard import SummaryWriter
 
 from megatron_ebft import train
 from megatron_ebft.checkpointing.folders import latest_iteration
@@ -45,10 +46,16 @@ def run(data, tmp_path, monkeypatch):
         groups.shut_down()
 
 
-def test_a_failed_step_loses_nothing(run, tmp_path):
+def test_a_failed_step_loses_nothing(run, tmp_path, monkeypatch):
     """TensorBoard has every step before, and the folder is free for the next run."""
+    written = []
+    for name in ("add_scalar", "flush"):
+        call = getattr(SummaryWriter, name)
+        monkeypatch.setattr(SummaryWriter, name, lambda self, *args, name=name, call=call: (
+            written.append(name), call(self, *args)))
     with pytest.raises(StepFailed):
         run(lambda step: torch.nan if step == 3 else 1)
+    assert written[-1] == "flush"  # values wait in a thread, which the end of the process kills
     assert [step for step, _ in scalars(tmp_path / "tensorboard")["train/tokens_per_second"]] == [1, 2]
     assert not (tmp_path / NAME).exists()
 
