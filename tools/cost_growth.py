@@ -46,7 +46,7 @@ def line(label: str, flags: list[str], repeats: int) -> str:
 
 def main(argv: list[str]) -> None:
     warnings.filterwarnings("ignore")
-    args = Parser("tools/cost_growth.py", __doc__, own=(GROWTH,)).parse_own(argv)
+    args = Parser("tools/cost_growth.py", __doc__, own=(GROWTH,), reads=frozenset()).parse_args(argv)
     from megatron_ebft.parallel.groups import init_parallel, shut_down
 
     init_parallel(1, 1, seed=1)

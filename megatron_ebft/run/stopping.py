@@ -65,10 +65,10 @@ class Stopper:
         if asked.item():
             reasons = [None] * dist.get_world_size()
             dist.all_gather_object(reasons, (reason, problem and f"{problem}"))
-            for asking, _ in reasons:
-                if asking:
-                    raise StopAsked(asking)
-            raise CannotGoOn(next(text for _, text in reasons if text)) from problem
+            for asking in filter(None, (asking for asking, _ in reasons)):
+                raise StopAsked(asking)
+            for text in filter(None, (text for _, text in reasons)):
+                raise CannotGoOn(text) from problem
 
     def _reason(self, steps: int) -> str | None:
         import torch.distributed as dist

@@ -37,7 +37,7 @@ def trained(arguments, tmp_path, one_rank):
         run, log = start(arguments(*FLAGS, "--save", str(tmp_path / "run"), "--load", str(tmp_path / "run"),
                                    "--tensorboard-dir", folder, *flags))
 
-        def check(steps: int = 1) -> None:
+        def check(steps: int = 1, problem=None) -> None:
             if run.state.iteration == stop:
                 raise StopAsked("by the test")
 
