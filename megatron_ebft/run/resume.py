@@ -102,21 +102,23 @@ def progress(args, folder: str | None) -> tuple[dict | None, TrainState]:
     """The metadata and the progress of the checkpoint to resume from; None and no progress without one.
 
     Raises:
-        ValueError: it has another --training-mode, or has come further than --train-iters.
+        ValueError: it has another --training-mode, lacks what training records, or has come further than
+            --train-iters.
     """
     if folder is None:
         return None, TrainState()
     record = read_record(folder, "--load")
     saved = record["metadata"]
-    needed = {"arguments", "start", *(["encoder"] if args.training_mode == "ebft" else [])}
-    lacks = sorted(name for name in needed if saved.get(name) is None)
-    if lacks or "training_mode" not in saved["arguments"]:
-        raise ValueError(f"--load {args.load}: {RECORD} has no {', '.join(lacks) or 'arguments.training_mode'}, which "
-                         "training records; give the checkpoint as --pretrained-checkpoint")
-    state, mode = TrainState(**record["train_state"]), saved["arguments"]["training_mode"]
-    if args.training_mode != mode:
+    mode = (saved.get("arguments") or {}).get("training_mode")
+    if mode not in (None, args.training_mode):
         raise ValueError(f"--load {args.load}: was saved by --training-mode {mode}; to start {args.training_mode} from "
                          "its weights, give it as --pretrained-checkpoint")
+    needed = {"arguments", "start", *(["encoder"] if args.training_mode == "ebft" else [])}
+    lacks = sorted(name for name in needed if saved.get(name) is None) or ([] if mode else ["arguments.training_mode"])
+    if lacks:
+        raise ValueError(f"--load {args.load}: {RECORD} has no {', '.join(lacks)}, which training records; give the "
+                         "checkpoint as --pretrained-checkpoint")
+    state = TrainState(**record["train_state"])
     if state.iteration > args.train_iters:
         raise ValueError(f"--train-iters {args.train_iters}: --load {args.load} is at step {state.iteration} already")
     return saved, state

@@ -3,7 +3,8 @@
 1. `--ebft-dump-steps` dumps every `--ebft-dump-interval`-th step, and every step that fails after its gradient was
    computed.
 2. `--ebft-replay-steps` takes rows and rollouts from dumped steps. On the same layout of ranks the run is then the same
-   to the last bit. On another layout all differences come from the layout.
+   to the last bit, if it dumped separate passes (--ebft-step): replayed rollouts are not sampled, so their steps are
+   never fused. On another layout all differences come from the layout.
 """
 
 import os

@@ -10,16 +10,24 @@ import pytest
 from small_run import MODEL, SMALL, save, start
 
 from megatron_ebft.checkpointing.folders import MANIFEST, RECORD
-from megatron_ebft.checkpointing.record import TrainState, architecture_of, read_record
+from megatron_ebft.checkpointing.record import architecture_of, read_record
 from megatron_ebft.hf.config import describe
 from megatron_ebft.model.architecture import read_architecture
 from megatron_ebft.run.flags import parse_args
-from megatron_ebft.run.resume import check_origins, check_tokenizer, find_resume, restore_architecture
+from megatron_ebft.run.resume import (
+    check_flags,
+    check_origins,
+    check_tokenizer,
+    find_resume,
+    progress,
+    restore_architecture,
+)
 
 VALUES = (..., None, True, -5, 10**12, "x", [], {"a": 1})
 """What each part becomes; `...`: it is removed."""
 EXPECTED = ("ebft.json|a checkpoint of format|weights are not those|trained with another tokenizer|holds weights alone|"
-            "no supported family|initial weights depend|was saved by --training-mode")
+            "no supported family|initial weights depend|was saved by --training-mode|is at step .* already|"
+            "was trained with ")
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +67,12 @@ def read(folder, run, args) -> None:
     args = copy.copy(args)
     assert find_resume(args) or args.pretrained_checkpoint
     restore_architecture(args, "--load", str(folder))
-    record = read_record(str(folder), "--load")
-    TrainState(**record["train_state"])
-    check_tokenizer(record["metadata"], run.tokenizer, "--load")
-    check_origins(record["metadata"], run.metadata, args)
-    describe(read_architecture(record["metadata"]["architecture"], architecture_of(str(folder), "--load")), "--load")
+    saved, _ = progress(args, str(folder))
+    check_tokenizer(saved, run.tokenizer, "--load")
+    architecture = read_architecture(saved["architecture"], architecture_of(str(folder), "--load"))
+    check_flags(saved, args, architecture)
+    check_origins(saved, run.metadata, args)
+    describe(architecture, "--load")
 
 
 def test_parts_of_a_record(made, arguments):

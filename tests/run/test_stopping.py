@@ -21,6 +21,7 @@ from megatron_ebft.checkpointing.folders import latest_iteration
 from megatron_ebft.checkpointing.saver import Saver
 from megatron_ebft.common import signals
 from megatron_ebft.common.errors import StepFailed
+from megatron_ebft.method import fused
 from megatron_ebft.method import step as method_step
 from megatron_ebft.model.weights import unwrap
 from megatron_ebft.parallel import groups
@@ -71,7 +72,7 @@ def ask_at(patch, target, name: str, call: int) -> None:
 
 STOPS = {  # where the signal arrives; the step that is the last, and the evaluation that is
     "in a step": (method_step, "update", 2, 2, 0),
-    "in a rollout": (method_step, "sample_rollouts", 3, 2, 0),
+    "in a rollout": (fused, "sample_and_score", 5, 2, 0),  # of two micro-batches
     "in an evaluation": (loop, "evaluate", 2, 3, 0),
     "in a save": (Saver, "save", 1, 4, 3),
     "in the first evaluation": (loop, "evaluate", 1, 0, -1),

@@ -169,7 +169,10 @@ def test_an_encoder_of_its_own(arguments, tmp_path, one_rank):
 def test_longer_rows_than_the_checkpoint_was_trained_on(arguments, tmp_path, one_rank):
     run = build_run(arguments("--training-mode", "sft", "--save", str(tmp_path)))
     save(run, tmp_path)
-    args = arguments("--pretrained-checkpoint", str(tmp_path), "--use-checkpoint-args", "--seq-length", "48")
+    flags = ["--pretrained-checkpoint", str(tmp_path), "--use-checkpoint-args", "--seq-length", "48"]
+    with pytest.raises(ValueError, match="--seq-length 48: longer than --max-position-embeddings 24; raise it"):
+        build_run(arguments(*flags))
+    args = arguments(*flags, "--max-position-embeddings", "48")
     args.vocab_size = args.num_layers = None
     assert build_run(args).metadata["architecture"]["max_position_embeddings"] == 48
 

@@ -40,7 +40,8 @@ REPLAYED = [*((name, layout) for name in STEPS for layout in ("1x1", "tp2 pp2"))
             ("step", "dp2"), ("step_whitened", "tp2 sp samples2"), ("step_translation", "pp2 vp2")]
 TOLERANCE = {"log_probs": 2e-5}
 RUNS = {  # ranks, flags, the run whose steps are replayed
-    "one": (1, [], None), "one again": (1, [], "one"), "four": (4, [*TP2_PP2, "--sequence-parallel"], None),
+    "one": (1, ["--ebft-step", "separate"], None), "one again": (1, [], "one"),
+    "four": (4, [*TP2_PP2, "--sequence-parallel"], None),
     "samples": (4, ["--ebft-sample-parallel-size", "2"], "one"),
     "samples again": (4, ["--ebft-sample-parallel-size", "2"], "samples")}
 METHOD = ["--train-iters", "3", "--lr", "1e-3", "--eval-interval", "0", "--ebft-kl-coef", "0.1", "--ebft-document-mask",
