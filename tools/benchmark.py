@@ -288,7 +288,7 @@ def profile_gpu(runs: dict, gold, peaks: dict[str, int], planned_peaks: dict[str
                "attention_share": {name: attention_share(phases) for name, phases in profiles.items()}}
     if NO_FP8 in runs:
         figures["rollout_products_ms"] = {
-            name: time_of(MATRIX_PRODUCT, [kernel[:2] for kernel in profiles[name]["rollout"]])
+            name: time_of(MATRIX_PRODUCT, [kernel[:2] for kernel in profiles[name].get("rollout", [])])
             for name in ("ebft", NO_FP8)}
     return figures
 
@@ -333,7 +333,7 @@ def benchmark(args) -> dict:
 
 def saved_tokens(metrics: dict[str, float]) -> dict[str, float]:
     """Share of tokens that an EBFT step saved, by phase."""
-    return {"features": metrics["encoder_tokens_saved"], "train": metrics["training_tokens_saved"]}
+    return {"features": metrics.get("encoder_tokens_saved", 0.0), "train": metrics.get("training_tokens_saved", 0.0)}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -53,7 +53,7 @@ def table(result: dict) -> str:
         lines += ["", f"{gpu['layers']} layers, {gpu['attention']} attention", "",
                   "| step | attention | peak GiB | tools/plan.py says |", "|---|--:|--:|--:|",
                   *(f"| {name} | {gpu['attention_share'][name]:.1%} | {gpu['peak_bytes'][name] / 2**30:.1f} | "
-                    f"{gpu['planned_peak_bytes'][name] / 2**30:.1f} |" for name in ("sft", "ebft"))]
+                    f"{gpu['planned_peak_bytes'][name] / 2**30:.1f} |" for name in gpu["peak_bytes"])]
         for name, phases in gpu["kernels"].items():
             lines += ["", f"Kernels of one {name} step", "", *kernel_table(phases, result["seconds"][name])]
     return "\n".join(lines)

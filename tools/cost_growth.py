@@ -15,7 +15,7 @@ import benchmark
 from megatron_ebft.run.flags.flag import Flag, Group, at_least
 from megatron_ebft.run.flags.parser import Parser
 
-BASE = ["--micro-batch-size", "1", "--global-batch-size", "1"]
+BASE = ["--micro-batch-size", "1", "--global-batch-size", "1", "--ebft-step", "fused"]
 CASES = {
     "length": ("T, one row of", [(str(t), ["--seq-length", str(t)]) for t in (256, 512, 1024, 2048)]),
     "samples": ("n", [(str(n), ["--ebft-num-samples", str(n)]) for n in (2, 4, 8, 16)]),

@@ -246,23 +246,24 @@ def changes(args) -> list[list[str]]:
     """Single changes that save memory, cheapest first, each as flags to add."""
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     is_ebft, flags = args.training_mode == "ebft", []
+    separate = ["--ebft-step", "separate"] if is_ebft and args.ebft_step == "fused" else []
     if tp > 1 and not args.sequence_parallel:
         flags.append(["--sequence-parallel"])
     if args.micro_batch_size > 1:
         flags.append(["--micro-batch-size", "1"])
     if is_ebft:
         blocks = (args.seq_length - args.ebft_rollout_length - args.ebft_context_length) // args.ebft_stride + 1
-        flags.append(["--ebft-rollout-rows", "1"])
+        if args.ebft_step != "fused":
+            flags.append(["--ebft-rollout-rows", "1"])
         flags += [["--ebft-blocks-per-microbatch", str(math.ceil((args.ebft_blocks_per_microbatch or blocks) / part))]
                   for part in (2, 4)]
     if args.recompute_granularity != "full":
-        separate = ["--ebft-step", "separate"] if is_ebft and args.ebft_step == "fused" else []
         flags.append(["--recompute-granularity", "full", *separate])
     if is_ebft and args.ebft_track_kl and not args.ebft_kl_coef:
         flags.append(["--no-ebft-track-kl"])
     flags.append(["--tensor-model-parallel-size", str(2 * tp), *([] if args.sequence_parallel else
                                                                   ["--sequence-parallel"])])
-    flags.append(["--pipeline-model-parallel-size", str(2 * pp)])
+    flags.append(["--pipeline-model-parallel-size", str(2 * pp), *separate])
     return flags
 
 
@@ -352,6 +353,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Cluster]:
     args = check_args(parser.parse_args(argv))
     if args.ebft_step == "auto":
         args.ebft_step = "separate"  # as on a GPU
+    if args.ebft_step == "fused" and args.ebft_blocks_per_microbatch:
+        raise ValueError(f"--ebft-blocks-per-microbatch {args.ebft_blocks_per_microbatch}: with --ebft-step fused the "
+                         "tool plans whole rows alone; leave it out, or plan --ebft-step separate")
     args.ebft_skip_duplicates, args.ebft_rollout_fp8, args.ebft_encoder_fp8, args.fp8_format = False, "off", "off", None
     for name in ("vocab_size", "num_layers", "hidden_size", "num_attention_heads"):
         if vars(args)[name] is None:

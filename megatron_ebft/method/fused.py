@@ -10,7 +10,11 @@ then runs its backward pass. What separate passes do (rollout/sampler.py, gradie
    differ.
 3. With `blocks_per_microbatch`, each part of the blocks is a micro-batch, with a gold pass of its own. Blocks of other
    parts are not decoded, nor, with `skip_duplicates`, blocks that do not count.
-4. It needs one pipeline stage, no activation recomputation and no FP8 (run/configs.py).
+4. A weight is used in G passes of one graph. Autograd sums its G gradients before Megatron-Core adds them to the
+   gradient buffer: in the weight's dtype, and in a buffer that lives until the backward pass of the gold tokens. In
+   bfloat16 that rounds G times, and takes 2 bytes a parameter.
+5. Duplicates, and rollouts without advantage, are decoded and differentiated like the others: they are known too late.
+6. It needs one pipeline stage, no activation recomputation and no FP8 of the policy (run/flags/checks.py).
 """
 
 from collections.abc import Callable, Iterator
@@ -22,6 +26,7 @@ from torch import Tensor
 
 from megatron_ebft.common.device import upload
 from megatron_ebft.data.micro_batches import GoldBatch, row_slices
+from megatron_ebft.layout.packed_row import split_blocks
 from megatron_ebft.method.computed import Computed
 from megatron_ebft.method.config import EBFTConfig
 from megatron_ebft.method.gradient import Loss, LossTerms, Scores, score
@@ -37,8 +42,8 @@ class _Part:
 
     gold: GoldBatch
     blocks: slice
-    decoded_BK: Tensor
-    """Blocks whose rollouts are decoded, bool, on the host."""
+    decoded_BK: Tensor | None
+    """Blocks whose rollouts are decoded, bool, on the host; None: all."""
     valid_BK: Tensor
     """Those of them that count, bool."""
     is_first: bool
@@ -57,7 +62,9 @@ class _Parts:
         self.blocks = [slice(first, first + size) for first in range(0, self.config.layout.num_blocks, size)]
         self.rows = row_slices(self.gold, self.micro_batch_size)
         self.valid_BK = self.gold.valid_blocks(self.config.layout)
-        self.decoded_BK = (self.valid_BK if self.config.skip_duplicates else torch.ones_like(self.valid_BK)).cpu()
+        self.decoded_BK = None  # all
+        if self.config.skip_duplicates or len(self.blocks) > 1:  # the only wait for the GPU
+            self.decoded_BK = (self.valid_BK if self.config.skip_duplicates else torch.ones_like(self.valid_BK)).cpu()
 
     @property
     def micro_batch_size(self) -> int:
@@ -67,21 +74,18 @@ class _Parts:
     def row_length(self) -> int:
         return self.config.layout.seq_length
 
-    def config_of_a_part(self) -> EBFTConfig:
-        """The encoder and the start do not split a part again, and leave out the blocks of other parts."""
-        return replace(self.config, blocks_per_microbatch=0,
-                       skip_duplicates=self.config.skip_duplicates or len(self.blocks) > 1)
-
     def __len__(self) -> int:
         return len(self.rows) * len(self.blocks)
 
     def __iter__(self) -> Iterator[_Part]:
         for rows in self.rows:
             for blocks in self.blocks:
-                decoded_BK = torch.zeros_like(self.decoded_BK[rows])
-                decoded_BK[:, blocks] = self.decoded_BK[rows, blocks]
-                yield _Part(self.gold.rows(rows), blocks, decoded_BK, self.valid_BK[rows] & upload(decoded_BK),
-                            is_first=blocks.start == 0)
+                decoded_BK, valid_BK = None, self.valid_BK[rows]
+                if self.decoded_BK is not None:
+                    decoded_BK = torch.zeros_like(self.decoded_BK[rows])
+                    decoded_BK[:, blocks] = self.decoded_BK[rows, blocks]
+                    valid_BK = valid_BK & upload(decoded_BK)
+                yield _Part(self.gold.rows(rows), blocks, decoded_BK, valid_BK, is_first=blocks.start == 0)
 
 
 def fused_gradient(policy: list, encoder, start, gold: GoldBatch, config: EBFTConfig, iteration: int, means: Means,
@@ -93,18 +97,21 @@ def fused_gradient(policy: list, encoder, start, gold: GoldBatch, config: EBFTCo
         means: receives the parts of the loss, and the shares of tokens that were left out.
     """
     loss, parts, done = Loss(gold, config, means), _Parts(gold, config), []
-    full = parts.row_length + config.layout.num_blocks * config.layout.num_samples * (config.layout.rollout_length - 1)
-    config = parts.config_of_a_part()
+    config = replace(config, blocks_per_microbatch=0)  # the encoder and the start do not split a part again
+    full = split_blocks(config.layout, 0, config.layout.rollout_length - 1)[0].length
+    saved = means if len(parts.blocks) == 1 else None  # parts leave out the blocks of other parts, which saves nothing
 
     def forward_step(iterator, model):
         part = next(iterator)
-        decoded_BK = upload(part.decoded_BK)
+        decoded_BK = torch.ones_like(part.valid_BK) if part.decoded_BK is None else upload(part.decoded_BK)
         with phase("rollout"):
             scored = sample_and_score(model, part.gold, config.layout, config.sampling, iteration, part.decoded_BK)
-        after_rollouts()
+        if not done:
+            after_rollouts()
         rollouts = scored.rollouts
         with phase("features"):
-            gram = feature_grams(encoder, part.gold, rollouts, config, means, decoded_BK)
+            gram = feature_grams(encoder, part.gold, rollouts, config, saved,
+                                 None if part.decoded_BK is None else decoded_BK)
             rewards = compute_rewards(gram, rollouts, config)
             advantage_BKN = compute_advantages(rewards, config)
         start_BKNG = None
@@ -112,10 +119,11 @@ def fused_gradient(policy: list, encoder, start, gold: GoldBatch, config: EBFTCo
             with phase("start_scores"):
                 needed_BKN = decoded_BK[..., None].expand_as(advantage_BKN)
                 start_BKNG = score(start, part.gold, rollouts, config, needed_BKN).rollout_BKNG
-        means.add("training_tokens_saved", float(full - scored.row_length), float(full))
+        if saved is not None:
+            saved.add("training_tokens_saved", float(full - scored.row_length), float(full))
         done.append((part, Computed(rollouts=rollouts, gram=gram, rewards=rewards, advantage_BKN=advantage_BKN,
                                     scores=_scores(scored, decoded_BK), start_BKNG=start_BKNG)))
-        terms = LossTerms(advantage_BKN=advantage_BKN, valid_BK=part.valid_BK, sampled_BKNG=None,
+        terms = LossTerms(advantage_BKN=advantage_BKN, valid_BK=part.valid_BK, sampled_BKNG=rollouts.log_probs_BKNG,
                           gold_valid_BT=part.gold.gold_valid() if part.is_first else None,
                           start_BKNG=start_BKNG if config.kl_coef else None)
         total = loss(scored.log_probs_BKNG, scored.gold_BT, terms)

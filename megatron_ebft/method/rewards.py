@@ -1,7 +1,7 @@
 """From rollouts to advantages, on all ranks: the encoder's Gram matrices, rewards, baselines (METHOD: "Features" to
 "Advantages"). The mathematics is in energy.py."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,15 +38,17 @@ def feature_grams(encoder, gold: GoldBatch, rollouts: Rollouts, config: EBFTConf
                   means: Means | None = None, blocks_BK: Tensor | None = None) -> Tensor:
     """Inner products of the features of every block's n rollouts and its gold completion, float64 [B, K, n+1, n+1].
 
-    With `skip_duplicates`, rollouts of blocks that are not asked for have the features of their gold completion.
+    Rollouts of blocks that are not asked for have the features of their gold completion, if rows leave anything out.
 
     Args:
         means: receives the share of the encoder's tokens that was left out, "encoder_tokens_saved".
-        blocks_BK: blocks that are asked for, bool; None: all that count.
+        blocks_BK: rows hold the rollouts of these blocks alone, bool. None: those of blocks that count, or of all
+            without `skip_duplicates`.
     """
-    blocks_BK = gold.valid_blocks(config.layout) if blocks_BK is None else blocks_BK
+    is_restricted = blocks_BK is not None
+    blocks_BK = blocks_BK if is_restricted else gold.valid_blocks(config.layout)
     needed_BKN = blocks_BK[..., None].expand(rollouts.tokens_BKNG.shape[:3])
-    rows = encoder_rows(gold, rollouts, config, needed_BKN)
+    rows = encoder_rows(gold, rollouts, replace(config, skip_duplicates=True) if is_restricted else config, needed_BKN)
     if means is not None:
         means.add("encoder_tokens_saved", *rows.saved_tokens())
     with torch.no_grad(), quantised([encoder], config.encoder_fp8):

@@ -41,7 +41,8 @@ def ebft_step(*, policy: list, encoder, start, optimizer, gold: GoldBatch, confi
         iteration: steps done so far; names the step in the sampler's random numbers.
         rollouts: rollouts of these rows; None: they are sampled.
         phase: makes the context of each phase, from its name.
-        after_rollouts: is called after sampling, which takes longest; may end the step by an exception.
+        after_rollouts: is called after sampling (in a fused step, of the first micro-batch); may end the step by
+            an exception.
         inspect: is called with what the step has computed, before the weights change; may raise StepFailed.
 
     Raises:

@@ -4,7 +4,7 @@ that they keep.
 1. Without gradient and with FlexAttention, the keys and values of a layer are one buffer, [gold | own tokens of every
    rollout], written step by step.
 2. Otherwise they are separate tensors for gold and for each step. Nothing is written in place, so that all steps may be
-   differentiated together (rollout/scored.py).
+   differentiated together (`sampler.sample_and_score`).
 
 Suffixes: B rows, S row length, T gold tokens, K blocks, N samples, H query heads, J key heads, D head dimension.
 """
@@ -55,9 +55,10 @@ class RolloutCache:
 
     def prefixes(self, heads_per_group: int, dtype: torch.dtype, flex: bool) -> Prefixes | TileMask:
         """What the rollouts see of the gold tokens, in every step."""
-        if self._prefixes is None:
-            self._prefixes = tile_mask(self.visible.gold_alone(self.row.layout.seq_length).repeat(heads_per_group)) \
-                if flex else prefixes(self.row, self.visible, 1, heads_per_group, dtype)
+        if self._prefixes is None:  # of no padding: a backward pass visits every query tile that is listed
+            visible = self.visible.queries(slice(0, self.row.num_rollouts))
+            self._prefixes = tile_mask(visible.gold_alone(self.row.layout.seq_length).repeat(heads_per_group)) \
+                if flex else prefixes(self.row, visible, 1, heads_per_group, dtype)
         return self._prefixes
 
     def split(self, buffer: Tensor) -> tuple[Tensor, Tensor]:

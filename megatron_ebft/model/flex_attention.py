@@ -6,7 +6,7 @@
 2. The kernel is compiled for each shape. All lengths are whole tiles, so it checks no bounds. Rows that leave rollouts
    out have few lengths (ROW_SIZES), so a run needs at most COMPILATIONS. One kernel for all lengths was slower on an
    H100 (8B, T = 1024: backward 2.4 ms instead of 1.3, forward in the encoder 0.36 ms instead of 0.22).
-3. In a run all rows are whole tiles (`arguments.ebft_config`); this adds less than a tile of padding to a row. Other
+3. In a run all rows are whole tiles (`configs.ebft_config`); this adds less than a tile of padding to a row. Other
    lengths are padded here, which copies queries, keys and values in each layer.
 4. Lists and intervals are tensors, so new documents and decoding steps need no new compilation. They are never changed
    in place, since the backward pass of one micro-batch may come after the forward pass of the next.
@@ -88,6 +88,7 @@ def attend_with_lse(q_BHQD: Tensor, k_BJCD: Tensor, v_BJCD: Tensor, mask: TileMa
 
 
 def _call(function, q_BHQD, k_BJCD, v_BJCD, mask: TileMask, scale: float):
+    assert mask.intervals[0].shape[1] == q_BHQD.shape[2] + -q_BHQD.shape[2] % TILE
     qkv, by_key = map(_padded, (q_BHQD, k_BJCD, v_BJCD)), (None,) * 4
     if torch.is_grad_enabled():
         by_key = mask.tiles.by_key

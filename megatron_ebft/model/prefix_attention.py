@@ -146,7 +146,8 @@ class _PrefixAttention(torch.autograd.Function):
         q_BJQD, gold_k, gold_v, out_BJQD, lse_BJQ, *own = ctx.saved_tensors
         grad_BJQD = grad_BJQD.contiguous()
         grad_q, grad_own = _own_backward(grad_BJQD, q_BJQD, out_BJQD, lse_BJQ, own, ctx.seen, ctx.scale)
-        grad_k, grad_v = torch.zeros_like(gold_k), torch.zeros_like(gold_v)
+        grad_k, grad_v = (torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+                          for x in (gold_k, gold_v))
         for chunk in ctx.seen.chunks:
             rows, gold = chunk.queries, slice(0, chunk.gold)
             dq, dk, dv = _gold_backward(grad_BJQD[:, :, rows], q_BJQD[:, :, rows], gold_k[:, :, gold],
@@ -155,7 +156,7 @@ class _PrefixAttention(torch.autograd.Function):
             grad_q[:, :, rows] += dq
             grad_k[:, :, gold] += dk
             grad_v[:, :, gold] += dv
-        return None, None, grad_q.to(q_BJQD.dtype), grad_k, grad_v, *grad_own
+        return None, None, grad_q.to(q_BJQD.dtype), grad_k.to(gold_k.dtype), grad_v.to(gold_v.dtype), *grad_own
 
 
 def _own_part(q_BJQD: Tensor, own) -> tuple[Tensor, Tensor, Tensor]:

@@ -96,7 +96,7 @@ def train_step(run: Run, gold: GoldBatch, phase, check: bool, rollouts: Rollouts
 
     Raises:
         StepFailed: a failed self-check, or a loss or gradient that is not finite; the weights are as they were.
-        StopAsked: after the rollouts, on every rank; nothing has changed.
+        StopAsked: after the rollouts, on every rank; the weights have not changed.
     """
     first, last = run.state.consumed_samples, run.state.consumed_samples + run.args.global_batch_size - 1
     try:

@@ -18,6 +18,7 @@ SHAPE = ("--train-iters 9 --num-layers 4 --hidden-size 64 --ffn-hidden-size 176 
          "--ebft-rollout-length 4").split()
 LAYOUTS = {
     "one rank": (1, "--global-batch-size 4 --micro-batch-size 2 --ebft-blocks-per-microbatch 6"),
+    "fused": (1, "--ebft-step fused --global-batch-size 4 --micro-batch-size 2"),
     "tp2 pp2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
     "tp2 sp pp2 recompute": (4, "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2 "
                                 "--untie-embeddings-and-output-weights --recompute-granularity full"),
@@ -36,7 +37,7 @@ def flags(layout: str) -> list[str]:
 
 
 class Counters:
-    """The `timer` of a step: operations and messages by phase."""
+    """The `timer` of a step: operations and messages by phase. What a phase inside another one does is its own."""
 
     def __init__(self):
         self.flops, self.flows = {}, {}
@@ -45,9 +46,11 @@ class Counters:
     def __call__(self, phase: str):
         from collectives import Traffic
 
+        inside = sum(self.flops.values())
         with FlopCounterMode(display=False) as flops, Traffic() as traffic:
             yield
-        self.flops[phase] = flops.get_total_flops()
+        inside = sum(self.flops.values()) - inside
+        self.flops[phase] = self.flops.get(phase, 0) + flops.get_total_flops() - inside
         self.flows[phase] = [[*key, flow.calls, flow.bytes] for key, flow in sorted(traffic.flows.items())]
 
 

@@ -11,9 +11,10 @@ PRECISION = Group("precision, kernels and memory", (
     Flag("--ebft-attention", str, "FlexAttention, or torch's SDPA in chunks. auto: FlexAttention on GPUs",
          default="auto", choices=("auto", "flex", "sdpa")),
     Flag("--ebft-step", str, "fused: the forward pass that samples the rollouts of a micro-batch is the one that is "
-         "differentiated, which saves a forward pass. separate: sampling and training are passes of their own, as "
-         "pipeline stages, recomputation and FP8 rollouts need it. auto: fused where it can be, but separate on GPUs, "
-         "where it has not been measured. The gradient is the same", default="auto",
+         "differentiated, which saves a forward pass. separate: sampling and training are passes of their own, needed "
+         "for pipeline stages, recomputation, FP8 of the policy and replayed steps. auto: fused where possible, but "
+         "separate on GPUs, where fused is not measured yet. Both have the same gradient, up to rounding",
+         default="auto",
          choices=("auto", "fused", "separate")),
     Flag("--deterministic-mode", bool, "use GPU kernels that add in a fixed order, so that an interrupted run ends "
          "with the same weights, bit for bit. SDPA then takes more memory and time; FlexAttention does not",
@@ -21,14 +22,16 @@ PRECISION = Group("precision, kernels and memory", (
     Flag("--recompute-granularity", str, "recompute activations in the backward pass: of whole layers (full) or of "
          "attention only (selective)", choices=("full", "selective", "none"), default_text="none"),
     Flag("--ebft-blocks-per-microbatch", int, "number of blocks of a row that go through the encoder and the training "
-         "pass together (0: all). A smaller value saves memory for long rows; the result is the same", default=0,
+         "pass together (0: all). A smaller value saves memory for long rows; the result is the same. In a fused step "
+         "each such part also samples by itself, and repeats the pass over the gold tokens", default=0,
          valid=at_least(0)),
     Flag("--ebft-rollout-rows", int, "number of rows that a rank decodes together (0: all; with pipeline stages, one "
          "group of rows per stage). A smaller value saves key-value cache; the result is the same. A fused step "
          "decodes the rows of a micro-batch together", default=0,
          valid=at_least(0)),
-    Flag("--ebft-skip-duplicates", bool, "compute identical rollouts of a block once, in the encoder and in training, "
-         "and skip rollouts that cannot change the gradient: those of blocks that do not count and, without a KL term, "
-         "those with zero advantage. Loss and gradient stay the same. Runs that dump or replay steps skip nothing",
+    Flag("--ebft-skip-duplicates", bool, "compute identical rollouts of a block once, in the encoder and in a training "
+         "pass of its own (--ebft-step separate), and skip rollouts that cannot change the gradient: those of blocks "
+         "that do not count and, without a KL term and in separate passes, those with zero advantage. Loss and "
+         "gradient stay the same. Runs that dump or replay steps skip nothing",
          default=True),
 ))
