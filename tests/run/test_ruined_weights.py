@@ -15,9 +15,11 @@ FLAGS = ["--training-mode", "sft", "--eval-interval", "0", "--save-interval", "1
 
 @pytest.fixture
 def train(arguments, tmp_path):
-    """Flags → train one run in one folder."""
-    def train(*flags: str):
-        run, log = start(arguments(*FLAGS, "--save", str(tmp_path), "--load", str(tmp_path), *flags))
+    """Flags → train one run in one folder. `values` are set unchecked."""
+    def train(*flags: str, **values):
+        args = arguments(*FLAGS, "--save", str(tmp_path), "--load", str(tmp_path), *flags)
+        vars(args).update(values)
+        run, log = start(args)
         loop.train(run, log)
         log.close(0.0)
         return run
@@ -27,7 +29,7 @@ def train(arguments, tmp_path):
 def test_weights_that_are_not_finite_are_not_saved(train, tmp_path):
     """Without epsilon, embeddings of ids that do not occur become 0/0; here in the last step of a run."""
     with pytest.raises(NotFinite, match="after step 1 weights .*word_embeddings.* lower --lr.* There is no check"):
-        train("--train-iters", "1", "--adam-eps", "0")
+        train("--train-iters", "1", adam_eps=0.0)
     assert complete_iterations(str(tmp_path)) == []
 
 
