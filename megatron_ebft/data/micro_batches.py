@@ -129,11 +129,15 @@ class MicroBatches:
             return torch.ones_like(self.rollout_BKNG[..., 0], dtype=torch.bool)
         return self.computed_BKN.gather(-1, self.first_BKN)
 
-    def saved_tokens(self) -> tuple[float, float]:
-        """Tokens saved by leaving rollouts out, and tokens without that saving, both with padding."""
+    def saved_tokens(self, whole: int | None = None) -> tuple[float, float]:
+        """Tokens saved by leaving rollouts out, and tokens without that saving, both with padding.
+
+        Args:
+            whole: length of a row that leaves nothing out; None: with all blocks of the part.
+        """
         lengths = [row.length for _, row in self.rows]
-        full = len(lengths) * self.parts[0].length
-        return float(full - sum(lengths)) * self.micro_batch_size, float(full) * self.micro_batch_size
+        full = len(lengths) * (whole or self.parts[0].length)
+        return float(max(0, full - sum(lengths))) * self.micro_batch_size, float(full) * self.micro_batch_size
 
     def __iter__(self) -> Iterator[MicroBatch]:
         for rows, row in self.rows:

@@ -97,9 +97,10 @@ def fused_gradient(policy: list, encoder, start, gold: GoldBatch, config: EBFTCo
         means: receives the parts of the loss, and the shares of tokens that were left out.
     """
     loss, parts, done = Loss(gold, config, means), _Parts(gold, config), []
+    length = config.layout.rollout_length
+    full, encoder_full = (split_blocks(config.layout, config.blocks_per_microbatch, steps)[0].length
+                          for steps in (length - 1, length))
     config = replace(config, blocks_per_microbatch=0)  # the encoder and the start do not split a part again
-    full = split_blocks(config.layout, 0, config.layout.rollout_length - 1)[0].length
-    saved = means if len(parts.blocks) == 1 else None  # parts leave out the blocks of other parts, which saves nothing
 
     def forward_step(iterator, model):
         part = next(iterator)
@@ -110,8 +111,8 @@ def fused_gradient(policy: list, encoder, start, gold: GoldBatch, config: EBFTCo
             after_rollouts()
         rollouts = scored.rollouts
         with phase("features"):
-            gram = feature_grams(encoder, part.gold, rollouts, config, saved,
-                                 None if part.decoded_BK is None else decoded_BK)
+            gram = feature_grams(encoder, part.gold, rollouts, config, means,
+                                 None if part.decoded_BK is None else decoded_BK, encoder_full)
             rewards = compute_rewards(gram, rollouts, config)
             advantage_BKN = compute_advantages(rewards, config)
         start_BKNG = None
@@ -119,8 +120,7 @@ def fused_gradient(policy: list, encoder, start, gold: GoldBatch, config: EBFTCo
             with phase("start_scores"):
                 needed_BKN = decoded_BK[..., None].expand_as(advantage_BKN)
                 start_BKNG = score(start, part.gold, rollouts, config, needed_BKN).rollout_BKNG
-        if saved is not None:
-            saved.add("training_tokens_saved", float(full - scored.row_length), float(full))
+        means.add("training_tokens_saved", float(max(0, full - scored.row_length)), float(full))
         done.append((part, Computed(rollouts=rollouts, gram=gram, rewards=rewards, advantage_BKN=advantage_BKN,
                                     scores=_scores(scored, decoded_BK), start_BKNG=start_BKNG)))
         terms = LossTerms(advantage_BKN=advantage_BKN, valid_BK=part.valid_BK, sampled_BKNG=rollouts.log_probs_BKNG,

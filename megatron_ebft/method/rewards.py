@@ -35,7 +35,7 @@ class Rewards:
 
 
 def feature_grams(encoder, gold: GoldBatch, rollouts: Rollouts, config: EBFTConfig,
-                  means: Means | None = None, blocks_BK: Tensor | None = None) -> Tensor:
+                  means: Means | None = None, blocks_BK: Tensor | None = None, whole: int | None = None) -> Tensor:
     """Inner products of the features of every block's n rollouts and its gold completion, float64 [B, K, n+1, n+1].
 
     Rollouts of blocks that are not asked for have the features of their gold completion, if rows leave anything out.
@@ -44,13 +44,14 @@ def feature_grams(encoder, gold: GoldBatch, rollouts: Rollouts, config: EBFTConf
         means: receives the share of the encoder's tokens that was left out, "encoder_tokens_saved".
         blocks_BK: rows hold the rollouts of these blocks alone, bool. None: those of blocks that count, or of all
             without `skip_duplicates`.
+        whole: length of a row that leaves none of these out (MicroBatches.saved_tokens).
     """
     is_restricted = blocks_BK is not None
     blocks_BK = blocks_BK if is_restricted else gold.valid_blocks(config.layout)
     needed_BKN = blocks_BK[..., None].expand(rollouts.tokens_BKNG.shape[:3])
     rows = encoder_rows(gold, rollouts, replace(config, skip_duplicates=True) if is_restricted else config, needed_BKN)
     if means is not None:
-        means.add("encoder_tokens_saved", *rows.saved_tokens())
+        means.add("encoder_tokens_saved", *rows.saved_tokens(whole))
     with torch.no_grad(), quantised([encoder], config.encoder_fp8):
         return block_grams(encoder, config.feature_map, rows, [config.layout.rollout_length])[:, :, 0]
 
