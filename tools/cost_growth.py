@@ -16,6 +16,8 @@ from megatron_ebft.run.flags.flag import Flag, Group, at_least
 from megatron_ebft.run.flags.parser import Parser
 
 BASE = ["--micro-batch-size", "1", "--global-batch-size", "1", "--ebft-step", "fused"]
+BLOCKS = 63
+"""Of a row of 512 tokens."""
 CASES = {
     "length": ("T, one row of", [(str(t), ["--seq-length", str(t)]) for t in (256, 512, 1024, 2048)]),
     "samples": ("n", [(str(n), ["--ebft-num-samples", str(n)]) for n in (2, 4, 8, 16)]),
@@ -25,7 +27,7 @@ CASES = {
         "--num-layers", str(layers), "--hidden-size", str(width), "--ffn-hidden-size", str(3 * width),
         "--num-attention-heads", str(width // 32), "--num-query-groups", str(width // 64)])
         for layers, width in ((4, 128), (8, 256), (8, 512), (12, 768))]),
-    "parts": ("micro-batches of a row", [(str(parts), ["--ebft-blocks-per-microbatch", str(-(-63 // parts))])
+    "parts": ("micro-batches of a row", [(str(parts), ["--ebft-blocks-per-microbatch", str(-(-BLOCKS // parts))])
                                          for parts in (1, 2, 4, 8)])}
 GROWTH = Group("measurement", (
     Flag("--only", str, "some of the tables", default=list(CASES), choices=tuple(CASES), many=True),

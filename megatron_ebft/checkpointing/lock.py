@@ -4,8 +4,8 @@
 2. The owner is gone if it was on this machine and its process has ended; if it is of this SLURM job and on another
    machine, since SLURM starts a job again only after its end; or if it is elsewhere and leaves the file alone for
    WATCH seconds, where owners touch it every HEARTBEAT seconds. No clocks are compared.
-3. Who finds the owner gone replaces the file, and then it is the owner. An owner that was suspended for longer than
-   WATCH has thus lost the folder. It looks before each save.
+3. A process that finds the owner gone replaces the file and owns the folder from then on. An owner that was suspended
+   for longer than WATCH may lose the folder this way, so it looks before each save.
 """
 
 import contextlib
@@ -66,6 +66,13 @@ class FolderLock:
         with contextlib.suppress(OSError):
             if self._read()[0] == self.owner:
                 os.remove(self.path)
+
+    def __enter__(self):
+        self.acquire()
+        return self
+
+    def __exit__(self, *exc):
+        self.release()
 
     def _create(self) -> bool:
         """Write the file unless there is one."""
@@ -142,8 +149,8 @@ def _is_running(owner: dict) -> bool:
 
 
 def _start_of(process: int) -> int | None:
-    """When a process began, in clock ticks since boot; -1 if it has ended and its parent has not noticed yet; None if
-    that is a secret."""
+    """When a process began, in clock ticks since boot. -1: it has ended, and its parent has not noticed yet. None: this
+    process may not know."""
     try:
         with open(f"/proc/{process}/stat") as file:
             state, *fields = file.read().rpartition(")")[2].split()

@@ -4,7 +4,6 @@ Every rank makes the same checks: a rank that raised alone would leave the other
 """
 
 import hashlib
-import json
 import logging
 import os
 import struct
@@ -15,6 +14,7 @@ import numpy
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 from megatron.core.utils import log_single_rank
 
+from megatron_ebft.common.disk import is_regular, read_json
 from megatron_ebft.data.rows import ANSWER_MASK_SUFFIX, first_unknown, unknown_id
 from megatron_ebft.data.tokenizer import Tokenizer
 
@@ -155,16 +155,13 @@ def content_hash(prefix: str) -> str:
 
 def _sidecar(prefix: str) -> dict:
     """Content of `<prefix>.json`; empty if there is no such file (Megatron's own tool writes none)."""
-    path = Path(prefix + ".json")
-    if not path.is_file():
+    path = prefix + ".json"
+    if not is_regular(path):
         return {}
-    try:
-        sidecar = json.loads(path.read_bytes())
-        if not all(isinstance(sidecar[key], str) for key in ("tokenizer_fingerprint", "tokenizer_type")):
-            raise TypeError("the tokenizer is no text")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path}: not what tools/preprocess_data.py writes ({error!r}); make the dataset again, "
-                         "or remove the file if you know that --tokenizer-model is right") from error
+    sidecar = read_json(path)
+    if not all(isinstance(sidecar.get(key), str) for key in ("tokenizer_fingerprint", "tokenizer_type")):
+        raise ValueError(f"{path}: not what tools/preprocess_data.py writes; make the dataset again, or remove the "
+                         "file if you know that --tokenizer-model is right")
     return sidecar
 
 

@@ -36,6 +36,7 @@ from megatron_ebft.checkpointing.companions import (
 )
 from megatron_ebft.checkpointing.errors import writing
 from megatron_ebft.checkpointing.folders import POINTER, RECORD, clear_leftovers, publish, temporary_name
+from megatron_ebft.checkpointing.lock import FolderLock
 from megatron_ebft.checkpointing.manifest import seal
 from megatron_ebft.checkpointing.reader import CheckpointReader
 from megatron_ebft.checkpointing.record import FORMAT
@@ -98,7 +99,9 @@ def hf_to_megatron(hf_folder: str, output: str, dtype: torch.dtype | None = None
         return tensor
 
     temporary = os.path.join(output, temporary_name(0))
-    with writing(output, "--output", NOTHING_STAYS), _removed_on_failure(temporary):
+    with writing(output, "--output", NOTHING_STAYS):
+        os.makedirs(output, exist_ok=True)
+    with writing(output, "--output", NOTHING_STAYS), FolderLock(output, "--output"), _removed_on_failure(temporary):
         clear_leftovers(output)
         # One file per tensor: torch keeps the content of a file in memory until the file is closed.
         writer = FileSystemWriter(temporary, single_file_per_rank=False, thread_count=1)

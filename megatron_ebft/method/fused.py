@@ -42,8 +42,10 @@ class _Part:
 
     gold: GoldBatch
     blocks: slice
-    decoded_BK: Tensor | None
-    """Blocks whose rollouts are decoded, bool, on the host; None: all."""
+    decoded_BK: Tensor
+    """Blocks whose rollouts are decoded, bool."""
+    on_host_BK: Tensor | None
+    """The same on the host; None: all."""
     valid_BK: Tensor
     """Those of them that count, bool."""
     is_first: bool
@@ -80,12 +82,13 @@ class _Parts:
     def __iter__(self) -> Iterator[_Part]:
         for rows in self.rows:
             for blocks in self.blocks:
-                decoded_BK, valid_BK = None, self.valid_BK[rows]
+                valid_BK, on_host_BK = self.valid_BK[rows], None
                 if self.decoded_BK is not None:
-                    decoded_BK = torch.zeros_like(self.decoded_BK[rows])
-                    decoded_BK[:, blocks] = self.decoded_BK[rows, blocks]
-                    valid_BK = valid_BK & upload(decoded_BK)
-                yield _Part(self.gold.rows(rows), blocks, decoded_BK, valid_BK, is_first=blocks.start == 0)
+                    on_host_BK = torch.zeros_like(self.decoded_BK[rows])
+                    on_host_BK[:, blocks] = self.decoded_BK[rows, blocks]
+                decoded_BK = torch.ones_like(valid_BK) if on_host_BK is None else upload(on_host_BK)
+                yield _Part(self.gold.rows(rows), blocks, decoded_BK, on_host_BK, valid_BK & decoded_BK,
+                            is_first=blocks.start == 0)
 
 
 def fused_gradient(policy: list, encoder, start, gold: GoldBatch, config: EBFTConfig, iteration: int, means: Means,
@@ -104,25 +107,24 @@ def fused_gradient(policy: list, encoder, start, gold: GoldBatch, config: EBFTCo
 
     def forward_step(iterator, model):
         part = next(iterator)
-        decoded_BK = torch.ones_like(part.valid_BK) if part.decoded_BK is None else upload(part.decoded_BK)
         with phase("rollout"):
-            scored = sample_and_score(model, part.gold, config.layout, config.sampling, iteration, part.decoded_BK)
+            scored = sample_and_score(model, part.gold, config.layout, config.sampling, iteration, part.on_host_BK)
         if not done:
             after_rollouts()
         rollouts = scored.rollouts
         with phase("features"):
             gram = feature_grams(encoder, part.gold, rollouts, config, means,
-                                 None if part.decoded_BK is None else decoded_BK, encoder_full)
+                                 None if part.on_host_BK is None else part.decoded_BK, encoder_full)
             rewards = compute_rewards(gram, rollouts, config)
             advantage_BKN = compute_advantages(rewards, config)
         start_BKNG = None
         if start is not None:
             with phase("start_scores"):
-                needed_BKN = decoded_BK[..., None].expand_as(advantage_BKN)
+                needed_BKN = part.decoded_BK[..., None].expand_as(advantage_BKN)
                 start_BKNG = score(start, part.gold, rollouts, config, needed_BKN).rollout_BKNG
         means.add("training_tokens_saved", float(max(0, full - scored.row_length)), float(full))
         done.append((part, Computed(rollouts=rollouts, gram=gram, rewards=rewards, advantage_BKN=advantage_BKN,
-                                    scores=_scores(scored, decoded_BK), start_BKNG=start_BKNG)))
+                                    scores=_scores(scored, part.decoded_BK), start_BKNG=start_BKNG)))
         terms = LossTerms(advantage_BKN=advantage_BKN, valid_BK=part.valid_BK, sampled_BKNG=rollouts.log_probs_BKNG,
                           gold_valid_BT=part.gold.gold_valid() if part.is_first else None,
                           start_BKNG=start_BKNG if config.kl_coef else None)

@@ -1,15 +1,28 @@
 """Forward and backward passes over micro-batches, by Megatron-Core's pipeline schedules."""
 
 import contextlib
+from collections.abc import Iterator
+from typing import Protocol
 
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_ebft.data.micro_batches import GoldMicroBatches, MicroBatches
 from megatron_ebft.model import fp8
 
 
-def run_schedule(forward_step, micro_batches: MicroBatches | GoldMicroBatches, model, forward_only: bool) -> None:
+class Batches(Protocol):
+    """Micro-batches of a pass, each what `forward_step` takes from its iterator."""
+
+    row_length: int
+    """Tokens of a row, of the first micro-batch."""
+    micro_batch_size: int
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator: ...
+
+
+def run_schedule(forward_step, micro_batches: Batches, model, forward_only: bool) -> None:
     """Run Megatron's pipeline schedule over the micro-batches; with a backward pass, in the precision of training.
 
     Args:

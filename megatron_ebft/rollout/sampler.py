@@ -109,7 +109,7 @@ class ScoredRollouts:
     gold_BT: Tensor
     """float32 [B, T−1]: of gold tokens 1..T−1 at temperature 1; differentiable."""
     row_length: int
-    """Tokens of a row that went through the policy."""
+    """Tokens of the packed row that holds what went through the policy."""
 
 
 def sample_and_score(model, gold: GoldBatch, layout: StridedLayout, config: SamplingConfig, iteration: int,

@@ -59,7 +59,7 @@ class Draws:
         """The same draws, from logits of all S rows; and the normalisers log Σ exp(logits / temperature), [B, P]."""
         logits_PBV = logits_SBV.detach()[self.rows]
         drawn = draw(logits_PBV.flatten(0, 1), model.num_real_ids, self.numbers_BPM.transpose(0, 1).flatten(0, 1),
-                       self.temperature, self.top_p, self.top_k, model.pg_collection.tp)
+                     self.temperature, self.top_p, self.top_k, model.pg_collection.tp)
         return tuple(x.unflatten(0, logits_PBV.shape[:2]).transpose(0, 1) for x in drawn)
 
 

@@ -41,9 +41,9 @@ def shares(args: argparse.Namespace, dataset: Dataset, rows: int, layout: Stride
             gold = GoldBatch(row["tokens"][None], torch.tensor([index]),
                              row["documents"][None] if args.ebft_document_mask else None,
                              row["answer_mask"][None] if args.ebft_answer_only else None)
-            for place, counted in enumerate((gold.gold_valid(), layout and gold.valid_blocks(layout))):
-                if counted is not None:
-                    counts[2 * place:2 * place + 2] += torch.tensor([counted.sum(), counted.numel()])
+            for place, valid in enumerate((gold.gold_valid(), layout and gold.valid_blocks(layout))):
+                if valid is not None:
+                    counts[2 * place:2 * place + 2] += torch.tensor([valid.sum(), valid.numel()])
     tokens, all_tokens, blocks, all_blocks = dp_sum(counts.to(device())).tolist()
     return Shares(rows, tokens / max(all_tokens, 1), blocks / all_blocks if all_blocks else None)
 
@@ -61,18 +61,18 @@ def check_counts(args: argparse.Namespace, config: EBFTConfig | None, train_data
         return None
     has_blocks = args.training_mode == "ebft"
     rows = min(ROWS, args.train_iters * args.global_batch_size)
-    found = shares(args, train_data, rows, config.layout if has_blocks else None)
-    if has_blocks and (args.ebft_rl_coef or args.ebft_kl_coef) and not found.blocks:
+    counted = shares(args, train_data, rows, config.layout if has_blocks else None)
+    if has_blocks and (args.ebft_rl_coef or args.ebft_kl_coef) and not counted.blocks:
         g = args.ebft_rollout_length
         raise ValueError(f"{masks}: no block of the data counts, in {rows} rows. With --ebft-answer-only the {g} "
                          "tokens of its completion must be answer; with --ebft-document-mask they and the token before "
                          "must be of one document. Lower --ebft-rollout-length or "
                          "--ebft-stride, or leave the mask out")
-    if not found.tokens:
+    if not counted.tokens:
         raise ValueError(f"{masks}: no token of the data counts, in {rows} rows; use other data or leave the mask out")
     if valid_data is not None:
         rows = min(ROWS, args.eval_iters * args.global_batch_size)
         if not shares(args, valid_data, rows, None).tokens:
             raise ValueError(f"{masks}: no token counts in the {rows} rows of an evaluation; give other rows "
                              "(--valid-data-path, --split, --eval-iters) or --eval-interval 0")
-    return found
+    return counted

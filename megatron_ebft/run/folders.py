@@ -1,4 +1,4 @@
-"""The folders that a run writes into: they are found wanting at its start, not at its first checkpoint."""
+"""The folders that a run writes into are checked at its start, not at its first checkpoint."""
 
 import os
 import secrets

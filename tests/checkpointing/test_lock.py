@@ -64,12 +64,13 @@ def test_a_process_with_the_number_of_one_that_has_ended(tmp_path):
 
 def test_a_run_on_another_machine(tmp_path, monkeypatch):
     """It is alive if it touches the file. Without that, and if the file says nothing, the folder is taken over."""
-    sleep, said = time.sleep, []
+    said = []
     owned(tmp_path)
-    monkeypatch.setattr(time, "sleep", lambda seconds: os.utime(tmp_path / NAME))
-    with pytest.raises(ValueError, match="process 1234567 on node7 writes its checkpoints there"):
-        FolderLock(str(tmp_path)).acquire(said.append)
-    monkeypatch.setattr(time, "sleep", sleep)
+    with monkeypatch.context() as patch:
+        patch.setattr(lock_module, "WATCH", 1e6)
+        patch.setattr(time, "sleep", lambda seconds: os.utime(tmp_path / NAME))
+        with pytest.raises(ValueError, match="process 1234567 on node7 writes its checkpoints there"):
+            FolderLock(str(tmp_path)).acquire(said.append)
     FolderLock(str(tmp_path)).acquire(said.append)
     assert owner_of(tmp_path)["process"] == os.getpid() and "whether process 1234567 on node7 is gone" in said[0]
     for nothing in ("", "[]", "[" * 100_000, "{}"):

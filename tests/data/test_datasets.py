@@ -32,8 +32,10 @@ def test_damaged_datasets_are_refused(tmp_path):
         refuses(r".idx has \d+ bytes and should have \d+: it is truncated", mask + ".idx", lambda whole: whole[:-8])
         refuses(r".idx is truncated or no Megatron index", mask + ".idx", lambda whole: whole[:20])
         refuses(r".idx is truncated or no Megatron index", mask + ".idx", lambda whole: b"x" + whole[1:])
-    for damaged in (b"{", b"[" * 100_000, b"[]", b"{}", b'{"tokenizer_fingerprint": 7, "tokenizer_type": "x"}'):
-        refuses(r"not what tools/preprocess_data.py writes", ".json", lambda whole: damaged)
+    for damaged in (b"{", b"[" * 100_000, b"[]"):
+        refuses(r"text_document.json is not (a )?JSON", ".json", lambda whole: damaged)
+    for damaged in (b"{}", b'{"tokenizer_fingerprint": 7, "tokenizer_type": "x"}'):
+        refuses(r"text_document.json: not what tools/preprocess_data.py writes", ".json", lambda whole: damaged)
     assert len(check_dataset(prefix)) == 20
 
     other = null_dataset(tmp_path, "other", question_answers(20, seed=1))

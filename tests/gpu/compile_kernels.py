@@ -16,6 +16,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import functools
 import multiprocessing
 import os
 import re
@@ -41,12 +42,13 @@ SHARED_MEMORY = 232448
 @dataclasses.dataclass(frozen=True)
 class Call:
     """A call of the kernel, which torch compiles for each: size, stride and dtype of queries and keys, and whether
-    gradients are wanted."""
+    gradients are wanted, and the log-sum-exp of scores."""
 
     queries: tuple
     keys: tuple
     dtype: torch.dtype
     has_gradient: bool
+    with_lse: bool
 
 
 # ---------------------------------------------------------------------------------------------- 1. the calls of a run
@@ -61,15 +63,17 @@ def recorded_calls() -> dict[Call, list[str]]:
 
     calls, label = collections.defaultdict(list), []
 
-    def record(q, k, v, intervals, by_query, by_key, scale):
-        call = Call((tuple(q.shape), q.stride()), (tuple(k.shape), k.stride()), q.dtype, by_key[0] is not None)
+    def record(function, q, k, v, intervals, by_query, by_key, scale):
+        with_lse = function is flex_attention._attend_with_lse
+        call = Call((tuple(q.shape), q.stride()), (tuple(k.shape), k.stride()), q.dtype, by_key[0] is not None,
+                    with_lse)
         if label[-1] not in calls[call]:
             calls[call].append(label[-1])
-        return q * 1  # of the output's shape, with a gradient
+        return (q * 1, q.float().sum(-1)) if with_lse else q * 1  # of the output's shape, with a gradient
 
     groups.init_parallel(1, 1, seed=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flex_attention, "_kernel", lambda function: record)
+        patch.setattr(flex_attention, "_kernel", lambda function: functools.partial(record, function))
         patch.setattr(kernels, "available", lambda: kernels.Available(no_compiler=""))
         for name, run in _passes():
             label.append(name)
@@ -109,6 +113,8 @@ def _passes():
             for shape in gpu_cases.SHAPES.values():
                 yield "test_attention, rows", lambda: _row(row, 2, shape, dtype, True, document_BT)  # noqa: B023
             yield "test_attention, decoding", lambda: _decoding(row, 2, (8, 2, 64), dtype, document_BT)  # noqa: B023
+            yield "test_attention, decoding with gradient", lambda: _decoding(  # noqa: B023
+                row, 2, (8, 2, 64), dtype, document_BT, has_gradient=True)  # noqa: B023
     for name in ("1b", "8b"):
         args = parse_args(["--train-iters", "1", *as_argv(benchmark.SHAPES[name])])
         model = model_args(args, args.vocab_size)
@@ -122,6 +128,8 @@ def _passes():
             yield f"{name}, {label}", lambda: _row(row, batch, heads, torch.bfloat16, False)  # noqa: B023
         yield f"{name}, sampling", lambda: _decoding(training, args.global_batch_size, heads,  # noqa: B023
                                                      torch.bfloat16)
+        yield f"{name}, fused step", lambda: _decoding(training, batch, heads, torch.bfloat16,  # noqa: B023
+                                                       has_gradient=True)
 
 
 def _qkv(length, batch, heads, dtype) -> list[Tensor]:
@@ -137,16 +145,16 @@ def _row(row, batch, heads, dtype, has_gradient, document_BT=None):
         StridedPattern(row, document_BT).attend(1, *_qkv(row.length, batch, heads, dtype), 0.1, True)
 
 
-@torch.no_grad()
-def _decoding(row, batch, heads, dtype, document_BT=None):
+def _decoding(row, batch, heads, dtype, document_BT=None, has_gradient=False):
     from megatron_ebft.layout import visible_keys
     from megatron_ebft.layout.strided import document_starts
     from megatron_ebft.model.decoding import DecodePattern, PrefillPattern, RolloutCache
 
     starts = None if document_BT is None else document_starts(document_BT)
     cache = RolloutCache(row, visible_keys.decoding(row, starts, batch), document_BT)
-    PrefillPattern(cache).attend(1, *_qkv(row.layout.seq_length, batch, heads, dtype), 0.1, True)
-    DecodePattern(cache, 0).attend(1, *_qkv(row.decode_length, batch, heads, dtype), 0.1, True)
+    with torch.set_grad_enabled(has_gradient):
+        PrefillPattern(cache).attend(1, *_qkv(row.layout.seq_length, batch, heads, dtype), 0.1, True)
+        DecodePattern(cache, 0).attend(1, *_qkv(row.decode_length, batch, heads, dtype), 0.1, True)
 
 
 # -------------------------------------------------------------------------------- 2. a machine that seems to have a GPU
@@ -263,12 +271,13 @@ def lower(call: Call) -> list[str]:
     mask = flex_attention.TileMask(intervals, flex_attention.Tiles(*torch.zeros(2, batch, 1, M, N, dtype=torch.bool)))
     GraphLowering.run = run_on_gpu
     torch._dynamo.reset()
-    compiled = torch.compile(flex_attention._attend, backend=lower_all, dynamic=False, fullgraph=True)
+    function = flex_attention._attend_with_lse if call.with_lse else flex_attention._attend
+    compiled = torch.compile(function, backend=lower_all, dynamic=False, fullgraph=True)
     flex_attention._kernel, flex._validate_device = lambda function: compiled, lambda *inputs: None
     try:
         with torch.set_grad_enabled(call.has_gradient), torch._functorch.config.patch(
                 force_non_lazy_backward_lowering=True):
-            flex_attention.attend(*qkv, mask, 0.1)
+            (flex_attention.attend_with_lse if call.with_lse else flex_attention.attend)(*qkv, mask, 0.1)
     except _Lowered:
         assert len(sources) == expected
     finally:
@@ -332,7 +341,8 @@ def compile_source(source: str, folder: str) -> tuple[list[Kernel], int]:
 
 def describe(call: Call) -> str:
     (B, H, Q, D), (_, J, C, _) = call.queries[0], call.keys[0]
-    return f"{B} × {H}/{J} heads of {D}, {str(call.dtype)[6:]}, {Q // 128} × {C // 128} tiles"
+    lse = ", with log-sum-exp" * call.with_lse
+    return f"{B} × {H}/{J} heads of {D}, {str(call.dtype)[6:]}, {Q // 128} × {C // 128} tiles{lse}"
 
 
 def main() -> int:

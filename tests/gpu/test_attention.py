@@ -78,6 +78,29 @@ def test_decoding(flex, dtype, has_documents):
         assert out.isfinite().all() and error(out[:, :, :len(index)], whole[:, :, index]) < LIMITS[dtype]
 
 
+@KERNELS
+@DTYPES
+@pytest.mark.parametrize("has_documents", [False, True])
+def test_decoding_with_gradient(flex, dtype, has_documents):
+    """All steps differentiated together, as in a fused step: rows leave blocks out, and steps are padded to tiles."""
+    needs(flex, dtype)
+    row, document_BT = row_and_documents(has_documents, pad_to=128)
+    wanted = (torch.arange(row.size) % 3 > 0)[None, :, None].expand(2, -1, 4)
+    row = row.keep(wanted, torch.arange(4).expand_as(wanted), row.room(wanted))
+    q, k, v = heads(row, dtype)
+    gradients = exact(row, document_BT, q, k, v)[1]
+    starts = None if document_BT is None else document_starts(document_BT)
+    cache = RolloutCache(row, visible_keys.decoding(row, starts, 2), document_BT)
+    total = PrefillPattern(cache).attend(1, *(x[:, :, :256] for x in (q, k, v)), 0.2, flex).float().square().sum()
+    for step in range(row.steps):
+        index = 256 + torch.arange(row.num_rollouts, device="cuda") * row.steps + step
+        now = [torch.nn.functional.pad(x[:, :, index], (0, 0, 0, row.decode_length - len(index))) for x in (q, k, v)]
+        out = DecodePattern(cache, step).attend(1, *now, 0.2, flex)
+        total = total + out[:, :, :len(index)].float().square().sum()
+    for actual, wanted in zip(torch.autograd.grad(total, (q, k, v)), gradients):
+        assert actual.isfinite().all() and error(actual, wanted) < 2 * LIMITS[dtype]
+
+
 def test_one_kernel_serves_all_documents():
     needs(True, torch.bfloat16)
     row, document_BT = row_and_documents(True)

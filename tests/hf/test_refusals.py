@@ -11,6 +11,8 @@ import torch
 from hf_models import LLAMA3, equal_tensors, read_tensors, reseal, save_model, to_hf, to_megatron
 from safetensors.torch import save_file
 
+from megatron_ebft.checkpointing import lock
+from megatron_ebft.checkpointing.lock import FolderLock
 from megatron_ebft.hf.weights import INDEX
 
 
@@ -168,3 +170,18 @@ def test_bad_checkpoints_are_refused(tmp_path):
     reseal(checkpoint / "iter_0000000")
     os.truncate(next((checkpoint / "iter_0000000").glob("*_5.distcp")), 100)
     refused(r"--load .*iter_0000000: the checkpoint is damaged \(__0_5.distcp has 100 bytes instead of")
+
+
+def test_a_folder_that_another_process_writes_into(tmp_path, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    source, output = save_model(tmp_path / "model", "llama 2"), tmp_path / "output"
+    output.mkdir()
+    parent = os.getppid()
+    owner = FolderLock(str(output)).owner | {"process": parent, "started": lock._start_of(parent)}
+    (output / lock.NAME).write_text(json.dumps(owner))
+    with pytest.raises(ValueError, match=f"--output {output}: process {parent} on .* writes its checkpoints there"):
+        to_megatron(source, output)
+    assert json.loads((output / lock.NAME).read_text()) == owner
+    (output / lock.NAME).unlink()
+    to_megatron(source, output)
+    assert not (output / lock.NAME).exists()

@@ -174,10 +174,16 @@ def test_decoding_attends_as_the_whole_row(name, has_documents):
 
 
 @pytest.mark.parametrize("has_documents", [False, True])
-def test_decoding_with_gradient(has_documents, monkeypatch):
-    """All steps differentiated together, by both kernels, against the same tokens in one packed row."""
+@pytest.mark.parametrize("name, leaves_out", [("training", False), ("padded", True)])
+def test_decoding_with_gradient(name, leaves_out, has_documents, monkeypatch):
+    """All steps differentiated together, by both kernels, against the same tokens in one packed row. Steps are padded,
+    and rows may leave blocks out."""
     monkeypatch.setattr(flex, "_validate_device", lambda *args: None)
-    row = rows("training")[0]
+    row = rows(name)[0]
+    if leaves_out:
+        wanted = (torch.arange(row.size) % 3 > 0)[None, :, None].expand(2, -1, row.layout.num_samples)
+        row = row.keep(wanted, torch.arange(row.layout.num_samples).expand_as(wanted), row.room(wanted))
+        assert row.kept is not None and row.decode_length > row.num_rollouts
     gold = row.layout.seq_length
     document_BT = documents(2, gold) if has_documents else None
     starts = None if document_BT is None else document_starts(document_BT)
@@ -189,9 +195,11 @@ def test_decoding_with_gradient(has_documents, monkeypatch):
         total = (PrefillPattern(cache).attend(1, *(x[:, :, :gold] for x in (q, k, v)), 0.3, flex)
                  * weights[:, :, :gold]).sum()
         for step in range(row.steps):
-            index = row.rollout_index(range(step, step + 1)).flatten()
-            out = DecodePattern(cache, step).attend(1, *(x[:, :, index] for x in (q, k, v)), 0.3, flex)
-            total = total + (out * weights[:, :, index]).sum()
+            index = gold + torch.arange(row.num_rollouts) * row.steps + step
+            now = [torch.nn.functional.pad(x[:, :, index], (0, 0, 0, row.decode_length - len(index)))
+                   for x in (q, k, v)]
+            out = DecodePattern(cache, step).attend(1, *now, 0.3, flex)
+            total = total + (out[:, :, :len(index)] * weights[:, :, index]).sum()
         return total
 
     whole = (plain_attention(row, document_BT, q, k, v) * weights).sum()

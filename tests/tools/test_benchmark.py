@@ -4,6 +4,7 @@ import json
 
 import benchmark
 import benchmark_report
+import cost_growth
 import plan
 import pytest
 import torch
@@ -55,6 +56,19 @@ def test_fp8_beside_none(capsys, monkeypatch, tmp_path):
     seconds = json.loads((tmp_path / "results.json").read_text())["seconds"]
     ratio = seconds[benchmark_report.NO_FP8]["rollout"] / seconds["ebft"]["rollout"]
     assert f"With FP8 rollout {ratio:.2f} ×, features" in capsys.readouterr().out
+
+
+def test_growth(capsys, monkeypatch):
+    """A line of a table, for a row in parts: fused steps take fewer operations than separate passes."""
+    monkeypatch.setattr(benchmark, "matmul_rate", lambda *_: 1e9)
+    monkeypatch.setattr(cost_growth, "BASE", [*cost_growth.BASE, "--num-layers", "4", "--hidden-size", "64",
+                                              "--seq-length", "64"])
+    monkeypatch.setattr(cost_growth, "CASES", {"parts": ("parts", [("3", ["--ebft-blocks-per-microbatch", "2"])])})
+    cost_growth.main(["--only", "parts", "--repeats", "1"])
+    head, _, cells = ([cell.strip() for cell in line.split("|")[1:-1]]
+                      for line in capsys.readouterr().out.splitlines() if line.startswith("|"))
+    assert len(head) == len(cells) == 10 and cells[0] == "3"
+    assert 1 < float(cells[5]) < float(cells[9])
 
 
 def test_fp8_on_a_gpu():
