@@ -145,6 +145,21 @@ def write_lines(lines: list[dict], path: str | None) -> None:
             os.remove(temporary)
 
 
+class Stream:
+    """Shows a text while it grows, but not what may still change: a character or a stop string that is not whole."""
+
+    def __init__(self, stops):
+        self.stops, self.shown = stops, 0
+
+    def show(self, text: str, is_whole: bool) -> None:
+        if not is_whole:
+            held = max((size for stop in self.stops.strings for size in range(1, len(stop) + 1)
+                        if text.endswith(stop[:size])), default=0)
+            text = text[: len(text) - held].rstrip("\ufffd")
+        print(text[self.shown :], end="", flush=True)
+        self.shown = max(self.shown, len(text))
+
+
 def converse(args: argparse.Namespace, trained) -> None:
     """Read prompts from the console, one a line, and show their completions as they grow. Ends with the input."""
     import torch.distributed as dist
@@ -152,17 +167,8 @@ def converse(args: argparse.Namespace, trained) -> None:
     from megatron_ebft.rollout.generation import generate
     from megatron_ebft.rollout.stop_strings import StopStrings
 
-    stops, config, is_first = StopStrings(args.stop or [], trained.tokenizer), generation_config(args, trained), \
-        dist.get_rank() == 0
-
-    def watch(number, sample, completion) -> None:
-        if not is_first or config.num_samples > 1:
-            return
-        before, now = (trained.tokenizer.completion_text(tokens) for tokens in (completion.tokens[:-1],
-                                                                                completion.tokens))
-        if not now.endswith("\ufffd"):  # a character of several tokens is not whole yet
-            print(now[len(before.rstrip("\ufffd")):], end="", flush=True)
-
+    stops, config = StopStrings(args.stop or [], trained.tokenizer), generation_config(args, trained)
+    is_first, is_stream = dist.get_rank() == 0, config.num_samples == 1
     while True:
         line = [None]
         if is_first:
@@ -177,10 +183,18 @@ def converse(args: argparse.Namespace, trained) -> None:
             if is_first:
                 print(f"error: {error}")
             continue
+        stream = Stream(stops)
+
+        def watch(number, sample, completion, stream=stream) -> None:
+            if is_first and is_stream:
+                stream.show(trained.tokenizer.completion_text(completion.tokens), is_whole=False)
+
         completions = generate([trained.model], ids, config, is_end=stops if args.stop else None, watch=watch)[0]
+        texts = [describe(completion, trained, stops)["text"] for completion in completions]
+        if is_first and is_stream:
+            stream.show(texts[0], is_whole=True)
         if is_first:
-            print("" if config.num_samples == 1 else "\n---\n".join(
-                describe(completion, trained, stops)["text"] for completion in completions))
+            print("" if is_stream else "\n---\n".join(texts))
 
 
 def main(argv: list[str]) -> None:

@@ -5,8 +5,8 @@
 
 Both generate greedily from prompts of unequal lengths, --max-new-tokens each, in float32 (or bfloat16 with --bf16).
 Each repeat runs one after the other; the tool prints the medians and their ratio, and how many completions are equal.
-"Stopping" repeats this with an end token that most completions come to at different places: places that become free
-are given to other prompts, where transformers computes the whole batch to its end.
+"Stopping" repeats this with end tokens that completions come to at different places. Other prompts then take the places
+that become free, where transformers computes a batch until its last completion ends.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def random_prompts(count: int, longest: int, vocab_size: int) -> list[list[int]]
     return [torch.randint(vocab_size, (length,), generator=generator).tolist() for length in lengths]
 
 
-def of_transformers(reference, prompts: list[list[int]], args: argparse.Namespace, end: int | None) -> list[list[int]]:
+def of_transformers(reference, prompts: list[list[int]], args: argparse.Namespace, ends: tuple[int, ...]) -> list[list[int]]:
     """Completions by transformers, in batches of --rows, sorted by length as ours are."""
     import torch
 
@@ -62,26 +62,27 @@ def of_transformers(reference, prompts: list[list[int]], args: argparse.Namespac
         tokens = torch.tensor([[0] * (longest - len(prompts[i])) + prompts[i] for i in batch])
         mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
         out = reference.generate(tokens.to(reference.device), attention_mask=mask.to(reference.device),
-                                 max_new_tokens=args.max_new_tokens, do_sample=False, eos_token_id=end,
+                                 max_new_tokens=args.max_new_tokens, do_sample=False, eos_token_id=list(ends),
                                  pad_token_id=0)[:, longest:].tolist()
         for i, row in zip(batch, out):
-            completions[i] = row[: row.index(end) + 1] if end in row else row
+            completions[i] = row[: next((k + 1 for k, token in enumerate(row) if token in ends), len(row))]
     return completions
 
 
-def compare(trained, reference, prompts: list[list[int]], args: argparse.Namespace, end: int | None, name: str) -> None:
+def compare(trained, reference, prompts: list[list[int]], args: argparse.Namespace, ends: tuple[int, ...],
+            name: str) -> None:
     """Time both, and print a line."""
     from megatron_ebft.rollout.generation import GenerationConfig, generate
 
     config = GenerationConfig(max_new_tokens=args.max_new_tokens, temperature=0.0, rows=args.rows,
-                              end_ids=() if end is None else (end,))
+                              end_ids=ends)
     ours = theirs = []
     seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
     for _ in range(args.repeats + 1):
         start = time.perf_counter()
         ours = [completion.tokens for completion, in generate([trained.model], prompts, config)]
         middle = time.perf_counter()
-        theirs = of_transformers(reference, prompts, args, end)
+        theirs = of_transformers(reference, prompts, args, ends)
         seconds["ours"].append(middle - start)
         seconds["theirs"].append(time.perf_counter() - middle)
     tokens = sum(map(len, ours))
@@ -113,9 +114,10 @@ def main(argv: list[str]) -> None:
         reference = transformers.AutoModelForCausalLM.from_pretrained(
             args.hf_model, torch_dtype=torch.bfloat16 if args.bf16 else torch.float32).to(device()).eval()
         prompts = random_prompts(args.prompts, args.prompt_length, trained.architecture.vocab_size)
-        compare(trained, reference, prompts, args, None, "full length")
-        common = torch.bincount(torch.tensor(of_transformers(reference, prompts, args, None)).flatten()).topk(1)
-        compare(trained, reference, prompts, args, int(common.indices[0]), "stopping")
+        compare(trained, reference, prompts, args, (), "full length")
+        whole = of_transformers(reference, prompts, args, ())
+        ends = tuple(row[len(row) * (i + 1) // (len(whole) + 1)] for i, row in enumerate(whole))
+        compare(trained, reference, prompts, args, ends, "stopping")
         shut_down()
 
 
