@@ -50,7 +50,8 @@ def random_prompts(count: int, longest: int, vocab_size: int) -> list[list[int]]
     return [torch.randint(vocab_size, (length,), generator=generator).tolist() for length in lengths]
 
 
-def of_transformers(reference, prompts: list[list[int]], args: argparse.Namespace, ends: tuple[int, ...]) -> list[list[int]]:
+def of_transformers(reference, prompts: list[list[int]], args: argparse.Namespace,
+                    ends: tuple[int, ...]) -> list[list[int]]:
     """Completions by transformers, in batches of --rows, sorted by length as ours are."""
     import torch
 
