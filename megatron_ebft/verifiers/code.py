@@ -156,8 +156,8 @@ def _received(talk: socket.socket, most: int, until: float) -> bytes:
         talk.settimeout(_left(until))
         try:
             part = talk.recv(most - len(got))
-        except ConnectionResetError:
-            continue  # it has ended without reading all, which comes before what it has sent
+        except ConnectionResetError:  # instead of an end, if it has not read all
+            break
         if not part:
             break
         got += part

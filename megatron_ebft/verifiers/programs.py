@@ -1,5 +1,6 @@
 """Processes that run the programs of answers: their limits, how they end, and how they run without a sandbox."""
 
+import itertools
 import math
 import os
 import resource
@@ -46,13 +47,18 @@ def limit(seconds: float) -> None:
     seccomp.install()
 
 
-def silence(kept: int) -> None:
-    """Read and write nothing as standard streams, and close all other files but one."""
+def close_others(*kept: int) -> None:
+    """Close all files but the standard ones and these."""
+    for low, high in itertools.pairwise((2, *sorted(kept), 1 << 20)):
+        os.closerange(low + 1, high)
+
+
+def silence() -> None:
+    """Read and write nothing as standard streams."""
     null = os.open("/dev/null", os.O_RDWR)
     for stream in range(3):
         os.dup2(null, stream)
-    os.closerange(3, kept)
-    os.closerange(kept + 1, 1 << 20)
+    os.close(null)
 
 
 def ending(code: int) -> str:
@@ -85,10 +91,12 @@ class Unsandboxed:
 
     def _watch(self, program: Callable[[], None], kept: int, report: int) -> None:
         os.setpgid(0, 0)
+        close_others(kept, report)
         os.chdir(self._folder)
 
         def run() -> None:
-            silence(kept)
+            os.close(report)
+            silence()
             limit(self.seconds)
             program()
 

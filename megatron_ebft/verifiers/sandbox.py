@@ -21,7 +21,7 @@ from pathlib import Path
 
 from megatron_ebft.common.signals import end_with_parent
 from megatron_ebft.verifiers import linux, seccomp
-from megatron_ebft.verifiers.programs import DISK, MEMORY, ending, fork, limit, silence
+from megatron_ebft.verifiers.programs import DISK, MEMORY, close_others, ending, fork, limit, silence
 
 PROCESSES = 32
 """Processes and threads of a program."""
@@ -117,6 +117,7 @@ class Sandbox:
             report: takes how the program ended.
         """
         def enter() -> None:
+            close_others(kept, report)
             linux.unshare(linux.CLONE_NEWPID | linux.CLONE_NEWNS | linux.CLONE_NEWIPC)  # pid: of children
             first = fork(lambda: self._first_process(program, kept, report))
             os.close(kept)
@@ -150,7 +151,8 @@ class Sandbox:
 
     def _be_confined(self, program: Callable[[], None], kept: int) -> None:
         os.chdir("/tmp")
-        silence(kept)
+        close_others(kept)
+        silence()
         linux.empty_bounding_set()
         if self._user != os.geteuid():
             os.setgroups([])

@@ -1,9 +1,13 @@
 """The verifier `code`: which program an answer makes, which answers are right, and answers that claim to be."""
 
+import socket
+import time
+
 import pytest
 
 from megatron_ebft.verifiers import answer_program
 from megatron_ebft.verifiers.build import build_verifier
+from megatron_ebft.verifiers.code import _received
 
 PROMPT = 'from math import pi\n\n\ndef helper(x):\n    return 2 * x\n\n\ndef double(x):\n    """Twice x."""\n'
 HUMAN_EVAL = {
@@ -49,8 +53,8 @@ CLAIMS = [
     "import builtins\nbuiltins.AssertionError = builtins.BaseException = builtins.NameError = KeyError",
     "def abs(x): return 0\ndef check(candidate): pass\ndef double(x): return 4",
     "__builtins__ = {}\ncheck = candidate = _candidate_ = print\ndef double(x): return 4",
-    "import sys\ndef trace(frame, event, argument):\n    frame.f_lineno = 99\n    return trace\nsys.settrace(trace)\n"
-    "def double(x): return 3",
+    "import sys\ndef trace(frame, event, argument):\n    if frame.f_code.co_name == 'check' and frame.f_lineno == 2:\n"
+    "        frame.f_lineno = 3\n    return trace\nsys.settrace(trace)\ndef double(x): return 3",
     "import sys, marshal\nmarshal.loads = lambda x: ('', [], [])\nfor name, module in list(sys.modules.items()):\n"
     "    if 'answer_program' in name: module.run = module.exec = print\ndef double(x): return 3",
     "import os, sys\nif os.fork(): os._exit(0)\ndef double(x): return 3",
@@ -113,3 +117,13 @@ def test_the_program_ends_where_python_does():
     assert cut("def f():\n    return 1\n\ndef g(x):\n    return (x") == "def f():\n    return 1\n\n"
     assert cut("x = 1\n'''open\ny = 2\n") == "x = 1\n"
     assert cut("No Python at all.") == "No Python at all."
+
+
+def test_words_of_a_program_that_reads_nothing_arrive():
+    """Linux then reports an error at their end."""
+    ours, theirs = socket.socketpair()
+    ours.sendall(b"tests")
+    theirs.sendall(b"reason")
+    theirs.close()
+    assert _received(ours, 100, time.monotonic() + 10) == b"reason"
+    ours.close()

@@ -70,6 +70,10 @@ def named(name: str) -> list[int]:
     return found
 
 
+def children(process: int) -> set[int]:
+    return set(map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split()))
+
+
 def until_none(name: str) -> None:
     """Wait until there is no process of this name any more."""
     end = time.monotonic() + 10
@@ -115,6 +119,26 @@ def test_nothing_outside_can_be_reached(code, tmp_path):
     assert not Path("/tmp/ebft_left_behind").exists()
 
 
+NO_FILTER = """
+from megatron_ebft.verifiers import seccomp
+seccomp.install = lambda: None
+from megatron_ebft.verifiers.code import Judge
+from megatron_ebft.verifiers.sandbox import Sandbox, visible_folders
+judge = Judge(Sandbox(visible_folders(), 30))
+for test in ("assert socket.if_nameindex() == [(1, 'lo')]",
+             "assert failure(socket.create_connection, {address!r}) == 'OSError'  # the network is unreachable"):
+    print(judge({{"tests": test}}, {failure!r}))
+"""
+
+
+def test_there_is_no_network_without_the_filter_either(code):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        script = NO_FILTER.format(address=listener.getsockname(), failure=FAILURE)
+        run = subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
+                             check=True)
+    assert run.stdout == 2 * "Verdict(score=1.0, is_right=True, reason='')\n"
+
+
 BOMBS = (
     ("import ctypes\ndef f(): ctypes.string_at(0)", "killed by SIGSEGV"),
     ("def f(): f()", "RecursionError"),
@@ -145,11 +169,14 @@ def test_a_bomb_costs_its_answer_alone(code):
 
 
 def test_hangs(impatient):
-    """Asleep, writing all the time, and asleep without any files."""
+    """Asleep, writing all the time, and asleep without any files. The verifier's own children stay."""
+    impatient.verify([({"tests": "pass"}, "")] * 8)
+    before = children(os.getpid())
     hangs = ["import time\ntime.sleep(60)", "def f():\n while True: print('x' * 1000)",
              "import os, time\ndef f():\n os.closerange(0, 99)\n time.sleep(60)"]
     for verdict in impatient.verify([({"tests": "f()"}, program) for program in hangs]):
         assert not verdict.is_right and verdict.reason == "timeout after 1 s"
+    assert children(os.getpid()) >= before
 
 
 def test_no_process_is_left(impatient):
@@ -177,7 +204,7 @@ def test_programs_end_with_those_who_started_them(code, victim):
     while not named("ebft_orphan"):
         assert time.monotonic() < end and run.poll() is None
         time.sleep(0.02)
-    worker = int(Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()[0])
+    worker, = children(run.pid)
     os.kill(run.pid if victim == "verifier" else worker, signal.SIGKILL)
     until_none("ebft_orphan")
     assert ("killed by SIGKILL" in run.communicate(timeout=30)[0]) == (victim == "worker")

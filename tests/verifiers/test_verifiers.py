@@ -96,6 +96,7 @@ def test_translation(made, name):
     """Scores of sentences are sacrebleu's functions', scores of corpora those of its command."""
     verifier = made(name, workers=1)
     several = [({"references": x}, y) for x, y in zip(REFERENCES, HYPOTHESES, strict=True)]
+    several += [({"references": ["Good morning"]}, "Good day")]
     function = sacrebleu.sentence_bleu if name == "bleu" else sacrebleu.sentence_chrf
     same = ({"reference": HYPOTHESES[2]}, f"\n{HYPOTHESES[2]} ")
     for (question, completion), verdict in zip(several, verifier.verify([*several, same]), strict=False):
