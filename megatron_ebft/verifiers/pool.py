@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 """Where the package is imported from."""
 PROGRAM = ("import sys; sys.path = [sys.argv[1], *sys.argv[4:], *sys.path]; "
            "from megatron_ebft.verifiers.worker import main; main()")
-CLEAN = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1",
+CLEAN = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1",
          "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 """Environment of programs: none of this process's secrets. Sets have the same order in each."""
 

@@ -53,8 +53,11 @@ def close_others(*kept: int) -> None:
         os.closerange(low + 1, high)
 
 
-def silence() -> None:
-    """Read and write nothing as standard streams."""
+def settle(folder: str, kept: int) -> None:
+    """Work in a folder, with empty standard streams and no other file than one."""
+    os.chdir(folder)
+    os.environ["HOME"] = os.environ["TMPDIR"] = folder
+    close_others(kept)
     null = os.open("/dev/null", os.O_RDWR)
     for stream in range(3):
         os.dup2(null, stream)
@@ -92,11 +95,9 @@ class Unsandboxed:
     def _watch(self, program: Callable[[], None], kept: int, report: int) -> None:
         os.setpgid(0, 0)
         close_others(kept, report)
-        os.chdir(self._folder)
 
         def run() -> None:
-            os.close(report)
-            silence()
+            settle(self._folder, kept)
             limit(self.seconds)
             program()
 

@@ -2,8 +2,8 @@
 
 1. A worker enters user, mount, network, IPC and UTS namespaces once. Its root folder then holds Python, the system's
    libraries and four devices, all read-only. There is no network, not even to this machine.
-2. Every program gets new pid, mount and IPC namespaces, an empty /tmp and no /proc. It has no capabilities, limits
-   and a seccomp filter.
+2. Every program gets new pid, mount and IPC namespaces, an empty folder to work in and no /proc. It has no
+   capabilities, but limits and a seccomp filter.
 3. The first process of the pid namespace is ours. It watches the memory of all others. When it ends, Linux kills them.
 4. It is killed when the worker dies.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from megatron_ebft.common.signals import end_with_parent
 from megatron_ebft.verifiers import linux, seccomp
-from megatron_ebft.verifiers.programs import DISK, MEMORY, close_others, ending, fork, limit, silence
+from megatron_ebft.verifiers.programs import DISK, MEMORY, close_others, ending, fork, limit, settle
 
 PROCESSES = 32
 """Processes and threads of a program."""
@@ -30,6 +30,8 @@ PAUSE = 0.05
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 MOUNT_POINT = "/sys"
 """Where the new root is made: a folder that exists everywhere and that the sandbox does not show."""
+WORK = "/sandbox"
+"""The folder in which programs run, and may write."""
 OLDEST_LINUX = (5, 14)
 NOBODY = 65534
 """User and group of programs if the worker is root: Linux does not limit root's processes."""
@@ -138,7 +140,7 @@ class Sandbox:
     def _first_process(self, program: Callable[[], None], kept: int, report: int) -> None:
         """Start the program and watch it."""
         linux.prctl(linux.PR_SET_DUMPABLE, 0)  # closed to debuggers
-        linux.mount("tmpfs", "/tmp", "tmpfs", linux.MS_NOSUID | linux.MS_NODEV,
+        linux.mount("tmpfs", WORK, "tmpfs", linux.MS_NOSUID | linux.MS_NODEV,
                     f"size={DISK},nr_inodes=10000,mode=700,uid={self._user},gid={self._group}")
         linux.mount("proc", "/proc", "proc", linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC)
         processes = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
@@ -150,9 +152,7 @@ class Sandbox:
         os.write(report, _watch(child, processes).encode())
 
     def _be_confined(self, program: Callable[[], None], kept: int) -> None:
-        os.chdir("/tmp")
-        close_others(kept)
-        silence()
+        settle(WORK, kept)
         linux.empty_bounding_set()
         if self._user != os.geteuid():
             os.setgroups([])
@@ -191,7 +191,9 @@ def _make_root(folders: list[str]) -> None:
         there.parent.mkdir(exist_ok=True)
         there.touch()
         linux.mount(device, str(there), flags=linux.MS_BIND)
-    Path(MOUNT_POINT, "tmp").mkdir()
+    Path(MOUNT_POINT + WORK).mkdir()
+    if not Path(MOUNT_POINT, "tmp").exists():  # it does if Python is installed below it
+        Path(MOUNT_POINT, "tmp").symlink_to(WORK)
     linux.pivot_root(MOUNT_POINT)
     linux.make_read_only("/", is_recursive=False)
 

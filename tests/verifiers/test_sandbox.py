@@ -70,10 +70,6 @@ def named(name: str) -> list[int]:
     return found
 
 
-def children(process: int) -> set[int]:
-    return set(map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split()))
-
-
 def until_none(name: str) -> None:
     """Wait until there is no process of this name any more."""
     end = time.monotonic() + 10
@@ -92,11 +88,11 @@ def test_nothing_outside_can_be_reached(code, tmp_path):
         f"assert failure(open, {str(secret)!r}) == 'FileNotFoundError'",
         f"assert failure(open, {__file__!r}) == 'FileNotFoundError'",
         "assert failure(open, '/etc/passwd') == 'FileNotFoundError'",
-        "assert os.listdir('/tmp') == os.listdir('/proc') == []",
+        "assert os.listdir('/tmp') == os.listdir('.') == os.listdir('/proc') == []",
         "assert set(os.listdir('/dev')) == {'null', 'zero', 'random', 'urandom'}",
         "assert failure(open, '/usr/x', 'w') == failure(open, '/x', 'w') == 'OSError'",
         f"assert failure(os.chmod, {os.__file__!r}, 0o777) == 'OSError'",
-        f"assert {SECRET!r} not in os.environ and os.environ['HOME'] == '/tmp'",
+        f"assert {SECRET!r} not in os.environ and os.environ['HOME'] == os.getcwd() == '/sandbox'",
         "assert os.getuid() and os.getgid() and os.getpid() == 2",
         "assert socket.gethostname() == 'sandbox'",
         f"assert failure(socket.create_connection, {listener.getsockname()!r}) == 'PermissionError'",
@@ -124,19 +120,22 @@ from megatron_ebft.verifiers import seccomp
 seccomp.install = lambda: None
 from megatron_ebft.verifiers.code import Judge
 from megatron_ebft.verifiers.sandbox import Sandbox, visible_folders
-judge = Judge(Sandbox(visible_folders(), 30))
-for test in ("assert socket.if_nameindex() == [(1, 'lo')]",
+judge = Judge(Sandbox([*visible_folders(), {folder!r}], 30))
+for test in ("assert os.listdir({folder!r}) == ['seen']", "assert socket.if_nameindex() == [(1, 'lo')]",
              "assert failure(socket.create_connection, {address!r}) == 'OSError'  # the network is unreachable"):
     print(judge({{"tests": test}}, {failure!r}))
 """
 
 
-def test_there_is_no_network_without_the_filter_either(code):
+def test_there_is_no_network_without_the_filter_either(code, tmp_path):
+    """And Python may be installed below /tmp."""
+    tmp_path.chmod(0o755)
+    (tmp_path / "seen").touch()
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        script = NO_FILTER.format(address=listener.getsockname(), failure=FAILURE)
+        script = NO_FILTER.format(address=listener.getsockname(), failure=FAILURE, folder=str(tmp_path))
         run = subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
                              check=True)
-    assert run.stdout == 2 * "Verdict(score=1.0, is_right=True, reason='')\n"
+    assert run.stdout == 3 * "Verdict(score=1.0, is_right=True, reason='')\n"
 
 
 BOMBS = (
@@ -171,12 +170,12 @@ def test_a_bomb_costs_its_answer_alone(code):
 def test_hangs(impatient):
     """Asleep, writing all the time, and asleep without any files. The verifier's own children stay."""
     impatient.verify([({"tests": "pass"}, "")] * 8)
-    before = children(os.getpid())
+    before = {x.process.pid for x in impatient._pool._children}
     hangs = ["import time\ntime.sleep(60)", "def f():\n while True: print('x' * 1000)",
              "import os, time\ndef f():\n os.closerange(0, 99)\n time.sleep(60)"]
     for verdict in impatient.verify([({"tests": "f()"}, program) for program in hangs]):
         assert not verdict.is_right and verdict.reason == "timeout after 1 s"
-    assert children(os.getpid()) >= before
+    assert {x.process.pid for x in impatient._pool._children} >= before
 
 
 def test_no_process_is_left(impatient):
@@ -204,7 +203,7 @@ def test_programs_end_with_those_who_started_them(code, victim):
     while not named("ebft_orphan"):
         assert time.monotonic() < end and run.poll() is None
         time.sleep(0.02)
-    worker, = children(run.pid)
+    worker = int(Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text())
     os.kill(run.pid if victim == "verifier" else worker, signal.SIGKILL)
     until_none("ebft_orphan")
     assert ("killed by SIGKILL" in run.communicate(timeout=30)[0]) == (victim == "worker")
