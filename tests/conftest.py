@@ -17,9 +17,10 @@ OLDEST = {
     "test_every_kind_of_model_and_method_trains", "test_bad_flags_are_named", "test_training_continues_bit_for_bit",
     "test_two_ranks", "test_round_trip", "test_training_needs_nothing_but_the_checkpoint",
     "test_another_optimizer_or_schedule", "test_a_checkpoint_of_gpt_model_loads", "test_a_checkpoint_of_format_3",
-    "test_the_gpt_family_may_go", "test_metadata_runs_no_code", "test_objects_run_no_code"}
+    "test_the_gpt_family_may_go", "test_metadata_runs_no_code", "test_objects_run_no_code",
+    "test_nothing_outside_can_be_reached", "test_right_and_wrong_answers"}
 """Tests that also run on the oldest supported versions: golden steps, brute force, tensor and pipeline ranks, saving
-and resuming, conversion, flags, and what reads Megatron-Core differently in different versions."""
+and resuming, conversion, flags, the code sandbox, and what reads Megatron-Core differently in different versions."""
 LONGEST = ["run/test_kills.py", "run/test_stopping.py", "run/test_training.py", "model/test_flex_attention.py",
            "tools/test_gpu_script.py", "hf/test_conversion_resources.py", "model/test_kernels.py",
            "model/test_strided_attention.py", "tools/test_benchmark.py", "checkpointing/test_saving.py",

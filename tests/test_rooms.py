@@ -5,10 +5,11 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "megatron_ebft"
 BELOW = {
-    "run": {"method", "rollout", "checkpointing", "data", "model", "layout", "parallel", "common"},
+    "run": {"method", "rollout", "verifiers", "checkpointing", "data", "model", "layout", "parallel", "common"},
     "hf": {"checkpointing", "data", "model", "parallel", "common"},
     "method": {"rollout", "data", "model", "layout", "parallel", "common"},
     "rollout": {"data", "model", "layout", "parallel", "common"},
+    "verifiers": {"common"},
     "checkpointing": {"model", "parallel", "common"},
     "data": {"layout", "parallel", "common"},
     "model": {"layout", "parallel", "common"},
