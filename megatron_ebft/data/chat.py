@@ -130,6 +130,9 @@ class ChatTemplate:
         answer_L = numpy.zeros(len(ids), dtype=bool)
         for begin, end in answers:
             answer_L |= (begin_L < end) & (end_L > begin)
+        if not answer_L.any():
+            raise ValueError("the chat template writes nothing of the assistant's messages; give another, "
+                             "--chat-template")
         split = sum(bool(((begin_L < begin) & (end_L > begin)).any()) for begin, _ in answers)
         last = next((i for i in reversed(range(len(ids))) if text[slice(*places[i])].strip()), 0)
         begin, end = answers[-1]

@@ -112,6 +112,8 @@ REFUSED = {
         r"in.jsonl:2: message 2: the chat template does not begin .*<think>.* becomes .*--chat-template"),
     "a failing template": ("{{ raise_exception('roles must alternate') }}", CHATML_TOKENS, say("hi", "hello"),
                            r"in.jsonl:2: the chat template fails \(TemplateError: roles must alternate"),
+    "a template that writes nothing": ("{% for message in messages %}{% endfor %}", CHATML_TOKENS, say("hi", "hello"),
+                                       "in.jsonl:2: the chat template writes nothing of the assistant's messages"),
     "no template": (None, CHATML_TOKENS, say("hi", "hello"), "--tokenizer-model: .* no chat template; give .*--chat-t"),
     "no list": (CHATML, CHATML_TOKENS, "hi", "in.jsonl:2: 'messages': not a list of messages"),
     "no object": (CHATML, CHATML_TOKENS, ["hi"], "in.jsonl:2: 'messages': message 1 is not an object"),
@@ -205,12 +207,13 @@ def test_bad_options_are_refused(tmp_path, capsys):
     assert "--tokenizer-type NullTokenizer: chat templates need" in capsys.readouterr().err
 
 
-def test_blocks_that_will_count(tmp_path, capsys):
+@pytest.mark.parametrize("kind", [("--messages-key", "messages"), ("--json-keys", "text")])
+def test_blocks_that_will_count(kind, tmp_path, capsys):
     """The report against a loop over the tokens of the rows."""
-    records = [dict(messages=say("hi", "a" * (i % 7), "more", "b" * (i % 13))) for i in range(80)]
+    records = [dict(messages=say("hi", "a" * (i % 7), "more", "b" * (i % 13)), text="x" * (20 + i)) for i in range(80)]
     G, s, c, T = 4, 3, 5, 64
     flags = ["--seq-length", T, "--ebft-rollout-length", G, "--ebft-stride", s, "--ebft-context-length", c]
-    prefix, tokenizer = chat_dataset(tmp_path, CHATML, CHATML_TOKENS, records, *flags)
+    prefix, tokenizer = chat_dataset(tmp_path, CHATML, CHATML_TOKENS, records, *kind, *flags)
     rows = build(tmp_path, [None, 0, 0], data_path=[prefix], split="1", tokenizer=tokenizer, seq_length=T)[0]
     counting, blocks, tokens = 0, 0, 0
     for row in (rows[i] for i in range(len(rows))):

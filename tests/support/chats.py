@@ -44,7 +44,8 @@ def chat_dataset(folder: Path, template: str, tokens: dict, records: list[dict],
     tokenizer."""
     model = chat_tokenizer(folder / "model", template, **tokens)
     source = write_lines(folder / "in.jsonl", records)
-    kind = () if "--question-key" in flags else ("--messages-key", "messages")
+    has_kind = {"--question-key", "--json-keys"} & set(flags)
+    kind = () if has_kind else ("--messages-key", "messages")
     prefix = preprocess("--input", source, "--output-prefix", folder / "out", *kind, "--tokenizer-type",
                         "HuggingFaceTokenizer", "--tokenizer-model", model, *flags, code=code)
     return prefix, build_tokenizer("HuggingFaceTokenizer", str(model))
