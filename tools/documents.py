@@ -1,6 +1,6 @@
 """Records to documents: token ids, which of them are answers, and the question that is kept beside them.
 
-A kind of document (`Text`, `Pair`, `Chat`) turns the fields of a record into ids. `Encoder` adds what every document
+A kind of document (`Pair`, `Chat`) turns the fields of a record into ids. `Encoder` adds what every document
 has, whatever its kind: beginning-of-text and end-of-document ids, the limit on its length, its question.
 """
 
@@ -97,7 +97,7 @@ def text_of(fields: dict, key: str) -> str:
 @dataclass
 class Pair(Kind):
     """question + answer: the answer's tokens continue the question's. Questions of several fields are joined by blank
-    lines; empty fields are left out."""
+    lines; empty fields are left out. Plain text is an answer without a question."""
 
     tokenizer: Tokenizer
     question_keys: list[str]

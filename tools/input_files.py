@@ -43,9 +43,7 @@ def _files_of_folder(folder: str) -> list[str]:
     flag, state = f"--input {folder}", os.path.join(folder, "state.json")
     splits = os.path.join(folder, "dataset_dict.json")
     if os.path.isfile(splits):
-        names = read_json(splits, flag).get("splits", [])
-        raise ValueError(f"{flag}: holds several splits; name one: "
-                         f"{', '.join(os.path.join(folder, str(name)) for name in names)}")
+        raise ValueError(f"{flag}: holds several splits; name one, such as {os.path.join(folder, 'train')}")
     if not os.path.isfile(state):
         raise ValueError(f"{flag}: is a folder, but not one that `datasets` saved (no state.json in it); name its "
                          f"files, such as '{os.path.join(folder, '*.jsonl')}'")
@@ -55,10 +53,10 @@ def _files_of_folder(folder: str) -> list[str]:
                          "flatten_indices(), and save it again")
     try:
         names = [entry["filename"] for entry in content["_data_files"]]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{flag}: its state.json names no data files; save it again") from error
-    if not all(isinstance(name, str) and is_inside(name) for name in names):
-        raise ValueError(f"{flag}: its state.json names files outside of it; save it again")
+    except (KeyError, TypeError):
+        names = []
+    if not names or not all(isinstance(name, str) and is_inside(name) for name in names):
+        raise ValueError(f"{flag}: its state.json names no data files of the folder; save it again")
     return [os.path.join(folder, name) for name in names]
 
 

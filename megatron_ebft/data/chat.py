@@ -64,9 +64,10 @@ def read_messages(value: object) -> list[dict]:
             raise ValueError(f"message {number} is not an object with role and content")
         message = {key: part for key, part in message.items() if part is not None}
         if "role" not in message and "from" in message:
-            if message["from"] not in SHAREGPT_ROLES:
-                raise ValueError(f"message {number} is from {message['from']!r}; known are {', '.join(SHAREGPT_ROLES)}")
-            message = {"role": SHAREGPT_ROLES[message["from"]], "content": message.get("value")}
+            speaker = str(message["from"])
+            if speaker not in SHAREGPT_ROLES:
+                raise ValueError(f"message {number} is from {speaker!r}; known are {', '.join(SHAREGPT_ROLES)}")
+            message = {"role": SHAREGPT_ROLES[speaker], "content": message.get("value")}
         role, content = message.get("role"), message.get("content", "" if len(message) > 1 else None)
         if not isinstance(role, str) or not isinstance(content, str | list):
             raise ValueError(f"message {number} needs a role and a content; it has {', '.join(map(repr, message))}")

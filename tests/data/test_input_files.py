@@ -112,7 +112,7 @@ def bytes_beside_a_question(folder):
 
 def splits(folder):
     (folder / "in").mkdir()
-    (folder / "in" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    (folder / "in" / "dataset_dict.json").write_text("{}")
 
 
 def plain_folder(folder):
@@ -136,10 +136,10 @@ REFUSED = {
     "unknown column": (unknown_column, "--input .*in: no column 'a'; it has 'q', 'answer', 'tests'"),
     "another type": (another_type, "in:1: 'q' is not a text"),
     "bytes beside a question": (bytes_beside_a_question, "in:1: --keep-keys tests: .*keep texts, numbers and lists"),
-    "splits": (splits, "--input .*in: holds several splits; name one: .*in/train, .*in/test"),
+    "splits": (splits, "--input .*in: holds several splits; name one, such as .*in/train"),
     "plain folder": (plain_folder, "--input .*in: is a folder, but not one .*no state.json in it.*files, such as"),
     "selection": (selection, "--input .*in: holds a selection of rows as indices; .*flatten_indices"),
-    "outside": (outside, "--input .*in: its state.json names files outside"),
+    "outside": (outside, "--input .*in: its state.json names no data files of the folder"),
 }
 
 
