@@ -49,8 +49,11 @@ def named(place: str):
         raise ValueError(f"{place}: {error}") from error
 
 
-def read_batches(paths: list[str]) -> Iterator[Batch]:
+def read_batches(paths: list[str], flag: str = "--input") -> Iterator[Batch]:
     """The lines of the files, in order.
+
+    Args:
+        flag: that named them.
 
     Raises:
         ValueError: a file has another format or is damaged; names it.
@@ -58,7 +61,7 @@ def read_batches(paths: list[str]) -> Iterator[Batch]:
     """
     for path in paths:
         batch, size, read = Batch(path, 1, []), 0, 0
-        with open(path, "rb") as raw, _lines(path, raw) as lines:
+        with open(path, "rb") as raw, _lines(path, raw, flag) as lines:
             for line in lines:
                 batch.lines.append(line)
                 size += len(line)
@@ -72,21 +75,21 @@ def read_batches(paths: list[str]) -> Iterator[Batch]:
 
 
 @contextlib.contextmanager
-def _lines(path: str, raw: io.BufferedReader):
+def _lines(path: str, raw: io.BufferedReader, flag: str):
     """The lines of an open file, decompressed."""
     head = raw.peek(8)
     for magic, name in OTHER_FORMATS.items():
         if head.startswith(magic):
-            raise ValueError(f"--input {path}: is {name}; give JSON Lines, plain or compressed by gzip or Zstandard")
+            raise ValueError(f"{flag} {path}: is {name}; give JSON Lines, plain or compressed by gzip or Zstandard")
     try:
         if head.startswith(b"\x1f\x8b"):
             yield gzip.GzipFile(fileobj=raw)
         elif head.startswith(b"\x28\xb5\x2f\xfd"):
-            yield _zstandard(path, raw)
+            yield _zstandard(path, raw, flag)
         else:
             yield raw
     except (EOFError, zlib.error, gzip.BadGzipFile, ZstdError) as error:
-        raise ValueError(f"--input {path}: is damaged ({error}); copy or compress it again") from error
+        raise ValueError(f"{flag} {path}: is damaged ({error}); copy or compress it again") from error
 
 
 def parse_line(line: bytes) -> dict:
@@ -122,12 +125,12 @@ except ImportError:
     ZstdFile = None
 
 
-def _zstandard(path: str, raw: io.BufferedReader) -> io.BufferedIOBase:
+def _zstandard(path: str, raw: io.BufferedReader, flag: str) -> io.BufferedIOBase:
     if ZstdFile is not None:
         return ZstdFile(raw)
     try:
         import zstandard
     except ImportError as error:
-        raise ValueError(f"--input {path}: is compressed by Zstandard: pip install zstandard, or decompress it"
+        raise ValueError(f"{flag} {path}: is compressed by Zstandard: pip install zstandard, or decompress it"
                          ) from error
     return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))

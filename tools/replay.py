@@ -90,23 +90,9 @@ def parse(argv: list[str]):
     return check_args(args), step, hf, weights
 
 
-@torch.no_grad()
-def load_hf_weights(policy: list, hf, weights) -> None:
-    """Set this rank's part of a policy from Hugging Face tensors; padding of the vocabulary becomes 0."""
-    from megatron_ebft.checkpointing.sharded_weights import sharded_tensors, sharded_weights
-    from megatron_ebft.hf.families import VOCABULARY
-
-    for tensor in sharded_tensors(sharded_weights(policy)):
-        entry = hf.entries[tensor.key]
-        whole = entry.join([weights.read(name) for name in entry.names])
-        if tensor.key in VOCABULARY:
-            whole = torch.nn.functional.pad(whole, (0, 0, 0, tensor.global_shape[0] - len(whole)))
-        place = tensor.global_offset[tensor.prepend_axis_num:]
-        tensor.data.copy_(whole[tuple(slice(first, first + size) for first, size in zip(place, tensor.data.shape))])
-
-
 def build(args, hf, weights):
     """Policy, encoder and, with a KL term, the start, with their weights; and the configuration of the method."""
+    from megatron_ebft.hf.load import load_hf_weights
     from megatron_ebft.run.configs import ebft_config, model_args
     from megatron_ebft.run.models import Source, build_models
 

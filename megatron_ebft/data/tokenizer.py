@@ -104,6 +104,15 @@ class Tokenizer(ABC):
         """The text of ids that `tokenize` made, with the special ids that the text spelled."""
         return self._decode(ids)
 
+    def prompt_ids(self, text: str) -> list[int]:
+        """The ids of a text that a model is to continue: with the beginning-of-text id if the tokenizer adds one."""
+        return ([self.bos] if self.adds_bos else []) + self.tokenize(text)
+
+    def completion_text(self, ids: list[int]) -> str:
+        """The text of ids that follow others, without special ids."""
+        mark = [] if self._is_additive else self._mark_ids
+        return self.detokenize(mark + ids)[len(self.detokenize(mark)):]
+
     def continue_text(self, text: str) -> list[int]:
         """The ids of a text that follows another text."""
         if self._is_additive:

@@ -169,6 +169,22 @@ def all_documents(values_B: Tensor) -> Tensor:
     return torch.cat(_all_gather(values_B, parallel_state.get_data_parallel_group())[:: sample_size()])
 
 
+def dealt(items: list) -> list:
+    """This data-parallel rank's share of items that every rank has."""
+    return items[parallel_state.get_data_parallel_rank() :: dp_size()]
+
+
+def collected(results: list) -> list:
+    """The results of all data-parallel ranks, on every rank, in the order of the items that were `dealt`. Any objects
+    that can be pickled."""
+    parts: list[list] = [[] for _ in range(dp_size())]
+    dist.all_gather_object(parts, results, group=parallel_state.get_data_parallel_group())
+    whole: list = [None] * sum(map(len, parts))
+    for rank, part in enumerate(parts):
+        whole[rank :: len(parts)] = part
+    return whole
+
+
 def _all_gather(values: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     """The tensors of all ranks of a group. They must have the same shape."""
     parts = [torch.empty_like(values, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]

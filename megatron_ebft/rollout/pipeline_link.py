@@ -13,13 +13,14 @@ from megatron_ebft.parallel.groups import is_first_stage, is_last_stage, pp_grou
 
 
 class PipelineLink:
-    """This rank's ends of the links to its neighbours in the pipeline."""
+    """This rank's ends of the links to its neighbours in the pipeline, and of the one from the last stage to all."""
 
     def __init__(self):
         group = pp_group()
         rank, size = dist.get_rank(group), dist.get_world_size(group)
         ranks = dist.get_process_group_ranks(group)
         self.previous, self.next = ranks[rank - 1], ranks[(rank + 1) % size]
+        self.last, self.others = ranks[-1], ranks[:-1]
         self.incoming = wrap_group() if is_first_stage() else group
         self.outgoing = wrap_group() if is_last_stage() else group
         self._sent: list[tuple] = []
@@ -35,6 +36,19 @@ class PipelineLink:
         self._sent = [(work, kept) for work, kept in self._sent if not work.is_completed()]
         values = values.contiguous()
         self._sent.append((dist.isend(values, self.next, group=self.outgoing), values))
+
+    def announce(self, values: Tensor) -> None:
+        """From the last stage: hand to every other stage."""
+        values = values.contiguous()
+        for rank in self.others:
+            group = self.outgoing if rank == self.next else pp_group()
+            self._sent.append((dist.isend(values, rank, group=group), values))
+
+    def hear(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """On every other stage: what the last one announced next."""
+        buffer = torch.empty(shape, dtype=dtype, device=device())
+        dist.irecv(buffer, self.last, group=self.incoming if is_first_stage() else pp_group()).wait()
+        return buffer
 
     def finish(self) -> None:
         """Wait until all that was sent has arrived."""

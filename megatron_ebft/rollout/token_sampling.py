@@ -63,7 +63,7 @@ class Draws:
         return tuple(x.unflatten(0, logits_PBV.shape[:2]).transpose(0, 1) for x in drawn)
 
 
-def uniform(seed: int, iteration: int, document: Tensor, block: Tensor, sample: Tensor,
+def uniform(seed: int, iteration: int, document: Tensor, block: Tensor | int, sample: Tensor,
             step: Tensor | int) -> Tensor:
     """Uniform numbers in [0, 1), float64, of the broadcast shape of document, block, sample and step (int64)."""
     state = torch.zeros((), dtype=torch.int64, device=document.device)
@@ -151,6 +151,21 @@ def draw(logits_RV: Tensor, real: int, numbers_RM: Tensor, temperature: float, t
     tokens, log_probs, entropy, log_sum = (torch.cat(x) for x in zip(*parts))
     log_sum = log_sum.to(torch.promote_types(logits_RV.dtype, torch.float32))
     return tokens, log_probs.float(), entropy.float(), log_sum
+
+
+def most_likely(logits_RV: Tensor, real: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """The most likely token of each distribution, the first of equal ones, and its log-probability: int64 and float32
+    [R]. Arguments as for `sample`."""
+    columns = logits_RV[:, :real] if real else logits_RV.new_full((len(logits_RV), 1), -torch.inf)
+    top_R, tokens_R = columns.max(-1)
+    top_R = top_R.to(torch.promote_types(top_R.dtype, torch.float32))
+    tokens_R = tokens_R + dist.get_rank(group) * logits_RV.shape[1]
+    log_probs_R = top_R - log_sum_exp(logits_RV, real, 1.0, group)
+    if dist.get_world_size(group) > 1:
+        tops = [torch.empty_like(top_R) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(tops, top_R, group=group)
+        tokens_R, log_probs_R = _from_owner(tokens_R, log_probs_R, torch.stack(tops).argmax(0), group)
+    return tokens_R, log_probs_R.float()
 
 
 # ---------------------------------------------------------------- without filters

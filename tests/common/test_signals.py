@@ -11,6 +11,7 @@ ASKED = """
 import signal
 from megatron_ebft.common import signals
 signal.signal(signal.SIGHUP, signal.{hangup})  # SIG_IGN: under nohup
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may run in the background, where it is ignored
 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # by a job script, until there is a handler
 signals.install_handlers()
 for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):

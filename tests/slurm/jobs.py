@@ -71,8 +71,9 @@ class Job:
     def text(self) -> str:
         return self.output.read_text() if self.output.exists() else ""
 
-    def until(self, pattern: str, timeout: float = 180) -> None:
-        """Wait for a line of the output."""
+    def until(self, pattern: str, timeout: float = 600) -> None:
+        """Wait for a line of the output. Generous, since machines are slow: a job that ends without it fails at
+        once."""
         end, state = time.monotonic() + timeout, "PENDING"
         while not re.search(pattern, self.text()):
             assert time.monotonic() < end and state not in ("FAILED", "TIMEOUT", "CANCELLED", "COMPLETED"), (

@@ -1,0 +1,24 @@
+"""Stop strings: texts that end a completion."""
+
+from megatron_ebft.data.tokenizer import Tokenizer
+
+
+class StopStrings:
+    """Says whether tokens so far have come to one of the strings.
+
+    A string may begin and end inside tokens. It must be in the completion as a whole: what is in the prompt does not
+    count.
+    """
+
+    def __init__(self, strings: list[str], tokenizer: Tokenizer):
+        self.strings, self.tokenizer = strings, tokenizer
+        self.length = 4 + max((len(text.encode()) for text in strings), default=0)
+        """So many tokens at the end hold a string that has just been completed, even if each has only one byte."""
+
+    def __call__(self, tokens: list[int]) -> bool:
+        text = self.tokenizer.completion_text(tokens[-self.length:])
+        return any(string in text for string in self.strings)
+
+    def cut(self, text: str) -> str:
+        """A text up to the first of the strings."""
+        return text[: min((place for string in self.strings if (place := text.find(string)) >= 0), default=len(text))]
