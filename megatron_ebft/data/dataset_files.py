@@ -186,7 +186,8 @@ def check_answers(prefix: str, flag: str) -> None:
     """ValueError, naming the flag, unless a dataset has an answer mask."""
     if not IndexedDataset.exists(prefix + ANSWER_MASK_SUFFIX):
         raise ValueError(f"--ebft-answer-only: {flag} {prefix} has no answer mask; make it with "
-                         "tools/preprocess_data.py --question-key and --answer-key, or leave the flag out")
+                         "tools/preprocess_data.py --messages-key, or --question-key and --answer-key, or leave the "
+                         "flag out")
 
 
 def check_tokenizer(prefixes: Sequence[str], tokenizer: Tokenizer) -> None:

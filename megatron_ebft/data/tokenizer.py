@@ -28,6 +28,15 @@ MOST_IDS = 1 << 31
 """Ids are stored in 32 bits."""
 
 
+def first_difference(text: str, other: str) -> str:
+    """How another text differs from a text, where it first does; empty if they are equal."""
+    if text == other:
+        return ""
+    first = len(os.path.commonprefix([text, other]))
+    around = slice(max(0, first - 10), first + 20)
+    return f"{text[around]!r} becomes {other[around]!r}"
+
+
 @contextlib.contextmanager
 def _reading(path: str, what: str):
     """Any error of another library's parser becomes a ValueError that names the file."""
@@ -203,6 +212,48 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def decode(self, ids: list[int]) -> str:
         return self._model.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def tokenize_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of a text, and the characters that each is of: begin and end.
+
+        Raises:
+            ValueError: the tokenizer cannot tell.
+        """
+        if not self._model.is_fast:
+            raise ValueError("--tokenizer-model: this tokenizer does not tell the places of its ids in a text; give "
+                             "one with a tokenizer.json")
+        encoded = self._model(text, add_special_tokens=False, return_offsets_mapping=True)
+        return encoded["input_ids"], encoded["offset_mapping"]
+
+    def chat_template(self) -> str:
+        """The tokenizer's own chat template.
+
+        Raises:
+            ValueError: it has none; names the flags.
+        """
+        try:
+            return self._model.get_chat_template()
+        except ValueError as error:
+            raise ValueError("--tokenizer-model: this tokenizer has no chat template; give one, --chat-template"
+                             ) from error
+
+    def render_chat(self, messages: list[dict], template: str, add_generation_prompt: bool) -> str:
+        """The text that a chat template makes of messages.
+
+        Raises:
+            ValueError: the template fails.
+        """
+        try:
+            return self._model.apply_chat_template(messages, chat_template=template, tokenize=False,
+                                                   add_generation_prompt=add_generation_prompt)
+        except Exception as error:  # a template is a program, and raises whatever it likes
+            raise ValueError(f"the chat template fails ({type(error).__name__}: {error})") from error
+
+    @functools.cached_property
+    def special_texts(self) -> tuple[str, ...]:
+        """The texts of special ids."""
+        added = (token.content for token in self._model.added_tokens_decoder.values() if token.special)
+        return tuple({*self._model.all_special_tokens, *added})
 
 
 class NullTokenizer(Tokenizer):

@@ -1,9 +1,11 @@
 """Which part of the data can count in the loss. A run is refused before it starts if nothing of it can."""
 
 import argparse
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from megatron_ebft.common.device import device
@@ -27,6 +29,30 @@ class Shares:
     blocks: float | None
     """Of the blocks; None in a run that has none."""
 
+    @classmethod
+    def of(cls, rows: int, counts: Tensor) -> "Shares":
+        """From the sum of `count` over the rows."""
+        tokens, all_tokens, blocks, all_blocks = counts.tolist()
+        return cls(rows, tokens / max(all_tokens, 1), blocks / all_blocks if all_blocks else None)
+
+
+def count(rows: Iterable[dict], layout: StridedLayout | None, document_mask: bool, answer_only: bool) -> Tensor:
+    """Gold tokens that count, all gold tokens, blocks that count, all blocks: int64 [4].
+
+    Args:
+        rows: of a `RowDataset`.
+        layout: None: there are no blocks.
+    """
+    counts = torch.zeros(4, dtype=torch.int64)
+    for row in rows:
+        gold = GoldBatch(row["tokens"][None], torch.tensor([row["index"]]),
+                         row["documents"][None] if document_mask else None,
+                         row["answer_mask"][None] if answer_only else None)
+        for place, valid in enumerate((gold.gold_valid(), layout and gold.valid_blocks(layout))):
+            if valid is not None:
+                counts[2 * place:2 * place + 2] += torch.tensor([valid.sum(), valid.numel()])
+    return counts
+
 
 def shares(args: argparse.Namespace, dataset: Dataset, rows: int, layout: StridedLayout | None) -> Shares:
     """Shares over the first `rows` rows of a dataset, the same on every rank. All ranks must call, and share the rows.
@@ -34,18 +60,10 @@ def shares(args: argparse.Namespace, dataset: Dataset, rows: int, layout: Stride
     Raises:
         ValueError: a row has an id that the tokenizer does not know.
     """
-    counts = torch.zeros(4, dtype=torch.int64)
     with collective_errors():
-        for index in range(document_rank(), rows, document_size()):
-            row = dataset[index]
-            gold = GoldBatch(row["tokens"][None], torch.tensor([index]),
-                             row["documents"][None] if args.ebft_document_mask else None,
-                             row["answer_mask"][None] if args.ebft_answer_only else None)
-            for place, valid in enumerate((gold.gold_valid(), layout and gold.valid_blocks(layout))):
-                if valid is not None:
-                    counts[2 * place:2 * place + 2] += torch.tensor([valid.sum(), valid.numel()])
-    tokens, all_tokens, blocks, all_blocks = dp_sum(counts.to(device())).tolist()
-    return Shares(rows, tokens / max(all_tokens, 1), blocks / all_blocks if all_blocks else None)
+        mine = (dataset[index] for index in range(document_rank(), rows, document_size()))
+        counts = count(mine, layout, args.ebft_document_mask, args.ebft_answer_only)
+    return Shares.of(rows, dp_sum(counts.to(device())))
 
 
 def check_counts(args: argparse.Namespace, config: EBFTConfig | None, train_data: Dataset,

@@ -5,9 +5,9 @@ import shutil
 from pathlib import Path
 
 import numpy
-import preprocess_data
 import pytest
 import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from small_data import VOCAB, T, all_rows, build, null_dataset, null_tokenizer, question_answers
 
 from megatron_ebft.data import dataset_files
@@ -43,7 +43,7 @@ def test_damaged_datasets_are_refused(tmp_path):
         shutil.copy(other + "_answer_mask" + ending, prefix + "_answer_mask" + ending)
     with pytest.raises(ValueError, match="its answer mask .* has documents of other lengths"):
         check_dataset(prefix)
-    preprocess_data.IndexedDatasetBuilder(str(tmp_path / "none.bin"), numpy.uint16).finalize(str(tmp_path / "none.idx"))
+    IndexedDatasetBuilder(str(tmp_path / "none.bin"), numpy.uint16).finalize(str(tmp_path / "none.idx"))
     with pytest.raises(ValueError, match="--train-data-path .*none: the dataset is empty"):
         build(tmp_path, [5, 0, 0], train_data_path=[str(tmp_path / "none")])
 

@@ -1,7 +1,7 @@
 """Documents end where the index says. Their cross entropy in packed rows is that of `transformers` on each alone.
 
 Three kinds of data on which end tokens tell something else: a chat model whose end token also ends each turn, random
-ids that contain the end token, and data without end tokens.
+ids that contain the end token, and data without end tokens. Of conversations, the answers alone are trained on.
 """
 
 from types import SimpleNamespace
@@ -12,6 +12,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from chats import CHATML, CHATML_TOKENS, chat_dataset, say
 from models import build_policy
 from small_data import VOCAB, build, null_dataset, null_tokenizer, preprocess, sentences, write_lines
 
@@ -96,3 +97,40 @@ def test_each_document_has_the_cross_entropy_of_transformers(kind, tmp_path, one
         cross_entropy_pass(policy, gold, 1, means, forward_only=True)
     expected, tokens = map(sum, zip(*total))
     assert means.reduce()["ce_loss"] == pytest.approx(expected.item() / tokens, abs=1e-6)
+
+
+def answers_by_hand(ids: list[int], header: list[int], end: int) -> list[bool]:
+    """Which tokens follow the assistant's header, up to the end of its turn."""
+    answers, inside = [], False
+    for place, token in enumerate(ids, 1):
+        answers.append(inside)
+        inside = token != end if inside else ids[max(place - len(header), 0):place] == header
+    return answers
+
+
+def test_sft_on_chats_has_the_cross_entropy_of_transformers(tmp_path, one_rank, float64):
+    """Over the assistant's tokens of each conversation, or of the piece of it in a row."""
+    texts = sentences(90)
+    records = [dict(messages=say(*texts[i:i + 2 + 2 * (i % 3)])) for i in range(60)]
+    prefix, tokenizer = chat_dataset(tmp_path, CHATML, CHATML_TOKENS, records)
+    model = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    documents = [model.apply_chat_template(record["messages"])["input_ids"] for record in records]
+    header = tokenizer.tokenize("<|im_start|>assistant\n")
+    answers = [answers_by_hand(ids, header, tokenizer.eod) for ids in documents]
+    dataset = build(tmp_path, [None, 0, 0], data_path=[prefix], split="1", tokenizer=tokenizer, seq_length=LENGTH)[0]
+    config, weights = plain_llama.random_llama(0, layers=2, hidden=16, ffn=24, heads=2, kv_heads=1,
+                                               vocab=tokenizer.vocab_size, dtype=torch.float64)
+    policy, theirs = build_policy(config, weights), transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
+    theirs.double().load_state_dict(weights)
+
+    total, count, means = 0.0, 0, Means()
+    for pieces, masks in zip(pieces_by_hand(dataset, documents), pieces_by_hand(dataset, answers), strict=True):
+        for ids, mask in zip(pieces, masks, strict=True):
+            labels = torch.tensor(ids).masked_fill(~torch.tensor(mask), -100)[1:]
+            with torch.no_grad():
+                total += torch.nn.functional.cross_entropy(theirs(torch.tensor([ids])).logits[0, :-1], labels,
+                                                           reduction="sum")
+            count += int((labels != -100).sum())
+    args = SimpleNamespace(global_batch_size=len(dataset), ebft_document_mask=True, ebft_answer_only=True)
+    cross_entropy_pass(policy, gold_batch(SimpleNamespace(args=args), dataset, 0), 1, means, forward_only=True)
+    assert count > 1000 and means.reduce()["ce_loss"] == pytest.approx(total.item() / count, abs=1e-6)

@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 
+import documents
 import json_lines
 import numpy
 import preprocess_data
@@ -48,7 +49,7 @@ BAD_INPUT = {
     "number": (b'7\n', r"in.jsonl:1: not a JSON object, {...}"),
     "nesting": (b'{"text": "1", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n", "in.jsonl:1: nested too deeply"),
     "gzip": (gzip.compress(b'{"text": "1"}\n' * 9999)[:-20], "--input .*in.jsonl: is damaged"),
-    "Parquet": (b"PAR1\0\0", "--input .*in.jsonl: is Parquet; give JSON Lines, plain or compressed by gzip or Zstan"),
+    "ZIP": (b"PK\3\4\0\0", "--input .*in.jsonl: is a ZIP archive; give JSON Lines, plain or compressed by gzip or Z"),
     "UTF-16": ('{"text": "1"}\n'.encode("utf-16"), "--input .*in.jsonl: is text in UTF-16"),
     "id": (b'{"text": "200"}\n', r"in.jsonl:1: --vocab-size 200"),
     "texts": (b'{"text": ""}\n', r"no documents for .*out_text_document \(1 empty texts\)"),
@@ -112,7 +113,7 @@ def test_long_texts_are_tokenised_in_pieces(kind, tmp_path, monkeypatch, capsys)
     path, made, seen = train_tokenizer(kind, tmp_path), [], []
     tokenize = build_tokenizer(kind, str(path)).__class__.tokenize
     for piece in (1 << 20, 100):
-        monkeypatch.setattr(preprocess_data, "PIECE", piece)
+        monkeypatch.setattr(documents, "PIECE", piece)
         with monkeypatch.context() as patch:
             patch.setattr(f"megatron_ebft.data.tokenizer.{kind}.tokenize",
                           lambda self, text: (seen.append(len(text)), tokenize(self, text))[1])
@@ -122,7 +123,7 @@ def test_long_texts_are_tokenised_in_pieces(kind, tmp_path, monkeypatch, capsys)
     assert max(seen[-30:]) <= 101 < max(seen)
     if kind == "HuggingFaceTokenizer":
         assert made[0] == made[1] and "warning" not in capsys.readouterr().out
-    assert "".join(preprocess_data.pieces("x" * 250 + " y")) == "x" * 250 + " y"
+    assert "".join(documents.pieces("x" * 250 + " y")) == "x" * 250 + " y"
 
 
 def test_texts_that_a_tokenizer_changes_are_counted(tmp_path, capsys):

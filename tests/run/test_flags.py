@@ -313,7 +313,7 @@ TOOLS = {  # own flags; training flags that it reads; one that it does not read
     "save_cost.py": ({"--save", "--repeats"}, {"--bf16", "--num-layers"}, "--load"),
     "rollout_schedule.py": ({"--repeats"}, {"--pipeline-model-parallel-size"}, "--data-path"),
     "preflight.py": ({"--ranks-per-node", "--node-only"}, set(), None),
-    "preprocess_data.py": ({"--input", "--workers"}, set(), "--seq-length"),
+    "preprocess_data.py": ({"--input", "--messages-key"}, {"--seq-length", "--ebft-stride"}, "--data-path"),
     "convert/hf_to_megatron.py": ({"--hf-model", "--verify"}, set(), "--seq-length"),
     "convert/megatron_to_hf.py": ({"--load", "--max-shard-size"}, set(), "--seq-length")}
 

@@ -9,6 +9,7 @@ import sentencepiece
 import tokenizers
 import torch
 import transformers
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_ebft.data.datasets import build_datasets
 from megatron_ebft.data.tokenizer import build_tokenizer
@@ -46,6 +47,12 @@ def null_dataset(folder, name, documents, *flags):
         flags = ("--question-key", "q", "--answer-key", "a", *flags)
     return preprocess("--input", source, "--output-prefix", folder / name, "--tokenizer-type", "NullTokenizer",
                       "--vocab-size", VOCAB, *flags)
+
+
+def read_documents(prefix) -> list[list[int]]:
+    """The ids of a dataset, or its mask, by document."""
+    data = IndexedDataset(str(prefix))
+    return [data[i].tolist() for i in range(len(data))]  # the dataset itself does not end an iteration
 
 
 def null_tokenizer(vocab_size=VOCAB):
@@ -88,6 +95,23 @@ def train_hugging_face(folder: Path, vocab_size: int = 60, **special) -> Path:
     model.train_from_iterator(sentences(300), tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=["<eos>"], show_progress=False))
     transformers.PreTrainedTokenizerFast(tokenizer_object=model, **special).save_pretrained(folder)
+    return folder
+
+
+def chat_tokenizer(folder: Path, template: str | None, special: list[str], merges=(), **named) -> Path:
+    """A Hugging Face tokenizer whose tokens are bytes, what `merges` makes of two of them, and special texts; returns
+    its folder.
+
+    Args:
+        named: eos_token, bos_token.
+    """
+    texts = [*sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
+    model = tokenizers.Tokenizer(tokenizers.models.BPE({text: i for i, text in enumerate(texts)}, list(merges)))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    model.add_special_tokens(special)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=model, chat_template=template, **named
+                                         ).save_pretrained(folder)
     return folder
 
 
