@@ -41,20 +41,20 @@ def unshare(namespaces: int) -> None:
 
 def mount(source: str, target: str, kind: str = "", flags: int = 0, options: str = "") -> None:
     """Mount a filesystem, or a folder that is mounted already (MS_BIND)."""
-    _call(f"mount {target}", libc.mount, source.encode(), target.encode(), kind.encode() or None,
+    _call(f"mount {target}", libc.mount, os.fsencode(source), os.fsencode(target), kind.encode() or None,
           ctypes.c_ulong(flags), options.encode() or None)
 
 
 def make_read_only(path: str, attributes: int = 0, is_recursive: bool = True) -> None:
     """Make the mount at a path read-only, and those below it, with more MOUNT_ATTRs."""
     wanted = struct.pack("QQQQ", MOUNT_ATTR_RDONLY | attributes, 0, 0, 0)
-    _syscall("mount_setattr", AT_FDCWD, path.encode(), AT_RECURSIVE if is_recursive else 0, wanted,
+    _syscall("mount_setattr", AT_FDCWD, os.fsencode(path), AT_RECURSIVE if is_recursive else 0, wanted,
              ctypes.c_size_t(len(wanted)))
 
 
 def unmount(path: str) -> None:
     """Detach what is mounted at a path."""
-    _call(f"umount {path}", libc.umount2, path.encode(), MNT_DETACH)
+    _call(f"umount {path}", libc.umount2, os.fsencode(path), MNT_DETACH)
 
 
 def pivot_root(root: str) -> None:
@@ -77,6 +77,5 @@ def empty_bounding_set() -> None:
 
 
 def drop_capabilities() -> None:
-    """Give up all capabilities, and set-user-ID programs with them."""
+    """Give up all capabilities."""
     _call("capset", libc.capset, struct.pack("Ii", CAPABILITY_VERSION_3, 0), bytes(24))
-    prctl(PR_SET_NO_NEW_PRIVS, 1)

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from pathlib import Path
@@ -24,7 +25,7 @@ SPARE = 5
 """Seconds that a child of `code` has beyond an answer's time: it stops the answer's program itself."""
 ROOT = Path(__file__).parents[2]
 """Where the package is imported from."""
-PROGRAM = ("import sys; sys.path = [sys.argv[1], *sys.argv[4:], *sys.path]; "
+PROGRAM = ("import sys; sys.path = [sys.argv[1], *sys.path, *sys.argv[4:]]; "
            "from megatron_ebft.verifiers.worker import main; main()")
 CLEAN = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1",
          "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -47,7 +48,7 @@ class _Child:
         self.seconds = judge["seconds"] + (SPARE if is_clean else 0)
         self.talk, theirs = socket.socketpair()
         settings = json.dumps({"parent": os.getpid(), "judge": judge})
-        path = [] if is_clean else [*(x or os.getcwd() for x in sys.path), os.getcwd()]
+        path = [sysconfig.get_path(x) for x in ("purelib", "platlib")] if is_clean else [*sys.path, os.getcwd()]
         command = [sys.executable, "-P", *(("-S", "-s") if is_clean else ()), "-c", PROGRAM, str(ROOT),
                    str(theirs.fileno()), settings, *path]
         with theirs, shielded():

@@ -19,6 +19,8 @@ DISK = 1 << 26
 """Bytes of a file. In the sandbox also bytes of all files."""
 FILES = 256
 """Open files of a process."""
+SIGNALS = {number.value: number.name for number in signal.Signals}
+"""Most real-time signals have no name."""
 
 
 def fork(body: Callable[[], None]) -> int:
@@ -66,7 +68,9 @@ def settle(folder: str, kept: int) -> None:
 
 def ending(code: int) -> str:
     """How a process ended: its exit code, or minus the signal that killed it."""
-    return f"ended with exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+    if code >= 0:
+        return f"ended with exit code {code}"
+    return f"killed by {SIGNALS.get(-code, f'signal {-code}')}"
 
 
 class Unsandboxed:
