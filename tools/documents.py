@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy
-from json_lines import Batch, named
 from tables import TableBatch
 
 from megatron_ebft.data.chat import ASSISTANT, ChatTemplate, NoAnswer, read_messages
+from megatron_ebft.data.json_lines import Batch, named
 from megatron_ebft.data.tokenizer import Tokenizer, first_difference
 
 PIECE = 1 << 20

@@ -22,8 +22,8 @@ import time
 import warnings
 
 import trained_model
-from json_lines import parse_line, read_batches
 
+from megatron_ebft.data.json_lines import read_objects
 from megatron_ebft.run.ending import fail
 from megatron_ebft.run.flags.flag import Flag, Group, above, at_least
 
@@ -48,23 +48,11 @@ def read_prompts(path: str, flag: str = "--prompts") -> list[dict]:
     Raises:
         ValueError: there is none, or one has no prompt; names the file and the line.
     """
-    lines = []
-    if not os.path.isfile(path):
-        raise ValueError(f"{flag} {path}: no such file")
-    for batch in read_batches([path], flag):
-        for number, line in enumerate(batch.lines, batch.first_line):
-            if not line.strip():
-                continue
-            try:
-                fields = parse_line(line)
-            except ValueError as error:
-                raise ValueError(f"{flag} {path}: line {number}: {error}") from error
-            if not isinstance(fields.get("prompt"), str):
-                raise ValueError(f'{flag} {path}: line {number}: has no text "prompt"')
-            lines.append(fields)
-    if not lines:
-        raise ValueError(f"{flag} {path}: has no prompts")
-    return lines
+    lines = read_objects(path, flag)
+    for place, fields in lines:
+        if not isinstance(fields.get("prompt"), str):
+            raise ValueError(f"{flag} {place}: has no text `prompt`")
+    return [fields for _, fields in lines]
 
 
 def prompt_ids(trained, prompts: list[str], max_new_tokens: int) -> list[list[int]]:

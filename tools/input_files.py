@@ -9,10 +9,10 @@ import glob
 import os
 from collections.abc import Iterator
 
-from json_lines import Batch, read_batches
 from tables import TableBatch, read_tables, table_format
 
 from megatron_ebft.common.disk import is_inside, read_json
+from megatron_ebft.data.json_lines import Batch, read_batches
 
 
 def find_files(values: list[str]) -> list[str]:

@@ -344,13 +344,13 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, Cluster]:
-    """Training flags, without FP8 and skipped rollouts, and the cluster.
-
-    Raises:
-        ValueError: naming the flag.
-    """
+    """Training flags, without FP8 and skipped rollouts, and the cluster. ValueError, naming the flag."""
     parser = Parser("tools/plan.py", __doc__, own=(CLUSTER,), reads=READS, defaults={"train_iters": 1})
-    args = check_args(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    if args.training_mode == "rlvr":
+        raise ValueError("--training-mode rlvr: its cost depends on how long completions become; the tool plans ebft "
+                         "and sft alone")
+    check_args(args)
     if args.ebft_step == "auto":
         args.ebft_step = "separate"  # as on a GPU
     if args.ebft_step == "fused" and args.ebft_blocks_per_microbatch:

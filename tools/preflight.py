@@ -90,6 +90,19 @@ def check_data(args, tokenizer, done, problems: Problems) -> tuple | None:
     return None
 
 
+def check_questions(args, tokenizer, problems: Problems):
+    """Check the questions of an RLVR run, and whether their verifier works here. None where there are none."""
+    from megatron_ebft.run.rlvr import build_rlvr
+
+    if args.training_mode != "rlvr" or tokenizer is None or len(problems):
+        return None
+    rlvr = None
+    with problems.collected(), rank_zero(1, ONE_RANK):
+        rlvr = build_rlvr(args, tokenizer, (tokenizer.eod,))
+        rlvr.close()
+    return rlvr
+
+
 def check_checkpoints(args, is_resumed: bool, problems: Problems) -> dict:
     """Check every checkpoint that the run will read. Returns its reader by flag."""
     from megatron_ebft.checkpointing.folders import newest_first, resolve
@@ -174,7 +187,6 @@ def check_save(args, size: int) -> str:
 def check_run(args, problems: Problems) -> list[str]:
     """Check everything but GPUs. Returns phrases that describe the run."""
     from megatron_ebft.checkpointing.record import TrainState, read_metadata
-    from megatron_ebft.data.datasets import content_hashes
     from megatron_ebft.data.tokenizer import build_tokenizer
     from megatron_ebft.run import build, configs, folders, resume
     from megatron_ebft.run.counts import check_counts
@@ -205,9 +217,10 @@ def check_run(args, problems: Problems) -> list[str]:
     with problems.collected():
         saved, done = resume.progress(args, readers["--load"].folder if "--load" in readers else None)
     data = check_data(args, None if wrong else tokenizer, done, problems)
+    rlvr = check_questions(args, None if wrong else tokenizer, problems)
     if saved is not None and data is not None:
         with problems.collected():
-            resume.changed_data(saved, content_hashes(args.data_path, args.train_data_path, args.valid_data_path), args)
+            resume.changed_data(saved, build.data_hashes(args, rlvr), args)
     size = 0
     if tokenizer is not None:
         for flag, reader in readers.items():

@@ -34,11 +34,11 @@ from dataset_report import READS, report
 from dataset_writer import DatasetWriter, QuestionWriter
 from documents import Chat, Document, Encoder, Kind, Pair
 from input_files import find_files, read_records
-from json_lines import Batch
 from megatron.core.datasets.indexed_dataset import DType
 from tables import TableBatch
 
 from megatron_ebft.data.chat import ChatTemplate
+from megatron_ebft.data.json_lines import Batch
 from megatron_ebft.data.tokenizer import TOKENIZER_TYPES, Tokenizer, build_tokenizer
 from megatron_ebft.run.flags.checks import check_args
 from megatron_ebft.run.flags.flag import Flag, Group, at_least

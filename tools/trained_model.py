@@ -2,7 +2,6 @@
 ranks."""
 
 import argparse
-import json
 import os
 from dataclasses import dataclass
 
@@ -62,6 +61,7 @@ def load(args: argparse.Namespace) -> TrainedModel:
     Raises:
         ValueError: it is missing, damaged or not supported; names the flag.
     """
+    from megatron_ebft.checkpointing.companions import end_ids, read_companions
     from megatron_ebft.data.tokenizer import build_tokenizer
     from megatron_ebft.run.configs import model_args
 
@@ -71,7 +71,7 @@ def load(args: argparse.Namespace) -> TrainedModel:
     architecture = model_args(args, tokenizer.vocab_size)
     model = source.build(args, architecture)
     return TrainedModel(model=model, tokenizer=tokenizer, architecture=architecture, origin=f"{flag} {folder}",
-                        end_ids=_end_ids(source.companions, tokenizer))
+                        end_ids=end_ids(read_companions(source.companions), tokenizer.eod))
 
 
 class _HuggingFace:
@@ -122,17 +122,3 @@ class _Checkpoint:
         model = build_start(architecture, **transformer_overrides(args))
         load_weights(self.folder, model, architecture=fixed_fields(architecture), flag="--load")
         return model
-
-
-def _end_ids(folder: str, tokenizer) -> tuple[int, ...]:
-    """The tokenizer's end of documents, and those that generation_config.json in the folder names, as chat models
-    do."""
-    from megatron_ebft.checkpointing.companions import GENERATION_CONFIG, read_companions
-
-    content = read_companions(folder, (GENERATION_CONFIG,)).get(GENERATION_CONFIG, b"{}")
-    try:
-        named = json.loads(content).get("eos_token_id") or []
-    except ValueError as error:
-        raise ValueError(f"{os.path.join(folder, GENERATION_CONFIG)}: is damaged ({error})") from error
-    named = [named] if isinstance(named, int) else named
-    return tuple(sorted({tokenizer.eod, *(int(token) for token in named)}))

@@ -5,7 +5,7 @@ They are the configuration, the generation settings and the tokenizer.
 
 import os
 
-from megatron_ebft.common.disk import is_regular, read_bytes
+from megatron_ebft.common.disk import is_regular, parse_json, read_bytes
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 SENTENCEPIECE = "tokenizer.model"
@@ -33,3 +33,18 @@ def write_companions(folder: str, companions: dict[str, bytes]) -> None:
     for name, content in companions.items():
         with open(os.path.join(folder, name), "wb") as file:
             file.write(content)
+
+
+def end_ids(companions: dict[str, bytes], eod: int) -> tuple[int, ...]:
+    """Tokens that end a completion: the tokenizer's end of documents, and those that the generation settings name, as
+    those of chat models do.
+
+    Raises:
+        ValueError: the settings are damaged.
+    """
+    settings = parse_json(companions.get(GENERATION_CONFIG, b"{}"), GENERATION_CONFIG)
+    named = settings.get("eos_token_id") or []
+    named = named if isinstance(named, list) else [named]
+    if not all(isinstance(token, int) for token in named):
+        raise ValueError(f"{GENERATION_CONFIG}: eos_token_id is {named}; it must be a number, or a list of numbers")
+    return tuple(sorted({eod, *named}))

@@ -259,6 +259,8 @@ class HuggingFaceTokenizer(Tokenizer):
 class NullTokenizer(Tokenizer):
     """For tests and benchmarks: the text is a list of decimal ids, separated by spaces. The last id ends documents."""
 
+    _is_additive = True
+
     def __init__(self, vocab_size: int):
         super().__init__("NullTokenizer", vocab_size, vocab_size, vocab_size - 1,
                          hashlib.sha256(f"NullTokenizer {vocab_size}".encode()).hexdigest())

@@ -1,4 +1,4 @@
-"""The configuration of the method: everything an EBFT step computes is decided by these fields."""
+"""The configuration of the method: everything an EBFT step, or an RLVR step, computes is decided by these fields."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,7 @@ from megatron_ebft.layout.strided import StridedLayout
 from megatron_ebft.method.features import FeatureMap
 from megatron_ebft.model.fp8 import FP8
 from megatron_ebft.parallel.groups import sample_size
+from megatron_ebft.rollout.generation import GenerationConfig
 from megatron_ebft.rollout.sampler import SamplingConfig
 
 
@@ -53,3 +54,27 @@ class EBFTConfig:
     def num_samples(self) -> int:
         """n, rollouts of a block over all ranks; `layout` has this rank's n/S."""
         return self.layout.num_samples * sample_size()
+
+
+@dataclass(kw_only=True)
+class RLVRConfig:
+    """RLVR, and how to compute it."""
+
+    generation: GenerationConfig
+    """How completions are drawn: n of each question, τ, the longest."""
+    advantage: str
+    """`rloo`, `reinforce` or `group_norm` (energy.advantages)."""
+    rl_coef: float
+    """Weight of the REINFORCE loss."""
+    kl_coef: float
+    """β, weight of KL(policy ‖ start)."""
+    kl_estimator: str
+    """`k1`, `k2` or `k3` (losses.kl_estimate)."""
+    importance_cap: float
+    """C, cap of the importance weights; 0: no weights."""
+    row_length: int
+    """T, tokens of a row in which the training pass packs prompts with their completions."""
+    micro_batch_size: int
+    """Rows of a micro-batch on one rank."""
+    rows_multiple: int = 1
+    """The training pass has a multiple of so many micro-batches (virtual stages need one of the pipeline's)."""

@@ -47,12 +47,23 @@ def measure_mismatch(rollouts: Rollouts, scores: Scores, start_BKNG: Tensor | No
     """
     valid = valid_BK[..., None, None]
     scored = valid & scores.is_scored_BKNG
-    change = scores.rollout_BKNG - rollouts.log_probs_BKNG
-    mismatch = change.abs()
     means.add_masked("entropy", rollouts.entropy_BKNG, valid)
+    measure_sampler(scores.rollout_BKNG, rollouts.log_probs_BKNG, scored, cap, means)
+    if start_BKNG is not None:
+        means.add_masked("distance_to_start", (scores.rollout_BKNG - start_BKNG).abs(), scored)
+
+
+def measure_sampler(log_probs: Tensor, sampled: Tensor, scored: Tensor, cap: float, means: Means) -> None:
+    """How far the sampler is from the training pass.
+
+    Args:
+        log_probs, sampled: log-probabilities of tokens, by the training pass and by the sampler.
+        scored: bool; which of them count.
+        cap: of the importance weights; 0: none.
+    """
+    change = log_probs - sampled
+    mismatch = change.abs()
     means.add_masked("mismatch", mismatch, scored)
     means.add_masked("mismatch_ratio", mismatch.exp(), scored)
     means.add_masked("mismatch_kl", torch.expm1(change) - change, scored)  # KL(sampler ‖ training pass), k3
     means.add_masked("importance_truncated", (change > math.log(cap or math.inf)).float(), scored)
-    if start_BKNG is not None:
-        means.add_masked("distance_to_start", (scores.rollout_BKNG - start_BKNG).abs(), scored)

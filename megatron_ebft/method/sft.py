@@ -3,15 +3,13 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-import torch
+from torch import Tensor
 
-from megatron_ebft.data.micro_batches import GoldBatch, GoldMicroBatches
+from megatron_ebft.data.micro_batches import GoldBatch
 from megatron_ebft.method import losses
 from megatron_ebft.method.means import Means
-from megatron_ebft.method.passes import run_schedule
+from megatron_ebft.method.passes import plain_pass
 from megatron_ebft.method.update import clear_gradients, update
-from megatron_ebft.model.attention import CausalPattern, as_mask
-from megatron_ebft.model.log_probabilities import LogProbs, gold_section
 from megatron_ebft.parallel.groups import dp_sum
 
 
@@ -48,15 +46,9 @@ def cross_entropy_pass(model, gold: GoldBatch, micro_batch_size: int, means: Mea
     valid = gold.gold_valid()
     count = dp_sum(valid.sum().float()).clamp(min=1)
 
-    def forward_step(iterator, model):
-        mb = next(iterator)
+    def loss(rows: slice, log_probs_BT: Tensor) -> Tensor:
+        ce = losses.cross_entropy(log_probs_BT, valid[rows])
+        means.add("ce_loss", ce.detach(), valid[rows].sum())
+        return ce / count
 
-        def loss_func(sections):
-            ce = losses.cross_entropy(sections[0].squeeze(-1).t(), valid[mb.rows])
-            means.add("ce_loss", ce.detach(), valid[mb.rows].sum())
-            return ce / count, torch.zeros((), dtype=torch.int), {}
-
-        mask = as_mask(CausalPattern(mb.document_BT))
-        return model(mb.tokens, mb.positions, mask, readout=LogProbs([gold_section(mb.tokens)])), loss_func
-
-    run_schedule(forward_step, GoldMicroBatches(gold, micro_batch_size), model, forward_only)
+    plain_pass(model, gold, micro_batch_size, 1.0, loss, forward_only)

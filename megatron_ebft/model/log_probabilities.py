@@ -55,9 +55,9 @@ def log_probs(logits_SBV: Tensor, sections: list[Section], model) -> tuple[Tenso
     return _VocabParallelLogProbs.apply(logits_SBV, model.num_real_ids, model.pg_collection.tp, sections)
 
 
-def gold_section(gold_BT: Tensor) -> Section:
-    """Gold tokens 1..T−1, each predicted by the token before it, at temperature 1."""
-    return Section(slice(0, gold_BT.shape[1] - 1), gold_BT[:, 1:].t()[:, :, None], 1.0)
+def gold_section(gold_BT: Tensor, temperature: float = 1.0) -> Section:
+    """Tokens 1..T−1 of plain rows, each predicted by the token before it."""
+    return Section(slice(0, gold_BT.shape[1] - 1), gold_BT[:, 1:].t()[:, :, None], temperature)
 
 
 def training_readout(row: RowLayout, gold_BT: Tensor, rollout_BKNG: Tensor, temperature: float) -> LogProbs:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 
-from megatron_ebft.common.device import backend, be_deterministic, init_device
+from megatron_ebft.common.device import backend, be_deterministic, device, init_device
 
 _sample_group: dist.ProcessGroup | None = None
 _wrap_group: dist.ProcessGroup | None = None
@@ -93,6 +93,13 @@ def dp_sum(values: Tensor) -> Tensor:
     """Sum over the data-parallel ranks, in place."""
     dist.all_reduce(values, group=parallel_state.get_data_parallel_group())
     return values
+
+
+def dp_max(count: int) -> int:
+    """The largest count of the data-parallel ranks."""
+    counts = torch.full((), count, device=device())
+    dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group())
+    return int(counts)
 
 
 def tp_group() -> dist.ProcessGroup:

@@ -3,11 +3,13 @@
 import argparse
 import dataclasses
 
+from megatron_ebft.checkpointing.companions import end_ids
 from megatron_ebft.checkpointing.fingerprint import weights_fingerprint
 from megatron_ebft.checkpointing.loader import load_checkpoint, newest_whole
 from megatron_ebft.checkpointing.record import TrainState, read_metadata
 from megatron_ebft.data.datasets import build_datasets, content_hashes
 from megatron_ebft.data.tokenizer import build_tokenizer
+from megatron_ebft.method.config import EBFTConfig
 from megatron_ebft.model.architecture import ModelArgs
 from megatron_ebft.parallel.groups import document_size
 from megatron_ebft.run.configs import (
@@ -19,6 +21,7 @@ from megatron_ebft.run.configs import (
     virtual_stages,
 )
 from megatron_ebft.run.counts import check_counts
+from megatron_ebft.run.flags.checks import reads_rows
 from megatron_ebft.run.folders import tensorboard_folder
 from megatron_ebft.run.learning_rate import rows_of_run
 from megatron_ebft.run.models import Models, Source, build_models, build_optimizer, fixed_fields
@@ -34,6 +37,7 @@ from megatron_ebft.run.resume import (
     progress,
     restore_architecture,
 )
+from megatron_ebft.run.rlvr import RLVR, build_rlvr
 from megatron_ebft.run.state import Run
 from megatron_ebft.run.step_dump import check_replay
 from megatron_ebft.run.stopping import Stopper
@@ -61,8 +65,12 @@ def build_run(args: argparse.Namespace) -> Run:
     if args.training_mode == "ebft":
         check_rollouts(args, architecture, config.layout)
     policy_overrides(args)  # refuses FP8 that cannot run, before data are read
+    companions = gather_companions(args, *origin)
+    rlvr = None
+    if args.training_mode == "rlvr":
+        rlvr = build_rlvr(args, tokenizer, end_ids(companions, tokenizer.eod))
     train_data, valid_data = build_data(args, tokenizer, state)
-    data = content_hashes(args.data_path, args.train_data_path, args.valid_data_path)
+    data = data_hashes(args, rlvr)
     changed = [] if saved is None else changed_data(saved, data, args)
     counted = check_counts(args, config, train_data, valid_data)
     if args.ebft_replay_steps:
@@ -73,9 +81,8 @@ def build_run(args: argparse.Namespace) -> Run:
         args, architecture, config,
         policy_from=Source("--pretrained-checkpoint", pretrained) if pretrained else None,
         encoder_from=Source("--ebft-encoder-load", encoder) if encoder else None,
-        has_start=args.training_mode == "ebft" and bool(args.ebft_kl_coef or args.ebft_track_kl))
+        has_start=has_start(args, config))
     optimizer, scheduler = build_optimizer(args, models.policy, state)
-    companions = gather_companions(args, *origin)
     metadata = _metadata(args, architecture, tokenizer, models) | {"beginning": began, "data": data}
     if resume:
         check_origins(saved, metadata, args)
@@ -83,9 +90,21 @@ def build_run(args: argparse.Namespace) -> Run:
                                    is_whole=True)
         metadata["changed"] = changed_flags(saved["arguments"], vars(args)) + changed
     return Run(mode=args.training_mode, policy=models.policy, encoder=models.encoder, start=models.start,
-               optimizer=optimizer, scheduler=scheduler, config=config, train_data=train_data, valid_data=valid_data,
-               counted=counted, tokenizer=tokenizer, args=args, metadata=metadata, state=state, companions=companions,
-               stopper=Stopper(args.exit_duration_in_mins, args.ebft_stop_file))
+               optimizer=optimizer, scheduler=scheduler, config=config, rlvr=rlvr, train_data=train_data,
+               valid_data=valid_data, counted=counted, tokenizer=tokenizer, args=args, metadata=metadata, state=state,
+               companions=companions, stopper=Stopper(args.exit_duration_in_mins, args.ebft_stop_file))
+
+
+def data_hashes(args, rlvr: RLVR | None) -> dict[str, str]:
+    """Content hashes of what a run trains and evaluates on, by path."""
+    hashes = content_hashes(args.data_path, args.train_data_path, args.valid_data_path)
+    return hashes if rlvr is None else hashes | {args.ebft_questions: rlvr.questions.content_hash}
+
+
+def has_start(args, config: EBFTConfig | None) -> bool:
+    """Whether the run keeps a frozen copy of its start: for a KL term, or to measure KL at evaluation."""
+    tracks = args.ebft_track_kl and config is not None
+    return args.training_mode != "sft" and bool(args.ebft_kl_coef or tracks)
 
 
 def _tokenizer_and_architecture(args, resume: str | None) -> tuple:
@@ -116,6 +135,11 @@ def _metadata(args, architecture: ModelArgs, tokenizer, models: Models) -> dict:
 def check_batch(args) -> None:
     """ValueError, naming the flag, unless the global batch can be shared out over the ranks there are."""
     ranks = document_size()
+    if not reads_rows(args):
+        if args.global_batch_size % ranks:
+            raise ValueError(f"--global-batch-size {args.global_batch_size}: must be a multiple of the {ranks} "
+                             "data-parallel ranks, which take different questions")
+        return
     if args.global_batch_size % (args.micro_batch_size * ranks):
         raise ValueError(f"--global-batch-size {args.global_batch_size}: must be a multiple of --micro-batch-size "
                          f"{args.micro_batch_size} × {ranks} ranks that take different rows (data-parallel size over "
@@ -129,10 +153,16 @@ def check_batch(args) -> None:
 
 
 def build_data(args, tokenizer, done: TrainState):
-    """The training and validation datasets of a run that has come to `done`; ValueError as build_datasets."""
+    """The training and validation datasets of a run that has come to `done`; ValueError as build_datasets.
+
+    Where a run reads no rows, there are none.
+    """
+    if not reads_rows(args):
+        return None, None
+    train_rows = 0 if args.training_mode == "rlvr" else rows_of_run(args, done)
     eval_rows = args.eval_iters * args.global_batch_size if args.eval_interval else 0
     train_data, valid_data, _ = build_datasets(
-        seq_length=args.seq_length, seed=args.seed, sizes=[rows_of_run(args, done), eval_rows, 0],
+        seq_length=args.seq_length, seed=args.seed, sizes=[train_rows, eval_rows, 0],
         tokenizer=tokenizer, data_path=args.data_path, split=args.split, train_data_path=args.train_data_path,
         valid_data_path=args.valid_data_path if eval_rows else None, test_data_path=None,
         data_cache_path=args.data_cache_path, need_answers=args.ebft_answer_only)

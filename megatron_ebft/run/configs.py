@@ -14,12 +14,14 @@ from megatron.core.optimizer import OptimizerConfig
 
 from megatron_ebft.common.device import have_gpu, memory_bytes
 from megatron_ebft.layout.strided import ROW_SIZES, StridedLayout
-from megatron_ebft.method.config import EBFTConfig
+from megatron_ebft.method.config import EBFTConfig, RLVRConfig
 from megatron_ebft.method.features import FeatureMap
 from megatron_ebft.model import flex_attention, kernels
 from megatron_ebft.model.architecture import ModelArgs, feature_layers, matrix_elements, split_layers
 from megatron_ebft.model.fp8 import FP8
 from megatron_ebft.model.fp8_sizes import BLOCK, ROWS
+from megatron_ebft.parallel.groups import document_size
+from megatron_ebft.rollout.generation import GenerationConfig
 from megatron_ebft.rollout.sampler import SamplingConfig
 from megatron_ebft.run.flags.checks import fp8_recipes, fp8_row_multiple, require_multiple, why_separate
 from megatron_ebft.run.flags.flag import spelled
@@ -186,6 +188,25 @@ def ebft_config(args: argparse.Namespace, num_layers: int) -> EBFTConfig:
         importance_cap=args.ebft_importance_cap, encoder_fp8=fp8_config(args, "encoder"),
         skip_duplicates=args.ebft_skip_duplicates and not (args.ebft_dump_steps or args.ebft_replay_steps),
         fused=why_not_fused(args) == "")
+
+
+def rlvr_config(args: argparse.Namespace, end_ids: tuple[int, ...]) -> RLVRConfig:
+    """The configuration of RLVR, for completions that end with one of these ids.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    require_multiple(args, row_multiple(args))
+    all_rows = args.ebft_rlvr_num_samples * args.global_batch_size // document_size()
+    generation = GenerationConfig(
+        max_new_tokens=args.ebft_max_new_tokens, temperature=args.ebft_rlvr_temperature, top_p=args.ebft_top_p,
+        top_k=args.ebft_top_k, seed=args.seed, num_samples=args.ebft_rlvr_num_samples, end_ids=end_ids,
+        rows=args.ebft_rollout_rows or all_rows, pad_to=row_multiple(args), fp8=fp8_config(args, "rollout"))
+    return RLVRConfig(
+        generation=generation, advantage=args.ebft_advantage, rl_coef=args.ebft_rl_coef, kl_coef=args.ebft_kl_coef,
+        kl_estimator=args.ebft_kl_estimator, importance_cap=args.ebft_importance_cap, row_length=args.seq_length,
+        micro_batch_size=args.micro_batch_size,
+        rows_multiple=args.pipeline_model_parallel_size if virtual_stages(args) else 1)
 
 
 def why_not_fused(args: argparse.Namespace) -> str:

@@ -66,9 +66,9 @@ def shares(args: argparse.Namespace, dataset: Dataset, rows: int, layout: Stride
     return Shares.of(rows, dp_sum(counts.to(device())))
 
 
-def check_counts(args: argparse.Namespace, config: EBFTConfig | None, train_data: Dataset,
+def check_counts(args: argparse.Namespace, config: EBFTConfig | None, train_data: Dataset | None,
                  valid_data: Dataset | None) -> Shares | None:
-    """Look at rows of the data; None if the flags make all of them count.
+    """Look at rows of the data; None if the flags make all of them count, or where no rows are trained on.
 
     Raises:
         ValueError: on every rank, if nothing in those rows counts, in training or in evaluation; names the flag.
@@ -77,6 +77,16 @@ def check_counts(args: argparse.Namespace, config: EBFTConfig | None, train_data
                                                   ("--ebft-document-mask", args.ebft_document_mask)) if is_given)
     if not masks or args.ebft_replay_steps:
         return None
+    counted = None if train_data is None else _training_shares(args, config, train_data, masks)
+    if valid_data is not None:
+        rows = min(ROWS, args.eval_iters * args.global_batch_size)
+        if not shares(args, valid_data, rows, None).tokens:
+            raise ValueError(f"{masks}: no token counts in the {rows} rows of an evaluation; give other rows "
+                             "(--valid-data-path, --split, --eval-iters) or --eval-interval 0")
+    return counted
+
+
+def _training_shares(args, config: EBFTConfig | None, train_data: Dataset, masks: str) -> Shares:
     has_blocks = args.training_mode == "ebft"
     rows = min(ROWS, args.train_iters * args.global_batch_size)
     counted = shares(args, train_data, rows, config.layout if has_blocks else None)
@@ -88,9 +98,4 @@ def check_counts(args: argparse.Namespace, config: EBFTConfig | None, train_data
                          "--ebft-stride, or leave the mask out")
     if not counted.tokens:
         raise ValueError(f"{masks}: no token of the data counts, in {rows} rows; use other data or leave the mask out")
-    if valid_data is not None:
-        rows = min(ROWS, args.eval_iters * args.global_batch_size)
-        if not shares(args, valid_data, rows, None).tokens:
-            raise ValueError(f"{masks}: no token counts in the {rows} rows of an evaluation; give other rows "
-                             "(--valid-data-path, --split, --eval-iters) or --eval-interval 0")
     return counted

@@ -47,6 +47,13 @@ def describe(run: Run) -> str:
                          "if all steps take equally long")
         if (run.config.sampling.fp8.recipe != "off") != bool(args.fp8_format):
             lines.append(mixed_precision(args))
+    if run.rlvr is not None:
+        questions, generation = run.rlvr.questions, run.rlvr.config.generation
+        lines.append(f"{len(questions)} questions of {args.ebft_questions} ({questions.content_hash}) × "
+                     f"{generation.num_samples} completions of up to {generation.max_new_tokens} tokens | rewards by "
+                     f"{args.ebft_verifier}, advantages by {run.rlvr.config.advantage}")
+        if (generation.fp8.recipe != "off") != bool(args.fp8_format):
+            lines.append(mixed_precision(args))
     if run.counted is not None:
         blocks = "" if run.counted.blocks is None else f"{run.counted.blocks:.2%} of the blocks and "
         lines.append(f"{blocks}{run.counted.tokens:.2%} of the gold tokens count, in {run.counted.rows} rows of the "

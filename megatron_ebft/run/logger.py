@@ -16,6 +16,9 @@ from megatron_ebft.method.evaluation import EvaluationRollouts
 CONSOLE = {"loss": "loss {:.4f}", "ce_loss": "ce {:.4f}", "reward": "reward {:+.4f}", "alignment": "align {:.4f}",
            "diversity": "div {:.4f}", "cfm": "cfm {:.4f}", "entropy": "H {:.2f}", "grad_norm": "grad {:.3f}",
            "lr": "lr {:.2e}"}
+RLVR_CONSOLE = {"loss": "loss {:.4f}", "reward": "reward {:.4f}", "success": "right {:.1%}",
+                "zero_spread": "no spread {:.1%}", "length": "length {:.1f}", "finished": "finished {:.1%}",
+                "kl_loss": "kl {:.4f}", "entropy": "H {:.2f}", "grad_norm": "grad {:.3f}", "lr": "lr {:.2e}"}
 EVALUATION = {"ce_loss": "ce {:.4f}", "cfm": "cfm {:.4f}", "alignment": "align {:.4f}", "kl_to_start": "kl {:.4f}",
               "entropy": "H {:.2f}"}
 SHOWN_BLOCKS, SHOWN_CONTEXT = 3, 32
@@ -27,7 +30,7 @@ class Logger:
 
     Args:
         directory: folder for TensorBoard. Values that an interrupted run wrote after `iteration` are dropped.
-        tokens_per_step: gold tokens of a global batch.
+        tokens_per_step: gold tokens of a global batch. In rlvr, a step says how many tokens it has drawn.
         rollout_length: G. Evaluations report CFM and alignment at this completion length.
     """
 
@@ -86,17 +89,19 @@ class Logger:
             return
         self.durations = [*self.durations[-19:], duration]
         left = (self.train_iters - iteration) * sum(self.durations) / len(self.durations)
+        tokens = metrics.get("tokens", self.tokens_per_step)
         self._record(iteration, {
             **{f"train/{name}": value for name, value in metrics.items()},
             **{f"seconds/{name}": value for name, value in seconds.items()},
             **{f"run/{name}": value for name, value in totals.items()},
-            "seconds/step": duration, "train/tokens_per_second": self.tokens_per_step / duration})
-        numbers = " ".join(form.format(metrics[name]) for name, form in CONSOLE.items() if name in metrics)
+            "seconds/step": duration, "train/tokens_per_second": tokens / duration})
+        console = RLVR_CONSOLE if "success" in metrics else CONSOLE
+        numbers = " ".join(form.format(metrics[name]) for name, form in console.items() if name in metrics)
         if not metrics.get("valid_blocks", "loss" in metrics):
             numbers = f"no {'block' if 'valid_blocks' in metrics else 'token'} counts | {numbers}"
         phases = " ".join(f"{name} {value:.2f}" for name, value in seconds.items() if value >= 0.005)
         self.print(f"step {iteration}/{self.train_iters} | {numbers} | {phases} | {duration:.2f}s "
-                   f"{self.tokens_per_step / duration:.0f} tok/s | left {clock(left)}")
+                   f"{tokens / duration:.0f} tok/s | left {clock(left)}")
 
     def evaluation(self, iteration: int, metrics: dict[str, float], shown: EvaluationRollouts | None,
                    seconds: float) -> None:

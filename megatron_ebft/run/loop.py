@@ -1,4 +1,4 @@
-"""The training loop, for both modes: data, step, log, evaluation, checkpoint."""
+"""The training loop, for all modes: data, step, log, evaluation, checkpoint."""
 
 import time
 
@@ -6,20 +6,23 @@ from megatron_ebft.common.device import upload
 from megatron_ebft.common.errors import NotFinite, StepFailed
 from megatron_ebft.common.timer import PhaseTimer
 from megatron_ebft.data.micro_batches import GoldBatch
+from megatron_ebft.data.questions import Question
 from megatron_ebft.data.rows import rows_for_step
 from megatron_ebft.method.computed import Computed
 from megatron_ebft.method.evaluation import evaluate
 from megatron_ebft.method.means import Means
+from megatron_ebft.method.rlvr import rlvr_step
 from megatron_ebft.method.sft import sft_step
 from megatron_ebft.method.step import ebft_step
 from megatron_ebft.parallel.errors import collective_errors
 from megatron_ebft.parallel.groups import document_rank, document_size
 from megatron_ebft.rollout.sampler import Rollouts
 from megatron_ebft.run.saves import RunCheckpoints
-from megatron_ebft.run.self_check import self_check
+from megatron_ebft.run.self_check import check_completions, self_check
 from megatron_ebft.run.state import Run
 from megatron_ebft.run.step_dump import StepDump, replayed_step
 from megatron_ebft.run.stopping import CannotGoOn, StopAsked
+from megatron_ebft.run.watchdog import PATIENCE
 
 HEALTHY_MISMATCH = 1.05
 """mean exp |Δ log-probability| between sampler and trainer up to which training is reported to go well."""
@@ -45,17 +48,18 @@ def train(run: Run, log) -> bool:
             run_evaluation(run, batches, log)
             if saves is not None and state.iteration:  # another restart must not evaluate this step again
                 saves.save()
-        first = is_healthy = has_counted = True
+        unchecked = is_healthy = has_counted = True
         while state.iteration < args.train_iters:
             start = time.perf_counter()
-            timer = PhaseTimer(on_enter=lambda phase: run.watchdog.enter(f"{phase} of step {state.iteration + 1}"))
+            timer = PhaseTimer(on_enter=lambda phase: run.watchdog.enter(
+                f"{phase} of step {state.iteration + 1}", PATIENCE if phase == "verify" else 1))
             with timer("data"):
-                gold, rollouts = next_rows(run)
+                batch, rollouts = next_batch(run)
             try:
-                metrics = train_step(run, gold, timer, check=first, rollouts=rollouts)
+                metrics = train_step(run, batch, timer, check=unchecked, rollouts=rollouts)
             except NotFinite as failure:
                 raise failure if saves is None else saves.explain(failure) from failure
-            first = False
+            unchecked = unchecked and run.mode != "sft" and "mismatch" not in metrics
             state.iteration += 1
             state.consumed_samples += args.global_batch_size
             state.reached, duration = time.time(), time.perf_counter() - start
@@ -86,12 +90,14 @@ def train(run: Run, log) -> bool:
     return state.iteration == args.train_iters and (not batches or state.evaluated == state.iteration)
 
 
-def train_step(run: Run, gold: GoldBatch, phase, check: bool, rollouts: Rollouts | None = None) -> dict[str, float]:
+def train_step(run: Run, batch: GoldBatch | list[Question], phase, check: bool,
+               rollouts: Rollouts | None = None) -> dict[str, float]:
     """One optimizer step on the global batch; returns its metrics, the same on every rank.
 
     Args:
+        batch: this rank's rows; in rlvr, its questions.
         phase: makes the context of each phase, from its name.
-        check: run the self-check before the weights change (first step of a process).
+        check: run the self-check before the weights change (first step of a process that has something to compare).
         rollouts: of these rows, instead of sampling them.
 
     Raises:
@@ -102,22 +108,28 @@ def train_step(run: Run, gold: GoldBatch, phase, check: bool, rollouts: Rollouts
     try:
         with StepDump(run.args, run.state.iteration + 1) as dump:
             if run.mode == "sft":
-                metrics = sft_step(policy=run.policy, optimizer=run.optimizer, gold=gold,
+                metrics = sft_step(policy=run.policy, optimizer=run.optimizer, gold=batch,
                                    micro_batch_size=run.args.micro_batch_size, phase=phase)
+            elif run.mode == "rlvr":
+                metrics = rlvr_step(
+                    policy=run.policy, start=run.start if run.args.ebft_kl_coef or check else None,
+                    optimizer=run.optimizer, questions=batch, verify=run.rlvr.verify, config=run.rlvr.config,
+                    iteration=run.state.iteration, phase=phase, after_rollouts=lambda: run.stopper.check(steps=0),
+                    inspect=lambda means: check and check_completions(run, batch, means))
             else:
                 def inspect(computed: Computed, means: Means) -> None:
-                    dump.hold(gold, computed, means)
+                    dump.hold(batch, computed, means)
                     if check:
-                        self_check(run, gold, computed, means)
+                        self_check(run, batch, computed, means)
 
                 metrics = ebft_step(
                     policy=run.policy, encoder=run.encoder, start=run.start if run.config.kl_coef or check else None,
-                    optimizer=run.optimizer, gold=gold, config=run.config, iteration=run.state.iteration,
+                    optimizer=run.optimizer, gold=batch, config=run.config, iteration=run.state.iteration,
                     rollouts=rollouts, phase=phase, after_rollouts=lambda: run.stopper.check(steps=0), inspect=inspect)
     except StepFailed as failure:
         raise type(failure)(f"step {run.state.iteration + 1} (samples {first} to {last}): {failure}") from failure
     metrics["lr"] = run.optimizer.param_groups[0]["lr"]
-    run.scheduler.step(increment=run.args.global_batch_size)  # the schedule counts rows
+    run.scheduler.step(increment=run.args.global_batch_size)  # the schedule counts rows, or questions
     return metrics
 
 
@@ -129,22 +141,25 @@ def gold_batch(run: Run, dataset, consumed_samples: int) -> GoldBatch:
                      upload(rows.answer_mask) if run.args.ebft_answer_only else None)
 
 
-def next_rows(run: Run) -> tuple[GoldBatch, Rollouts | None]:
-    """This rank's rows of the next step, with their rollouts where a dumped step is replayed.
+def next_batch(run: Run) -> tuple[GoldBatch | list[Question], Rollouts | None]:
+    """This rank's rows (in rlvr, questions) of the next step, with their rollouts where a dumped step is replayed.
 
     Raises:
         StopAsked, CannotGoOn: on every rank, if one has been asked to stop or cannot read its rows.
     """
-    rows = problem = None
+    batch = problem = None
     try:
         if run.args.ebft_replay_steps:
-            rows = replayed_step(run.args, run.state.iteration + 1, run.tokenizer.vocab_size).local_part()
+            batch = replayed_step(run.args, run.state.iteration + 1, run.tokenizer.vocab_size).local_part()
+        elif run.mode == "rlvr":
+            batch = run.rlvr.questions.of_step(run.state.consumed_samples, run.args.global_batch_size, document_rank(),
+                                               document_size()), None
         else:
-            rows = gold_batch(run, run.train_data, run.state.consumed_samples), None
+            batch = gold_batch(run, run.train_data, run.state.consumed_samples), None
     except ValueError as error:
         problem = error
     run.stopper.check(problem=problem)
-    return rows
+    return batch
 
 
 def is_due(iteration: int, interval: int, args) -> bool:
@@ -179,9 +194,15 @@ def warn_of_mismatch(ratio: float, was_healthy: bool, iteration: int, log) -> bo
 
 
 def warn_of_nothing(metrics: dict[str, float], had_counted: bool, iteration: int, log) -> bool:
-    """Whether a block of the step counts, or a token in SFT; warns at the first step of those where none does."""
-    has_counted = bool(metrics.get("valid_blocks", "loss" in metrics))
-    if had_counted and not has_counted:
+    """Whether a block of the step counts; in SFT a token, in RLVR a completion. Warns at the first step of those where
+    none does."""
+    is_rlvr = "success" in metrics
+    has_counted = bool(metrics.get("valid_blocks", ("mismatch" if is_rlvr else "loss") in metrics))
+    if had_counted and not has_counted and is_rlvr:
+        log.print(f"warning: step {iteration}: the completions of each question have equal rewards, so nothing is "
+                  f"learnt; {metrics['success']:.0%} are right: look at --ebft-questions (too hard, too easy, or in "
+                  "another form than --ebft-verifier reads), --ebft-rlvr-num-samples and --global-batch-size")
+    elif had_counted and not has_counted:
         what = "block" if "valid_blocks" in metrics else "token"
         log.print(f"warning: step {iteration}: no {what} of its rows counts, so nothing is learnt from "
                   f"{'rollouts' if what == 'block' else 'them'}: look at the share that counts, in the first lines, at "

@@ -196,7 +196,7 @@ def _given(name: str, value) -> str:
 
 
 def check_origins(saved: dict, now: dict, args) -> None:
-    """The encoder and the start must be those the checkpoint was trained with.
+    """The encoder and the start, where training uses them, must be those the checkpoint was trained with.
 
     Args:
         saved, now: metadata of the checkpoint and of this run.
@@ -204,9 +204,10 @@ def check_origins(saved: dict, now: dict, args) -> None:
     Raises:
         ValueError: naming the flag.
     """
-    if args.training_mode != "ebft":
-        return
-    for part, flag in (("encoder", "--ebft-encoder-load"), ("start", "--pretrained-checkpoint")):
+    flags = {"encoder": "--ebft-encoder-load", "start": "--pretrained-checkpoint"}
+    used = {"ebft": ("encoder", "start"), "rlvr": ("start",) if args.ebft_kl_coef else (), "sft": ()}
+    for part in used[args.training_mode]:
+        flag = flags[part]
         if saved[part]["fingerprint"] == now[part]["fingerprint"]:
             continue
         if now[part]["origin"] == f"--seed {args.seed}" and saved[part]["origin"].startswith("--seed"):
@@ -224,7 +225,7 @@ def changed_data(saved: dict, now: dict[str, str], args) -> list[str]:
 
     Args:
         saved: the checkpoint's metadata.
-        now: `content_hashes` of the data at hand.
+        now: hashes of the data at hand (build.data_hashes).
 
     Raises:
         ValueError: there is one, and --ebft-allow-changed-data is not given.
@@ -232,7 +233,8 @@ def changed_data(saved: dict, now: dict[str, str], args) -> list[str]:
     before = saved.get("data", {})  # earlier versions recorded none
     changed = [prefix for prefix, content in now.items() if before.get(prefix, content) != content]
     if changed and not args.ebft_allow_changed_data:
-        raise ValueError(f"{changed[0]}.bin and .idx: are not the data that --load {args.load} was trained on (hash "
+        files = changed[0] if changed[0] == args.ebft_questions else f"{changed[0]}.bin and .idx"
+        raise ValueError(f"{files}: are not the data that --load {args.load} was trained on (hash "
                          f"{now[changed[0]]}, recorded {before[changed[0]]}). Bring those back, or go on with these by "
                          "--ebft-allow-changed-data")
     return [f"content of {prefix}" for prefix in changed]

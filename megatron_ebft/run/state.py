@@ -15,6 +15,7 @@ from megatron_ebft.method.config import EBFTConfig
 from megatron_ebft.model.decoder import Decoder
 from megatron_ebft.run.counts import Shares
 from megatron_ebft.run.learning_rate import Schedule
+from megatron_ebft.run.rlvr import RLVR
 from megatron_ebft.run.stopping import Stopper
 from megatron_ebft.run.watchdog import Watchdog
 
@@ -24,17 +25,19 @@ class Run:
     """Everything the loop works on."""
 
     mode: str
-    """`ebft` or `sft`."""
+    """`ebft`, `sft` or `rlvr`."""
     policy: list[DistributedDataParallel]
     """One for each virtual pipeline stage of this rank."""
     encoder: Decoder | Float16Module | None = None
-    """Frozen feature network; None in SFT without one."""
+    """Frozen feature network; None in other modes without one."""
     start: Decoder | Float16Module | None = None
     """Frozen starting policy; None when nothing asks for KL."""
     optimizer: MegatronOptimizer
     scheduler: Schedule
     config: EBFTConfig | None = None
-    """The method; None without an encoder."""
+    """EBFT, or how it evaluates; None without an encoder."""
+    rlvr: RLVR | None = None
+    """None in other modes."""
     train_data: Dataset | None = None
     valid_data: Dataset | None = None
     counted: Shares | None = None

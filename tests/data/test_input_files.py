@@ -5,11 +5,12 @@ import json
 import re
 import sys
 
-import json_lines
 import numpy
 import pytest
 import tables
 from small_data import VOCAB, preprocess, read_documents
+
+from megatron_ebft.data import json_lines
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")

@@ -7,13 +7,13 @@ import signal
 import sys
 
 import documents
-import json_lines
 import numpy
 import preprocess_data
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from small_data import VOCAB, preprocess, sentences, train_sentencepiece, train_tokenizer, write_lines
 
+from megatron_ebft.data import json_lines
 from megatron_ebft.data.tokenizer import build_tokenizer
 
 

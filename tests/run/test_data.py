@@ -166,3 +166,14 @@ def test_preflight_says_it(tmp_path, foreign):
     data = make(tmp_path, [ids(3)] * 200)
     problem, = run_ranks(1, "test_data:preflight_problems", *data, "--save", str(tmp_path), "--ebft-document-mask")[0]
     assert "no block of the data counts" in problem
+
+
+def test_preflight_checks_questions(tmp_path):
+    file = tmp_path / "questions.jsonl"
+    file.write_text('{"prompt": "1 2", "answer": "3"}\n{"prompt": "4"}\n')
+    flags = ["--training-mode", "rlvr", "--ebft-questions", str(file), "--ebft-verifier", "exact",
+             "--ebft-max-new-tokens", "20", "--save", str(tmp_path / "run")]
+    problem, = run_ranks(1, "test_data:preflight_problems", *flags)[0]
+    assert problem.startswith(f"--ebft-questions {file}:2: ") and "answer" in problem
+    file.write_text('{"prompt": "1 2", "answer": "3"}\n')
+    assert run_ranks(1, "test_data:preflight_problems", *flags)[0] == []

@@ -81,9 +81,9 @@ def test_the_console_shows_the_same(folder, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("content, flags, message", [
-    ('{"prompt": 3}\n', [], 'prompts.jsonl: line 1: has no text "prompt"'),
-    ('{"prompt": "a"}\n[]\n', [], "prompts.jsonl: line 2: not a JSON object"),
-    ("\n", [], "--prompts .*prompts.jsonl: has no prompts"),
+    ('{"prompt": 3}\n', [], 'prompts.jsonl:1: has no text `prompt`'),
+    ('{"prompt": "a"}\n[]\n', [], "prompts.jsonl:2: not a JSON object"),
+    ("\n", [], "--prompts .*prompts.jsonl: has no lines"),
     ('{"prompt": ""}\n', [], "prompt 1: is empty"),
     ('{"prompt": "abc"}\n', ["--max-new-tokens", "254"], "--max-new-tokens 254: prompt 1 has 3 tokens, and .* 256"),
     ('{"prompt": "a"}\n', ["--temperature", "-1"], "--temperature -1.0: must be at least 0"),

@@ -14,6 +14,9 @@ from megatron_ebft.run.flags.flag import dest, in_float32
 from megatron_ebft.run.flags.refused import REFUSED
 from megatron_ebft.run.flags.table import FLAGS
 
+WITHOUT_ROLLOUTS = {"sft": "next-token training has no rollouts", "rlvr": "RLVR has no rollouts of blocks"}
+"""What other modes lack, for errors."""
+
 
 def check_args(args: argparse.Namespace) -> argparse.Namespace:
     """The same flags, if nothing about them alone is wrong. Turns --sequence-parallel off where it has no effect.
@@ -29,6 +32,7 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
     _check_batch(args)
     _check_schedule(args)
     _check_blocks(args)
+    _check_questions(args)
     _check_dumped_steps(args)
     _check_step(args)
     if args.use_checkpoint_args and not (args.load or args.pretrained_checkpoint):
@@ -56,8 +60,8 @@ def _check_parallelism(args) -> None:
     samples, ranks = args.ebft_num_samples, args.ebft_sample_parallel_size
     if samples % ranks:
         raise ValueError(f"--ebft-sample-parallel-size {ranks}: must divide --ebft-num-samples {samples}")
-    if ranks > 1 and args.training_mode == "sft":
-        raise ValueError(f"--ebft-sample-parallel-size {ranks}: next-token training has no samples to split")
+    if ranks > 1 and args.training_mode != "ebft":
+        raise ValueError(f"--ebft-sample-parallel-size {ranks}: {WITHOUT_ROLLOUTS[args.training_mode]} to split")
 
 
 def _check_row_length(args) -> None:
@@ -68,8 +72,13 @@ def _check_row_length(args) -> None:
     require_multiple(args, fp8_row_multiple(args))
 
 
+def reads_rows(args: argparse.Namespace) -> bool:
+    """Whether a run reads rows of gold tokens: always, but in rlvr only for evaluation, where data are given."""
+    return args.training_mode != "rlvr" or bool(args.eval_interval and (args.data_path or args.valid_data_path))
+
+
 def _check_batch(args) -> None:
-    if args.global_batch_size % args.micro_batch_size:
+    if reads_rows(args) and args.global_batch_size % args.micro_batch_size:
         raise ValueError(f"--global-batch-size {args.global_batch_size}: must be a multiple of --micro-batch-size "
                          f"{args.micro_batch_size}")
 
@@ -87,7 +96,7 @@ def _check_schedule(args) -> None:
 
 
 def _check_blocks(args) -> None:
-    if args.training_mode == "sft" and args.ebft_encoder_load is None:
+    if args.training_mode != "ebft" and args.ebft_encoder_load is None:
         return  # no blocks
     if args.seq_length < args.ebft_context_length + args.ebft_rollout_length:
         raise ValueError(f"--seq-length {args.seq_length} is too short for one block: it needs at least "
@@ -98,10 +107,28 @@ def _check_blocks(args) -> None:
                          "needs at least 2 rollouts of a block; use --ebft-advantage reinforce for one")
 
 
+def _check_questions(args) -> None:
+    if args.training_mode != "rlvr":
+        for name in ("ebft_questions", "ebft_verifier"):
+            if vars(args)[name]:
+                raise ValueError(f"{FLAGS[name].name} {vars(args)[name]}: needs --training-mode rlvr")
+        return
+    for name in ("ebft_questions", "ebft_verifier"):
+        if not vars(args)[name]:
+            raise ValueError(f"--training-mode rlvr: needs {FLAGS[name].name}")
+    if args.ebft_max_new_tokens >= args.seq_length:
+        raise ValueError(f"--ebft-max-new-tokens {args.ebft_max_new_tokens}: leaves no room for a prompt in rows of "
+                         f"--seq-length {args.seq_length}; raise --seq-length, or lower it")
+    if args.ebft_rlvr_num_samples < 2 and args.ebft_advantage != "reinforce":
+        raise ValueError(f"--ebft-rlvr-num-samples {args.ebft_rlvr_num_samples} with --ebft-advantage "
+                         f"{args.ebft_advantage}: needs at least 2 completions of a question; use --ebft-advantage "
+                         "reinforce for one")
+
+
 def _check_dumped_steps(args) -> None:
     for name in ("ebft_dump_steps", "ebft_replay_steps"):
-        if vars(args)[name] and args.training_mode == "sft":
-            raise ValueError(f"{FLAGS[name].name}: next-token training has no rollouts; leave the flag out")
+        if vars(args)[name] and args.training_mode != "ebft":
+            raise ValueError(f"{FLAGS[name].name}: {WITHOUT_ROLLOUTS[args.training_mode]}; leave the flag out")
     if args.ebft_dump_steps and args.ebft_dump_steps == args.ebft_replay_steps:
         raise ValueError(f"--ebft-dump-steps {args.ebft_dump_steps}: would overwrite the steps that "
                          "--ebft-replay-steps reads")
@@ -127,8 +154,10 @@ def _check_step(args) -> None:
 def fp8_recipes(args: argparse.Namespace) -> dict[str, str]:
     """Recipe of each pass that runs in FP8, by the flag that asks for it."""
     recipes = {"--fp8-format": args.fp8_recipe} if args.fp8_format else {}
+    if args.training_mode in ("ebft", "rlvr"):
+        recipes["--ebft-rollout-fp8"] = args.ebft_rollout_fp8
     if args.training_mode == "ebft":
-        recipes |= {"--ebft-rollout-fp8": args.ebft_rollout_fp8, "--ebft-encoder-fp8": args.ebft_encoder_fp8}
+        recipes["--ebft-encoder-fp8"] = args.ebft_encoder_fp8
     return {flag: recipe for flag, recipe in recipes.items() if recipe != "off"}
 
 

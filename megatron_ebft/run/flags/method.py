@@ -25,7 +25,9 @@ METHOD = Group("EBFT", (
          default="last_token", choices=("last_token", "mean")),
     Flag("--ebft-whitening", str, "whitening of a block's features. none: the exact gradient; paper: Eq. 8; released: "
          "the authors' code", default="none", choices=("none", "paper", "released")),
-    Flag("--ebft-advantage", str, "baseline of a rollout within its block", default="rloo",
+    Flag("--ebft-advantage", str, "baseline of a rollout within its block, or of a completion within its question's. "
+         "rloo: the mean of the others. reinforce: none. group_norm: the mean of all, and divided by their standard "
+         "deviation (GRPO's)", default="rloo",
          choices=("rloo", "reinforce", "group_norm")),
     Flag("--ebft-alignment-coef", float, "weight of the alignment in the reward", default=1.0, valid=FINITE),
     Flag("--ebft-diversity-coef", float, "α, weight of the diversity in the reward; 1 gives the gradient of feature "

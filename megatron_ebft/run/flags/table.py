@@ -12,8 +12,11 @@ from megatron_ebft.run.flags.model import MODEL
 from megatron_ebft.run.flags.optimizer import OPTIMIZER
 from megatron_ebft.run.flags.parallelism import PARALLELISM
 from megatron_ebft.run.flags.precision import PRECISION
+from megatron_ebft.run.flags.rlvr import RLVR
+from megatron_ebft.run.flags.verifiers import VERIFIERS
 
-GROUPS = (RUN, MODEL, DATA, METHOD, OPTIMIZER, PARALLELISM, PRECISION, FP8, CHECKPOINTS, EVALUATION, DUMPED_STEPS)
+GROUPS = (RUN, MODEL, DATA, METHOD, RLVR, VERIFIERS, OPTIMIZER, PARALLELISM, PRECISION, FP8, CHECKPOINTS, EVALUATION,
+          DUMPED_STEPS)
 FLAGS: dict[str, Flag] = {flag.dest: flag for group in GROUPS for flag in group.flags}
 """By attribute name."""
 ESSENTIALS = Group("the flags to start with", tuple(FLAGS[dest] for dest in (

@@ -8,6 +8,8 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_ebft.common.disk import is_regular, unreadable
+
 BATCH_BYTES = 1 << 18
 """Input sent to a worker at a time. A longer line is sent alone."""
 OTHER_FORMATS = {b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"PK\x03\x04": "a ZIP archive", b"PAR1": "Parquet",
@@ -72,6 +74,29 @@ def read_batches(paths: list[str], flag: str = "--input") -> Iterator[Batch]:
             batch.num_bytes = raw.tell() - read
         if batch.lines:
             yield batch
+
+
+def read_objects(path: str, flag: str) -> list[tuple[str, dict]]:
+    """All objects of a file, each behind its place (Batch.records).
+
+    Raises:
+        ValueError: the file cannot be read, or has no lines, or a line is no JSON object; names the flag and the place.
+        OSError: a passing one (common/disk.py).
+    """
+    if not is_regular(path):
+        raise ValueError(f"{flag} {path}: no such file")
+    lines = []
+    try:
+        for batch in read_batches([path], flag):
+            try:
+                lines += batch.records()
+            except ValueError as error:
+                raise ValueError(f"{flag} {error}") from error
+    except OSError as error:
+        raise unreadable(error, f"{flag} {path}") from error
+    if not lines:
+        raise ValueError(f"{flag} {path}: has no lines")
+    return lines
 
 
 @contextlib.contextmanager
