@@ -44,8 +44,8 @@ def main(argv: list[str] | None = None) -> int:
             at_end.callback(lock.release)
         run = build_run(args)
         run.watchdog, run.lock = watchdog, lock
-        if run.rlvr is not None:
-            at_end.callback(run.rlvr.close)
+        for judged in filter(None, (run.rlvr, run.eval_questions)):
+            at_end.callback(judged.verification.close)
         for model in filter(None, (*run.policy, run.encoder, run.start)):
             model.register_forward_pre_hook(watchdog.move)
         log = Logger(args.tensorboard_dir, run.state.iteration, args.train_iters,

@@ -13,13 +13,12 @@
 """
 
 import argparse
-import json
 import os
 import sys
 import warnings
 
 import trained_model
-from generate import GENERATION, write_lines
+from generate import GENERATION, generation_config, write_lines
 
 from megatron_ebft.run.ending import fail
 from megatron_ebft.run.flags.flag import Flag, Group, at_least
@@ -65,6 +64,37 @@ def check(args: argparse.Namespace) -> None:
         folder = os.path.dirname(os.path.abspath(path or "x"))
         if not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
             raise ValueError(f"{flag} {path}: {folder} is no folder that can be written to")
+
+
+def on_questions(args: argparse.Namespace, trained) -> dict:
+    """Means of the answers with their intervals, and scores of all greedy answers together; the same on every rank."""
+    from dataclasses import asdict
+
+    from megatron_ebft.method.answers import AnswersConfig, evaluate_answers
+    from megatron_ebft.run.verification import build_questions, build_verification
+
+    config = AnswersConfig(generation=generation_config(args, trained), pass_at=tuple(args.pass_at))
+    verification = build_verification(args, args.verifier, config.generation, trained.tokenizer, "--verifier")
+    questions = build_questions(args.questions, "--questions", trained.tokenizer, args.seed, verification,
+                                trained.architecture.max_position_embeddings - args.max_new_tokens,
+                                f"{trained.origin}, less --max-new-tokens,").in_order()
+    answered = evaluate_answers([trained.model], questions, verification.verify, config, verification.corpus_score)
+    verification.close()
+    if args.samples_output:
+        write_answers(args.samples_output, questions, answered, config.generation, trained.tokenizer)
+    return {"questions": len(questions), "means": {name: asdict(mean) for name, mean in answered.means.items()},
+            "corpus": answered.corpus}
+
+
+def write_answers(path: str, questions: list, answered, generation, tokenizer) -> None:
+    """Each question with its answers and their verdicts, the greedy answer first, as JSON Lines; by rank 0."""
+    import torch.distributed as dist
+
+    if dist.get_rank() == 0:
+        write_lines([question.fields | {"answers": [
+            {"text": generation.text(answer.completion.tokens, tokenizer), "score": answer.verdict.score,
+             "is_right": answer.verdict.is_right, "reason": answer.verdict.reason} for answer in answers]}
+            for question, answers in zip(questions, answered.answers, strict=True)], path, "--samples-output")
 
 
 def on_text(args: argparse.Namespace, trained) -> dict[str, float]:
@@ -168,7 +198,7 @@ def main(argv: list[str]) -> None:
     if dist.get_rank() == 0:
         print(table(results))
         if args.json:
-            write_lines([{"model": trained.origin, "flags": vars(args)} | results], args.json)
+            write_lines([{"model": trained.origin, "flags": vars(args)} | results], args.json, "--json")
     shut_down()
 
 

@@ -75,11 +75,13 @@ def prompt_ids(trained, prompts: list[str], max_new_tokens: int) -> list[list[in
 def generation_config(args: argparse.Namespace, trained):
     """The typed configuration of the flags."""
     from megatron_ebft.rollout.generation import GenerationConfig
+    from megatron_ebft.rollout.stop_strings import StopStrings
     from megatron_ebft.run.configs import row_multiple
 
     return GenerationConfig(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p,
-                            top_k=args.top_k, seed=args.seed, num_samples=args.num_samples, end_ids=trained.end_ids,
-                            rows=args.rows, pad_to=row_multiple(args))
+                            top_k=args.top_k, seed=args.seed, num_samples=max(1, args.num_samples),
+                            end_ids=trained.end_ids, rows=args.rows, pad_to=row_multiple(args),
+                            stops=StopStrings(args.stop, trained.tokenizer) if args.stop else None)
 
 
 def completed(args: argparse.Namespace, trained, prompts: list[str], say) -> list[list[dict]]:
@@ -87,10 +89,8 @@ def completed(args: argparse.Namespace, trained, prompts: list[str], say) -> lis
     from megatron_ebft.common.progress import Progress
     from megatron_ebft.parallel.groups import collected, dealt
     from megatron_ebft.rollout.generation import generate
-    from megatron_ebft.rollout.stop_strings import StopStrings
 
-    stops = StopStrings(args.stop or [], trained.tokenizer)
-    ids = dealt(prompt_ids(trained, prompts, args.max_new_tokens))
+    config, ids = generation_config(args, trained), dealt(prompt_ids(trained, prompts, args.max_new_tokens))
     progress = Progress("completed", len(ids) * args.num_samples, say)
     start, tokens = time.perf_counter(), 0
 
@@ -100,22 +100,19 @@ def completed(args: argparse.Namespace, trained, prompts: list[str], say) -> lis
         if completion.finished or len(completion.tokens) == args.max_new_tokens:
             progress.add(1)
 
-    completions = generate([trained.model], ids, generation_config(args, trained), watch=watch,
-                           is_end=stops if args.stop else None)
+    completions = generate([trained.model], ids, config, watch=watch)
     progress.close()
     say(f"{tokens / (time.perf_counter() - start):.1f} tokens/s on a model's ranks")
-    return collected([[describe(completion, trained, stops) for completion in of_prompt] for of_prompt in completions])
+    return collected([[describe(completion, config, trained) for completion in of_prompt] for of_prompt in completions])
 
 
-def describe(completion, trained, stops) -> dict:
+def describe(completion, config, trained) -> dict:
     """A completion as the output has it."""
-    tokens = completion.tokens
-    text = trained.tokenizer.completion_text(tokens[:-1] if tokens[-1] in trained.end_ids else tokens)
-    return {"text": stops.cut(text), "tokens": tokens, "log_prob": sum(completion.log_probs),
-            "finished": completion.finished}
+    return {"text": config.text(completion.tokens, trained.tokenizer), "tokens": completion.tokens,
+            "log_prob": sum(completion.log_probs), "finished": completion.finished}
 
 
-def write_lines(lines: list[dict], path: str | None) -> None:
+def write_lines(lines: list[dict], path: str | None, flag: str = "--output") -> None:
     """Write JSON Lines to a file that appears whole, or to the console."""
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     if path is None:
@@ -127,7 +124,7 @@ def write_lines(lines: list[dict], path: str | None) -> None:
             file.write(text)
         os.replace(temporary, path)
     except OSError as error:
-        raise ValueError(f"--output {path}: cannot be written ({error.strerror})") from error
+        raise ValueError(f"{flag} {path}: cannot be written ({error.strerror})") from error
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
@@ -136,12 +133,12 @@ def write_lines(lines: list[dict], path: str | None) -> None:
 class Stream:
     """Shows a text while it grows, but not what may still change: a character or a stop string that is not whole."""
 
-    def __init__(self, stops):
+    def __init__(self, stops: list[str]):
         self.stops, self.shown = stops, 0
 
     def show(self, text: str, is_whole: bool) -> None:
         if not is_whole:
-            held = max((size for stop in self.stops.strings for size in range(1, len(stop) + 1)
+            held = max((size for stop in self.stops for size in range(1, len(stop) + 1)
                         if text.endswith(stop[:size])), default=0)
             text = text[: len(text) - held].rstrip("\ufffd")
         print(text[self.shown :], end="", flush=True)
@@ -153,10 +150,9 @@ def converse(args: argparse.Namespace, trained) -> None:
     import torch.distributed as dist
 
     from megatron_ebft.rollout.generation import generate
-    from megatron_ebft.rollout.stop_strings import StopStrings
 
-    stops, config = StopStrings(args.stop or [], trained.tokenizer), generation_config(args, trained)
-    is_first, is_stream = dist.get_rank() == 0, config.num_samples == 1
+    config, is_first = generation_config(args, trained), dist.get_rank() == 0
+    is_stream = config.num_samples == 1
     while True:
         line = [None]
         if is_first:
@@ -171,14 +167,14 @@ def converse(args: argparse.Namespace, trained) -> None:
             if is_first:
                 print(f"error: {error}")
             continue
-        stream = Stream(stops)
+        stream = Stream(args.stop or [])
 
         def watch(number, sample, completion, stream=stream) -> None:
             if is_first and is_stream:
                 stream.show(trained.tokenizer.completion_text(completion.tokens), is_whole=False)
 
-        completions = generate([trained.model], ids, config, is_end=stops if args.stop else None, watch=watch)[0]
-        texts = [describe(completion, trained, stops)["text"] for completion in completions]
+        completions = generate([trained.model], ids, config, watch=watch)[0]
+        texts = [config.text(completion.tokens, trained.tokenizer) for completion in completions]
         if is_first and is_stream:
             stream.show(texts[0], is_whole=True)
         if is_first:

@@ -71,4 +71,4 @@ def read_records(paths: list[str], keys: list[str]) -> Iterator[Batch | TableBat
         OSError: a file cannot be read.
     """
     for path in paths:
-        yield from read_tables(path, keys) if table_format(path) else read_batches([path])
+        yield from read_tables(path, keys) if table_format(path) else read_batches([path], "--input")

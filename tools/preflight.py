@@ -99,7 +99,7 @@ def check_questions(args, tokenizer, problems: Problems):
     rlvr = None
     with problems.collected(), rank_zero(1, ONE_RANK):
         rlvr = build_rlvr(args, tokenizer, (tokenizer.eod,))
-        rlvr.close()
+        rlvr.verification.close()
     return rlvr
 
 

@@ -16,8 +16,6 @@ import numpy
 from megatron_ebft.data.json_lines import read_objects
 from megatron_ebft.data.tokenizer import Tokenizer
 
-FLAG = "--ebft-questions"
-
 
 @dataclass(frozen=True)
 class Question:
@@ -37,9 +35,9 @@ class Questions:
         OSError: a passing one (common/disk.py).
     """
 
-    def __init__(self, path: str, tokenizer: Tokenizer, seed: int):
-        self.tokenizer, self.seed = tokenizer, seed
-        self.lines = read_objects(path, FLAG)
+    def __init__(self, path: str, tokenizer: Tokenizer, seed: int, flag: str = "--ebft-questions"):
+        self.tokenizer, self.seed, self.flag = tokenizer, seed, flag
+        self.lines = read_objects(path, flag)
         """Place (`file:line`) and JSON object of each question."""
         digest = hashlib.sha256()
         for _, fields in self.lines:
@@ -52,13 +50,15 @@ class Questions:
         """Questions of an epoch."""
         return len(self.lines)
 
-    def check(self, numbers: Iterable[int], check_fields: Callable[[dict], None], longest: int) -> None:
+    def check(self, numbers: Iterable[int], check_fields: Callable[[dict], None], longest: int,
+              room: str) -> None:
         """Check some lines: their `prompt`, its length, and what the verifier asks of them.
 
         Args:
             numbers: of the lines, counted from 0.
             check_fields: raises ValueError, naming the field, if a question cannot be verified.
             longest: tokens that a prompt may have.
+            room: the flags that leave so many, for the error.
 
         Raises:
             ValueError: names the place of the first wrong line.
@@ -72,11 +72,11 @@ class Questions:
                 if length == 0:
                     raise ValueError("`prompt` has no tokens")
                 if length > longest:
-                    raise ValueError(f"its prompt has {length} tokens, and --seq-length less --ebft-max-new-tokens "
-                                     f"leaves room for {longest}: raise --seq-length, or leave the line out")
+                    raise ValueError(f"its prompt has {length} tokens, and {room} leaves room for {longest}: change "
+                                     "these, or leave the line out")
                 check_fields(fields)
             except ValueError as error:
-                raise ValueError(f"{FLAG} {place}: {error}") from error
+                raise ValueError(f"{self.flag} {place}: {error}") from error
 
     def of_step(self, consumed_samples: int, global_batch_size: int, rank: int, size: int) -> list[Question]:
         """One rank's part of the questions that follow `consumed_samples`; `size` ranks share them out."""
@@ -84,10 +84,17 @@ class Questions:
         first = consumed_samples + rank * count
         return [self._question(index) for index in range(first, first + count)]
 
+    def in_order(self) -> list[Question]:
+        """All questions, in the order of the file."""
+        return [self._from_line(number) for number in range(len(self))]
+
     def _question(self, index: int) -> Question:
         epoch, position = divmod(index, len(self.lines))
         if epoch != self._epoch:
             self._epoch = epoch
             self._order = numpy.random.default_rng((self.seed, epoch)).permutation(len(self.lines))
-        fields = self.lines[self._order[position]][1]
+        return self._from_line(self._order[position])
+
+    def _from_line(self, number: int) -> Question:
+        fields = self.lines[number][1]
         return Question(fields, self.tokenizer.prompt_ids(fields["prompt"]))

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ebft.common.device import device
@@ -23,13 +22,9 @@ from megatron_ebft.method.completions import completion_batch, completion_gradie
 from megatron_ebft.method.config import RLVRConfig
 from megatron_ebft.method.means import Means
 from megatron_ebft.method.update import clear_gradients, update
-from megatron_ebft.parallel.errors import collective_errors
-from megatron_ebft.parallel.groups import dp_sum, from_first_tensor_rank, from_last_stage, is_last_stage, tp_group
+from megatron_ebft.method.verdicts import Verify, verdicts
+from megatron_ebft.parallel.groups import dp_sum
 from megatron_ebft.rollout.generation import Completion, generate
-from megatron_ebft.verifiers.verdict import Verdict
-
-Verify = Callable[[list[tuple[Question, Completion]]], list[Verdict]]
-"""Verdicts on completions, in their order."""
 
 
 def rlvr_step(*, policy: list, start, optimizer, questions: list[Question], verify: Verify, config: RLVRConfig,
@@ -57,7 +52,11 @@ def rlvr_step(*, policy: list, start, optimizer, questions: list[Question], veri
                                   iteration=iteration)
     after_rollouts()
     with phase("verify"):
-        reward_QN, is_right_QN = verified(questions, completions_QN, verify)
+        verdicts_QN = verdicts(questions, completions_QN, verify)
+    reward_QN, is_right_QN = (torch.tensor([[value(verdict) for verdict in group] for group in verdicts_QN],
+                                           dtype=dtype, device=device())
+                              for value, dtype in ((lambda verdict: verdict.score, torch.float64),
+                                                   (lambda verdict: verdict.is_right, torch.bool)))
     advantage_QN = energy.advantages(reward_QN, torch.zeros_like(reward_QN), config.advantage, 1.0, 0.0)
     num_tokens = measure_completions(completions_QN, reward_QN, is_right_QN, means)
     needed_QN = torch.ones_like(is_right_QN) if config.kl_coef else advantage_QN != 0
@@ -75,28 +74,6 @@ def rlvr_step(*, policy: list, start, optimizer, questions: list[Question], veri
     with phase("optimizer"):
         metrics["grad_norm"] = update(optimizer, metrics["loss"])
     return metrics
-
-
-def verifies() -> bool:
-    """Whether this rank verifies, for all that share its model."""
-    return is_last_stage() and dist.get_rank(tp_group()) == 0
-
-
-def verified(questions: list[Question], completions_QN: list[list[Completion]],
-             verify: Verify) -> tuple[Tensor, Tensor]:
-    """Scores of the completions (float64) and whether they are right (bool), each [Q, N].
-
-    One rank verifies, so that all that share its model have the same rewards. An error there is raised on all.
-    """
-    answers = [(question, completion) for question, group in zip(questions, completions_QN, strict=True)
-               for completion in group]
-    verdict_A2 = torch.zeros(len(answers), 2, dtype=torch.float64, device=device())
-    with collective_errors():
-        if verifies():
-            verdicts = [(verdict.score, verdict.is_right) for verdict in verify(answers)]
-            verdict_A2.copy_(torch.tensor(verdicts, dtype=torch.float64))
-    verdict_QN2 = from_last_stage(from_first_tensor_rank(verdict_A2)).unflatten(0, (len(questions), -1))
-    return verdict_QN2[..., 0].contiguous(), verdict_QN2[..., 1] > 0
 
 
 def measure_completions(completions_QN: list[list[Completion]], reward_QN: Tensor, is_right_QN: Tensor,

@@ -21,12 +21,14 @@ from torch import Tensor
 
 from megatron_ebft.common.device import device, temporary_elements, upload
 from megatron_ebft.common.hashing import GOLDEN, mix64
+from megatron_ebft.data.tokenizer import Tokenizer
 from megatron_ebft.model.attention import as_mask
 from megatron_ebft.model.completion_cache import CompletionCache, NextTokenPattern, PromptPattern
 from megatron_ebft.model.fp8 import FP8, quantised
 from megatron_ebft.model.weights import unwrap
 from megatron_ebft.parallel.groups import is_first_stage, is_last_stage, pp_group, tp_group
 from megatron_ebft.rollout.pipeline_link import PipelineLink
+from megatron_ebft.rollout.stop_strings import StopStrings
 from megatron_ebft.rollout.token_sampling import HEAD_ROWS, most_likely, sample, uniform
 
 PROMPT_TOKENS = 1 << 14
@@ -48,6 +50,8 @@ class GenerationConfig:
     """Completions of each prompt."""
     end_ids: tuple[int, ...] = ()
     """A completion ends with one of these, which belongs to it."""
+    stops: StopStrings | None = None
+    """Texts that also end a completion."""
     rows: int = 64
     """Completions that decode together on a rank. Bounds the memory of the cache, does not change the result."""
     pad_to: int = 1
@@ -56,6 +60,15 @@ class GenerationConfig:
 
     def __post_init__(self):
         assert min(self.max_new_tokens, self.num_samples, self.rows, self.pad_to) >= 1 and self.temperature >= 0, self
+
+    def is_end(self, tokens: list[int]) -> bool:
+        """Whether a completion ends with its last token so far."""
+        return tokens[-1] in self.end_ids or self.stops is not None and self.stops.has_come(tokens)
+
+    def text(self, tokens: list[int], tokenizer: Tokenizer) -> str:
+        """The text of a completion, without what has ended it."""
+        text = tokenizer.completion_text(tokens[:-1] if tokens[-1] in self.end_ids else tokens)
+        return text if self.stops is None else self.stops.cut(text)
 
 
 @dataclass
@@ -72,7 +85,6 @@ class Completion:
 
 @torch.no_grad()
 def generate(policy: list, prompts: list[list[int]], config: GenerationConfig, *, iteration: int = 0,
-             is_end: Callable[[list[int]], bool] | None = None,
              watch: Callable[[int, int, Completion], None] = lambda *token: None) -> list[list[Completion]]:
     """Completions of this rank's prompts, `[prompt][sample]`, the same on every rank that shares the model.
 
@@ -82,7 +94,6 @@ def generate(policy: list, prompts: list[list[int]], config: GenerationConfig, *
         policy: stages as `build_policy` makes them, or a frozen model; left in the mode (train or eval) they were in.
         prompts: token ids; none may be empty.
         iteration: names the step in the random numbers.
-        is_end: says of a completion's tokens so far whether it has ended; is called after every token.
         watch: is called after every token with the prompt, the sample and the completion so far.
     """
     assert all(prompts), "a prompt without tokens predicts nothing"
@@ -103,7 +114,7 @@ def generate(policy: list, prompts: list[list[int]], config: GenerationConfig, *
             for virtual in range(len(policy)):
                 for batch in batches:
                     if virtual == 0:
-                        batch.settle(is_end, watch)
+                        batch.settle(watch)
                     if batch.current is not None:
                         batch.work(virtual)
             is_running = any(batch.current is not None for batch in batches)
@@ -171,23 +182,22 @@ class _Batch:
 
     # ------------------------------------------------------------ the books
 
-    def settle(self, is_end: Callable | None, watch: Callable) -> None:
+    def settle(self, watch: Callable) -> None:
         """Write down what the current pass has drawn, and choose the next pass; None if all is done."""
         if self.current is not None:
             count = len(self.current.rows)
             drawn = self.drawn if is_last_stage() else self.link.hear((2, count), torch.float64)
-            self._write_down(*drawn.tolist(), is_end, watch)
+            self._write_down(*drawn.tolist(), watch)
         self.current = self._enter(self._next_requests()) or self._next_tokens()
 
-    def _write_down(self, tokens: list[float], log_probs: list[float], is_end, watch) -> None:
+    def _write_down(self, tokens: list[float], log_probs: list[float], watch: Callable) -> None:
         first = len(self.active) - len(tokens)  # rows that have just entered are the last
         ended = []
         for i, (row, token, log_prob) in enumerate(zip(self.active[first:], tokens, log_probs, strict=True), first):
             completion = row.completion
             completion.tokens.append(int(token))
             completion.log_probs.append(log_prob)
-            completion.finished = int(token) in self.config.end_ids or (
-                is_end is not None and is_end(completion.tokens))
+            completion.finished = self.config.is_end(completion.tokens)
             watch(row.request.number, row.sample, completion)
             if completion.finished or len(completion.tokens) == self.config.max_new_tokens:
                 ended.append(i)

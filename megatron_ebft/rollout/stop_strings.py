@@ -4,7 +4,7 @@ from megatron_ebft.data.tokenizer import Tokenizer
 
 
 class StopStrings:
-    """Says whether tokens so far have come to one of the strings.
+    """Texts that end a completion, and where.
 
     A string may begin and end inside tokens. It must be in the completion as a whole: what is in the prompt does not
     count.
@@ -15,7 +15,8 @@ class StopStrings:
         self.length = 4 + max((len(text.encode()) for text in strings), default=0)
         """So many tokens at the end hold a string that has just been completed, even if each has only one byte."""
 
-    def __call__(self, tokens: list[int]) -> bool:
+    def has_come(self, tokens: list[int]) -> bool:
+        """Whether the tokens at the end hold one of the strings."""
         text = self.tokenizer.completion_text(tokens[-self.length:])
         return any(string in text for string in self.strings)
 

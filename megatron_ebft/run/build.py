@@ -12,6 +12,7 @@ from megatron_ebft.data.tokenizer import build_tokenizer
 from megatron_ebft.method.config import EBFTConfig
 from megatron_ebft.model.architecture import ModelArgs
 from megatron_ebft.parallel.groups import document_size
+from megatron_ebft.run.answers import build_eval_questions
 from megatron_ebft.run.configs import (
     check_memory,
     check_rollouts,
@@ -69,6 +70,8 @@ def build_run(args: argparse.Namespace) -> Run:
     rlvr = None
     if args.training_mode == "rlvr":
         rlvr = build_rlvr(args, tokenizer, end_ids(companions, tokenizer.eod))
+    eval_questions = build_eval_questions(args, tokenizer, end_ids(companions, tokenizer.eod),
+                                          architecture.max_position_embeddings)
     train_data, valid_data = build_data(args, tokenizer, state)
     data = data_hashes(args, rlvr)
     changed = [] if saved is None else changed_data(saved, data, args)
@@ -90,9 +93,10 @@ def build_run(args: argparse.Namespace) -> Run:
                                    is_whole=True)
         metadata["changed"] = changed_flags(saved["arguments"], vars(args)) + changed
     return Run(mode=args.training_mode, policy=models.policy, encoder=models.encoder, start=models.start,
-               optimizer=optimizer, scheduler=scheduler, config=config, rlvr=rlvr, train_data=train_data,
-               valid_data=valid_data, counted=counted, tokenizer=tokenizer, args=args, metadata=metadata, state=state,
-               companions=companions, stopper=Stopper(args.exit_duration_in_mins, args.ebft_stop_file))
+               optimizer=optimizer, scheduler=scheduler, config=config, rlvr=rlvr, eval_questions=eval_questions,
+               train_data=train_data, valid_data=valid_data, counted=counted, tokenizer=tokenizer, args=args,
+               metadata=metadata, state=state, companions=companions,
+               stopper=Stopper(args.exit_duration_in_mins, args.ebft_stop_file))
 
 
 def data_hashes(args, rlvr: RLVR | None) -> dict[str, str]:

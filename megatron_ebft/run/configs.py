@@ -13,6 +13,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 
 from megatron_ebft.common.device import have_gpu, memory_bytes
+from megatron_ebft.data.tokenizer import Tokenizer
 from megatron_ebft.layout.strided import ROW_SIZES, StridedLayout
 from megatron_ebft.method.config import EBFTConfig, RLVRConfig
 from megatron_ebft.method.features import FeatureMap
@@ -23,6 +24,7 @@ from megatron_ebft.model.fp8_sizes import BLOCK, ROWS
 from megatron_ebft.parallel.groups import document_size
 from megatron_ebft.rollout.generation import GenerationConfig
 from megatron_ebft.rollout.sampler import SamplingConfig
+from megatron_ebft.rollout.stop_strings import StopStrings
 from megatron_ebft.run.flags.checks import fp8_recipes, fp8_row_multiple, require_multiple, why_separate
 from megatron_ebft.run.flags.flag import spelled
 
@@ -190,7 +192,7 @@ def ebft_config(args: argparse.Namespace, num_layers: int) -> EBFTConfig:
         fused=why_not_fused(args) == "")
 
 
-def rlvr_config(args: argparse.Namespace, end_ids: tuple[int, ...]) -> RLVRConfig:
+def rlvr_config(args: argparse.Namespace, tokenizer: Tokenizer, end_ids: tuple[int, ...]) -> RLVRConfig:
     """The configuration of RLVR, for completions that end with one of these ids.
 
     Raises:
@@ -201,12 +203,18 @@ def rlvr_config(args: argparse.Namespace, end_ids: tuple[int, ...]) -> RLVRConfi
     generation = GenerationConfig(
         max_new_tokens=args.ebft_max_new_tokens, temperature=args.ebft_rlvr_temperature, top_p=args.ebft_top_p,
         top_k=args.ebft_top_k, seed=args.seed, num_samples=args.ebft_rlvr_num_samples, end_ids=end_ids,
-        rows=args.ebft_rollout_rows or all_rows, pad_to=row_multiple(args), fp8=fp8_config(args, "rollout"))
+        rows=args.ebft_rollout_rows or all_rows, pad_to=row_multiple(args), fp8=fp8_config(args, "rollout"),
+        stops=stop_strings(args, tokenizer))
     return RLVRConfig(
         generation=generation, advantage=args.ebft_advantage, rl_coef=args.ebft_rl_coef, kl_coef=args.ebft_kl_coef,
         kl_estimator=args.ebft_kl_estimator, importance_cap=args.ebft_importance_cap, row_length=args.seq_length,
         micro_batch_size=args.micro_batch_size,
         rows_multiple=args.pipeline_model_parallel_size if virtual_stages(args) else 1)
+
+
+def stop_strings(args: argparse.Namespace, tokenizer: Tokenizer) -> StopStrings | None:
+    """The texts that end a completion; None without --ebft-stop."""
+    return StopStrings(args.ebft_stop, tokenizer) if args.ebft_stop else None
 
 
 def why_not_fused(args: argparse.Namespace) -> str:

@@ -20,7 +20,7 @@ RLVR_CONSOLE = {"loss": "loss {:.4f}", "reward": "reward {:.4f}", "success": "ri
                 "zero_spread": "no spread {:.1%}", "length": "length {:.1f}", "finished": "finished {:.1%}",
                 "kl_loss": "kl {:.4f}", "entropy": "H {:.2f}", "grad_norm": "grad {:.3f}", "lr": "lr {:.2e}"}
 EVALUATION = {"ce_loss": "ce {:.4f}", "cfm": "cfm {:.4f}", "alignment": "align {:.4f}", "kl_to_start": "kl {:.4f}",
-              "entropy": "H {:.2f}"}
+              "entropy": "H {:.2f}", "answers/accuracy": "right {:.1%}", "answers/score": "score {:.4f}"}
 SHOWN_BLOCKS, SHOWN_CONTEXT = 3, 32
 """Blocks shown at an evaluation, and tokens of context before each."""
 
@@ -49,8 +49,8 @@ class Logger:
         if self.is_main:
             print(line, flush=True)
 
-    def _record(self, iteration: int = 0, scalars: dict[str, float] | None = None, text: str | None = None,
-                flush: bool = False) -> None:
+    def _record(self, iteration: int = 0, scalars: dict[str, float] | None = None,
+                texts: dict[str, str | None] | None = None, flush: bool = False) -> None:
         """Write to TensorBoard. On a full disk values are lost with a warning, and the run goes on."""
         try:
             if self.writer is None:
@@ -58,8 +58,9 @@ class Logger:
                 self._purge_step = None  # of the first file alone
             for name, value in (scalars or {}).items():
                 self.writer.add_scalar(name, value, iteration)
-            if text is not None:
-                self.writer.add_text("rollouts", text, iteration)
+            for name, text in (texts or {}).items():
+                if text is not None:
+                    self.writer.add_text(name, text, iteration)
             if flush:
                 self.writer.flush()
             self.is_warned = False
@@ -104,11 +105,12 @@ class Logger:
                    f"{tokens / duration:.0f} tok/s | left {clock(left)}")
 
     def evaluation(self, iteration: int, metrics: dict[str, float], shown: EvaluationRollouts | None,
-                   seconds: float) -> None:
+                   seconds: float, answers: str | None = None) -> None:
         """Log one evaluation, which took `seconds`.
 
         Args:
             shown: rollouts to print beside the gold text, or None.
+            answers: Markdown of answers to questions, or None.
         """
         if not self.is_main:
             return
@@ -116,9 +118,11 @@ class Logger:
             at_length = f"{name}_length/{self.rollout_length:02d}"
             if at_length in metrics:
                 metrics[name] = metrics[at_length]
-        text = None if shown is None else self._rollout_text(shown)
-        self._record(iteration, {f"eval/{name}": value for name, value in metrics.items()}, text, flush=True)
+        texts = {"rollouts": None if shown is None else self._rollout_text(shown), "answers": answers}
+        self._record(iteration, {f"eval/{name}": value for name, value in metrics.items()}, texts, flush=True)
         numbers = " ".join(form.format(metrics[name]) for name, form in EVALUATION.items() if name in metrics)
+        numbers += "".join(f" {name.removeprefix('answers/')} {value:.4g}" for name, value in metrics.items()
+                           if name.startswith(("answers/pass@", "answers/bleu", "answers/chrf")))
         if shown is not None and "alignment" not in metrics:
             numbers = f"no block counts at {self.rollout_length} tokens | {numbers}"
         self.print(f"eval {iteration}/{self.train_iters} | {numbers} | {clock(seconds)}")

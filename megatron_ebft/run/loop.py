@@ -8,6 +8,7 @@ from megatron_ebft.common.timer import PhaseTimer
 from megatron_ebft.data.micro_batches import GoldBatch
 from megatron_ebft.data.questions import Question
 from megatron_ebft.data.rows import rows_for_step
+from megatron_ebft.method.answers import evaluate_answers
 from megatron_ebft.method.computed import Computed
 from megatron_ebft.method.evaluation import evaluate
 from megatron_ebft.method.means import Means
@@ -17,6 +18,7 @@ from megatron_ebft.method.step import ebft_step
 from megatron_ebft.parallel.errors import collective_errors
 from megatron_ebft.parallel.groups import document_rank, document_size
 from megatron_ebft.rollout.sampler import Rollouts
+from megatron_ebft.run.answers import metrics_of, text_of
 from megatron_ebft.run.saves import RunCheckpoints
 from megatron_ebft.run.self_check import check_completions, self_check
 from megatron_ebft.run.state import Run
@@ -36,15 +38,14 @@ def train(run: Run, log) -> bool:
         what it did.
     """
     args, state = run.args, run.state
-    with collective_errors():
-        batches = [gold_batch(run, run.valid_data, i * args.global_batch_size)
-                   for i in range(args.eval_iters)] if run.valid_data is not None else []
+    batches = eval_batches(run)
+    evaluates = bool(batches) or run.eval_questions is not None
     saves, stopped_by = RunCheckpoints(run, log) if args.save else None, None
     if state.iteration:
         state.restarts += 1
         state.lost_to_restarts += time.time() - state.reached
     try:
-        if batches and state.evaluated < state.iteration and is_due(state.iteration, args.eval_interval, args):
+        if evaluates and state.evaluated < state.iteration and is_due(state.iteration, args.eval_interval, args):
             run_evaluation(run, batches, log)
             if saves is not None and state.iteration:  # another restart must not evaluate this step again
                 saves.save()
@@ -70,7 +71,7 @@ def train(run: Run, log) -> bool:
                     "lost_to_saves": state.lost_to_saves})
             is_healthy = warn_of_mismatch(metrics.get("mismatch_ratio", 1.0), is_healthy, state.iteration, log)
             has_counted = warn_of_nothing(metrics, has_counted, state.iteration, log)
-            if batches and is_due(state.iteration, args.eval_interval, args):
+            if evaluates and is_due(state.iteration, args.eval_interval, args):
                 run_evaluation(run, batches, log)
             if saves is not None:
                 saves.poll()
@@ -87,7 +88,7 @@ def train(run: Run, log) -> bool:
         saves.finish()
     if isinstance(stopped_by, CannotGoOn):
         raise stopped_by
-    return state.iteration == args.train_iters and (not batches or state.evaluated == state.iteration)
+    return state.iteration == args.train_iters and (not evaluates or state.evaluated == state.iteration)
 
 
 def train_step(run: Run, batch: GoldBatch | list[Question], phase, check: bool,
@@ -113,8 +114,9 @@ def train_step(run: Run, batch: GoldBatch | list[Question], phase, check: bool,
             elif run.mode == "rlvr":
                 metrics = rlvr_step(
                     policy=run.policy, start=run.start if run.args.ebft_kl_coef or check else None,
-                    optimizer=run.optimizer, questions=batch, verify=run.rlvr.verify, config=run.rlvr.config,
-                    iteration=run.state.iteration, phase=phase, after_rollouts=lambda: run.stopper.check(steps=0),
+                    optimizer=run.optimizer, questions=batch, verify=run.rlvr.verification.verify,
+                    config=run.rlvr.config, iteration=run.state.iteration, phase=phase,
+                    after_rollouts=lambda: run.stopper.check(steps=0),
                     inspect=lambda means: check and check_completions(run, batch, means))
             else:
                 def inspect(computed: Computed, means: Means) -> None:
@@ -139,6 +141,13 @@ def gold_batch(run: Run, dataset, consumed_samples: int) -> GoldBatch:
     return GoldBatch(upload(rows.tokens), upload(rows.index),
                      upload(rows.documents) if run.args.ebft_document_mask else None,
                      upload(rows.answer_mask) if run.args.ebft_answer_only else None)
+
+
+def eval_batches(run: Run) -> list[GoldBatch]:
+    """This rank's rows of every evaluation."""
+    with collective_errors():
+        return [gold_batch(run, run.valid_data, i * run.args.global_batch_size)
+                for i in range(run.args.eval_iters)] if run.valid_data is not None else []
 
 
 def next_batch(run: Run) -> tuple[GoldBatch | list[Question], Rollouts | None]:
@@ -170,7 +179,7 @@ def is_due(iteration: int, interval: int, args) -> bool:
 def run_evaluation(run: Run, batches: list[GoldBatch], log) -> None:
     """Evaluate and log; raises StopAsked between batches."""
     start, iteration = time.perf_counter(), run.state.iteration
-    run.watchdog.enter(f"evaluation after step {iteration}")
+    run.watchdog.enter(f"evaluation after step {iteration}", PATIENCE if run.eval_questions else 1)
 
     def checked():
         for batch in log.progress("evaluation", batches):
@@ -179,8 +188,15 @@ def run_evaluation(run: Run, batches: list[GoldBatch], log) -> None:
 
     metrics, shown = evaluate(run.policy, run.encoder, run.start, checked(), run.config, run.args.ebft_eval_length,
                               run.args.micro_batch_size)
+    answers = None
+    if run.eval_questions is not None:
+        asked, verification = run.eval_questions, run.eval_questions.verification
+        answered = evaluate_answers(run.policy, asked.questions, verification.verify, asked.config,
+                                    verification.corpus_score, between=run.stopper.check)
+        metrics |= metrics_of(answered)
+        answers = text_of(answered, asked, run.tokenizer)
     run.state.evaluated = iteration
-    log.evaluation(iteration, metrics, shown, time.perf_counter() - start)
+    log.evaluation(iteration, metrics, shown, time.perf_counter() - start, answers)
 
 
 def warn_of_mismatch(ratio: float, was_healthy: bool, iteration: int, log) -> bool:

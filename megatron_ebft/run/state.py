@@ -13,6 +13,7 @@ from megatron_ebft.checkpointing.record import TrainState
 from megatron_ebft.data.tokenizer import Tokenizer
 from megatron_ebft.method.config import EBFTConfig
 from megatron_ebft.model.decoder import Decoder
+from megatron_ebft.run.answers import EvalQuestions
 from megatron_ebft.run.counts import Shares
 from megatron_ebft.run.learning_rate import Schedule
 from megatron_ebft.run.rlvr import RLVR
@@ -38,6 +39,8 @@ class Run:
     """EBFT, or how it evaluates; None without an encoder."""
     rlvr: RLVR | None = None
     """None in other modes."""
+    eval_questions: EvalQuestions | None = None
+    """None if evaluation answers none."""
     train_data: Dataset | None = None
     valid_data: Dataset | None = None
     counted: Shares | None = None

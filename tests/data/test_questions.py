@@ -53,4 +53,4 @@ def test_wrong_lines_are_named(tmp_path, content, message):
         (tmp_path / "q.jsonl").write_text(content)
     with pytest.raises(ValueError, match=f"^--ebft-questions .*{message}"):
         made = questions(tmp_path / "q.jsonl")
-        made.check(range(len(made)), check_fields, 5)
+        made.check(range(len(made)), check_fields, 5, "--seq-length less --ebft-max-new-tokens")

@@ -3,6 +3,8 @@
 Ranks have other numbers of completions to train on: with two data-parallel ranks and no KL term, one of them has none.
 """
 
+from types import SimpleNamespace
+
 import models
 import plain_llama
 import pytest
@@ -55,7 +57,8 @@ def build_run(args) -> Run:
     built = build_models(args, model_args(args, VOCAB), None, policy_from=load, start_from=load,
                          has_start=bool(args.ebft_kl_coef))
     optimizer, scheduler = build_optimizer(args, built.policy)
-    rlvr = RLVR(config=rlvr_config(args, (0, 11)), questions=None, verify=verify)
+    rlvr = RLVR(config=rlvr_config(args, None, (0, 11)), questions=None,
+                verification=SimpleNamespace(verify=verify))
     return Run(mode="rlvr", policy=built.policy, start=built.start, optimizer=optimizer, scheduler=scheduler, rlvr=rlvr,
                args=args)
 

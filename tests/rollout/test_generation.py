@@ -139,9 +139,9 @@ def test_stop_strings():
     tokenizer = SimpleNamespace(completion_text=lambda ids: bytes(ids).decode(errors="replace"))
     stops = StopStrings(["\n\n", "é"], tokenizer)
     tokens = list("a\nb\n\nc é".encode())
-    ended = [stops(tokens[:end]) for end in range(1, len(tokens) + 1)]
+    ended = [stops.has_come(tokens[:end]) for end in range(1, len(tokens) + 1)]
     assert ended.index(True) == 4
-    assert not stops(list("c \xc3".encode())[:-1]) and stops(list("cé".encode()))
+    assert not stops.has_come(list("cé".encode())[:-1]) and stops.has_come(list("cé".encode()))
     assert stops.cut("a\nb\n\ncé") == "a\nb" and stops.cut("é") == "" and stops.cut("abc") == "abc"
 
 
@@ -151,7 +151,8 @@ def test_ends_by_a_stop(one_rank, tmp_path):
     model = model_of(str(tmp_path))
     whole = generate([model], PROMPTS, config(end_ids=()))
     stop = whole[0][0].tokens[9:11]
-    cut = generate([model], PROMPTS, config(end_ids=()), is_end=lambda tokens: tokens[-2:] == stop)
+    stops = SimpleNamespace(has_come=lambda tokens: tokens[-2:] == stop)
+    cut = generate([model], PROMPTS, config(end_ids=(), stops=stops))
     for (before,), (after,) in zip(whole, cut):
         place = next((i for i in range(1, 24) if before.tokens[i - 1 : i + 1] == stop), None)
         assert after.tokens == before.tokens[: None if place is None else place + 1]

@@ -46,7 +46,7 @@ def built(tmp_path, one_rank):
 
     yield build
     for run, _ in runs:
-        run.rlvr.close()
+        run.rlvr.verification.close()
 
 
 def test_a_run_learns_to_answer(built, tmp_path, capsys):

@@ -7,6 +7,7 @@ import megatron_to_hf
 import torch
 import transformers
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from megatron_ebft.checkpointing.manifest import seal
 
@@ -40,6 +41,18 @@ def random_model(kind: str, seed: int = 0, **changes):
 def save_model(folder: Path, kind: str, dtype=torch.float32, shard="15kB", **changes) -> Path:
     """Save a random model into a folder, in several shards; returns the folder."""
     random_model(kind, **changes).to(dtype).save_pretrained(folder, max_shard_size=shard)
+    return folder
+
+
+def save_byte_model(folder: Path) -> Path:
+    """Save a random Llama with a tokenizer of bytes, whose generation settings name two end tokens, 256 and 9."""
+    vocabulary = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary | {"<end>": 256}, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
+    model = random_model("llama 3.1", vocab_size=257)
+    model.generation_config.eos_token_id = [256, 9]
+    model.save_pretrained(folder)
     return folder
 
 

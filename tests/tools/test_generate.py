@@ -9,26 +9,16 @@ from pathlib import Path
 import generate
 import pytest
 import torch
-from hf_models import random_model, to_megatron
+from hf_models import save_byte_model, to_megatron
 from ranks import run_script
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PROMPTS = ["Once upon", "A", "time and again, time"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A Llama with a tokenizer of bytes, whose generation settings name two end tokens."""
-    folder = tmp_path_factory.mktemp("model")
-    vocabulary = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary | {"<end>": 256}, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
-    model = random_model("llama 3.1", vocab_size=257)
-    model.generation_config.eos_token_id = [256, 9]
-    model.save_pretrained(folder)
-    return folder
+    return save_byte_model(tmp_path_factory.mktemp("model"))
 
 
 def lines(path: Path) -> list[dict]:

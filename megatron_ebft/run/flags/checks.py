@@ -108,10 +108,11 @@ def _check_blocks(args) -> None:
 
 
 def _check_questions(args) -> None:
+    if args.training_mode != "rlvr" and args.ebft_questions:
+        raise ValueError(f"--ebft-questions {args.ebft_questions}: needs --training-mode rlvr; evaluation reads "
+                         "--ebft-eval-questions")
+    _check_eval_questions(args)
     if args.training_mode != "rlvr":
-        for name in ("ebft_questions", "ebft_verifier"):
-            if vars(args)[name]:
-                raise ValueError(f"{FLAGS[name].name} {vars(args)[name]}: needs --training-mode rlvr")
         return
     for name in ("ebft_questions", "ebft_verifier"):
         if not vars(args)[name]:
@@ -123,6 +124,21 @@ def _check_questions(args) -> None:
         raise ValueError(f"--ebft-rlvr-num-samples {args.ebft_rlvr_num_samples} with --ebft-advantage "
                          f"{args.ebft_advantage}: needs at least 2 completions of a question; use --ebft-advantage "
                          "reinforce for one")
+
+
+def _check_eval_questions(args) -> None:
+    given, verifier = args.ebft_eval_questions, args.ebft_verifier
+    if given and not verifier:
+        raise ValueError(f"--ebft-eval-questions {given}: needs --ebft-verifier")
+    if verifier and not given and args.training_mode != "rlvr":
+        raise ValueError(f"--ebft-verifier {verifier}: needs --ebft-eval-questions or --training-mode rlvr")
+    if given and args.eval_interval == 0:
+        raise ValueError(f"--ebft-eval-questions {given}: --eval-interval 0 turns evaluation off")
+    if args.ebft_eval_samples and not given:
+        raise ValueError(f"--ebft-eval-samples {args.ebft_eval_samples}: needs --ebft-eval-questions")
+    if args.ebft_pass_at and max(args.ebft_pass_at) > args.ebft_eval_samples:
+        raise ValueError(f"--ebft-pass-at {max(args.ebft_pass_at)}: needs as many samples; --ebft-eval-samples is "
+                         f"{args.ebft_eval_samples}")
 
 
 def _check_dumped_steps(args) -> None:

@@ -13,4 +13,5 @@ RLVR = Group("RLVR", (
     Flag("--ebft-rlvr-temperature", float, "τ, temperature of the completions and of their log-probabilities",
          default=1.0, valid=above(0)),
     Flag("--ebft-max-new-tokens", int, "longest completion, in tokens", default=1024, valid=at_least(1)),
+    Flag("--ebft-stop", str, "texts that end a completion, besides the end token", many=True, metavar="TEXT"),
 ))

@@ -1,0 +1,114 @@
+"""Evaluation by questions: completions are generated, verified and counted.
+
+1. The greedy completion of each question gives its accuracy. Samples give pass@k, the probability that one of k samples
+   is right, by the unbiased estimator of Chen et al. (2021).
+2. Intervals are bootstraps over questions: 95 % of the means of as many questions, drawn with replacement.
+3. Every evaluation draws the same random numbers, so that two evaluations differ by the policy alone.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy
+
+from megatron_ebft.data.questions import Question
+from megatron_ebft.method.evaluation import EVALUATION_ITERATION
+from megatron_ebft.method.verdicts import Verify, verdicts
+from megatron_ebft.parallel.groups import collected, dealt
+from megatron_ebft.rollout.generation import Completion, GenerationConfig, generate
+from megatron_ebft.verifiers.verdict import Verdict
+
+RESAMPLES = 2000
+"""Draws of a bootstrap."""
+
+
+@dataclass(kw_only=True)
+class AnswersConfig:
+    """How questions are answered."""
+
+    generation: GenerationConfig
+    """Of the samples. Its `num_samples` is K."""
+    pass_at: tuple[int, ...]
+    """k of pass@k, each at most K. Empty: greedy completions alone."""
+
+
+@dataclass
+class Answer:
+    """A completion of a question, and what the verifier says of it."""
+
+    completion: Completion
+    verdict: Verdict
+
+
+@dataclass
+class Mean:
+    """A mean over questions, and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass
+class Answered:
+    """What an evaluation by questions has found."""
+
+    means: dict[str, Mean]
+    """`accuracy`, `score` and `length` of the greedy answers; `sampled_score` and `pass@k` of the samples."""
+    corpus: dict[str, float]
+    """BLEU or chrF of the greedy answers together, with these verifiers."""
+    answers: list[list[Answer]] = field(repr=False)
+    """Of each question, the greedy one first."""
+
+
+def evaluate_answers(policy: list, questions: list[Question], verify: Verify, config: AnswersConfig,
+                     corpus_score: Callable[[list[tuple[Question, Completion]]], dict[str, float]],
+                     between: Callable[[], None] = lambda: None) -> Answered:
+    """Answer all questions and count the right answers; the same on every rank.
+
+    Args:
+        questions: the same on every rank. Data-parallel ranks share them out.
+        corpus_score: scores of all greedy answers together.
+        between: is called between greedy answers and samples; may end the evaluation by an exception.
+    """
+    greedy = _answers(policy, questions, verify, replace(config.generation, temperature=0.0, num_samples=1))
+    firsts = [answers[0] for answers in greedy]
+    means = {"accuracy": mean([float(answer.verdict.is_right) for answer in firsts]),
+             "score": mean([answer.verdict.score for answer in firsts]),
+             "length": mean([float(len(answer.completion.tokens)) for answer in firsts])}
+    corpus = corpus_score([(question, answer.completion) for question, answer in zip(questions, firsts)])
+    if not config.pass_at:
+        return Answered(means, corpus, greedy)
+    between()
+    samples = _answers(policy, questions, verify, config.generation)
+    means["sampled_score"] = mean([sum(answer.verdict.score for answer in answers) / len(answers)
+                                   for answers in samples])
+    for k in config.pass_at:
+        means[f"pass@{k}"] = mean([pass_at_k(len(answers), sum(answer.verdict.is_right for answer in answers), k)
+                                   for answers in samples])
+    return Answered(means, corpus, [first + others for first, others in zip(greedy, samples)])
+
+
+def _answers(policy: list, questions: list[Question], verify: Verify,
+             generation: GenerationConfig) -> list[list[Answer]]:
+    """Answers to all questions, `[question][sample]`, on every rank."""
+    mine = dealt(questions)
+    completions_QN = generate(policy, [question.prompt for question in mine], generation,
+                              iteration=EVALUATION_ITERATION)
+    verdicts_QN = verdicts(mine, completions_QN, verify)
+    return collected([list(map(Answer, *pair)) for pair in zip(completions_QN, verdicts_QN, strict=True)])
+
+
+def pass_at_k(samples: int, right: int, k: int) -> float:
+    """1 − C(samples − right, k) / C(samples, k): the share of the sets of k samples that have a right one."""
+    assert 0 <= right <= samples >= k >= 1
+    return 1 - math.comb(samples - right, k) / math.comb(samples, k)
+
+
+def mean(values: list[float]) -> Mean:
+    """The mean of a value of each question, with its bootstrapped interval."""
+    values_Q, generator = numpy.asarray(values), numpy.random.default_rng(0)
+    drawn = [values_Q[generator.integers(len(values), size=len(values))].mean() for _ in range(RESAMPLES)]
+    low, high = numpy.quantile(drawn, (0.025, 0.975))
+    return Mean(float(values_Q.mean()), float(low), float(high))
