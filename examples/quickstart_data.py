@@ -1,110 +1,106 @@
-"""Make the quickstart's text and tokenizer from the standard library of the Python that runs this file.
+"""Make the quickstart's text and tokenizer from the names in Unicode's CLDR, which the package Babel brings.
 
     python examples/quickstart_data.py DIR
 
-1. The text is split by file: `pretrain.jsonl`, `ebft.jsonl` and `valid.jsonl` hold whole documents, each in only one
-   of them. So EBFT trains on text that pretraining has not seen, and nothing trains on the validation text.
-2. EBFT and validation documents lose their comments and docstrings (`bare_code`). Fine-tuning then has something to
-   learn that pretraining did not teach: bare code.
-3. A hash of its path decides which split a file belongs to, so the split is the same on every machine with the same
-   library.
-4. `tokenizer.model` is a SentencePiece BPE model for code, trained on the pretraining text only.
+1. A document is an English name and its translation: languages, countries, currencies, scripts, units, time zones.
+2. `start.jsonl` translates each name into twenty languages, and nothing in the English part tells which one comes. A
+   model trained on it knows twenty ways to answer. `finetune.jsonl` has one of them: Italian.
+3. A hash of the English name decides whether all its translations are for training or for validation, so the split is
+   the same on every machine with the same Babel. `valid.jsonl` holds the other names, in Italian.
+4. `tokenizer.model` is a SentencePiece BPE model, trained on `start.jsonl` only.
 """
 
-import ast
 import hashlib
 import io
 import json
 import sys
-import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import sentencepiece
+from babel import Locale
 
-SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo",
-           "encodings", "pydoc_data", "__phello__"}
-"""Folders outside the library's core, or with tables instead of code."""
-SHARES = {"valid": 8, "ebft": 22, "pretrain": 70}
-"""Percentage of the files in each split."""
-MIN_CHARACTERS, MAX_CHARACTERS = 500, 200_000
-"""Length of a document. Longer files are tables."""
-MIN_CORPUS = 2_000_000
-"""Least number of characters in all. With fewer, training would only memorise; some systems install only a part of
-the library."""
-VOCAB_SIZE = 2048
+LANGUAGES = ("af", "ca", "cs", "da", "de", "es", "fi", "fr", "gl", "hr", "hu", "it", "nb", "nl", "pl", "pt", "ro", "sl", "sv",
+             "tr")
+TARGET = "it"
+VALID_PERCENT = 20
+"""Percentage of the English names that are held out."""
+MIN_ANSWER, MAX_ANSWER = 8, 60
+"""Characters of a translation. Shorter ones have no room for a rollout of 8 tokens."""
+MIN_NAMES = 800
+"""Least number of Italian names in all. With fewer, training would only memorise."""
+VOCAB_SIZE = 512
 
 
-def documents() -> dict[str, str]:
-    """Map each file's path within the library to its text, sorted by path, without duplicate texts.
+def named(language: str) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Pairs of what has a name, and its name in the language."""
+    locale = Locale(language)
+    for kind in ("languages", "territories", "scripts", "currencies"):
+        for code, name in getattr(locale, kind).items():
+            yield (kind, code), name
+    for unit, name in locale.unit_display_names.items():
+        yield ("units", unit), name if isinstance(name, str) else name.get("long", "")
+    for zone, names in locale.meta_zones.items():
+        for season, name in names.get("long", {}).items():
+            yield ("time zones", zone, season), name
+
+
+def translations() -> dict[str, dict[str, str]]:
+    """For each language, its names by the English ones, sorted. Names that are the same in both are left out.
 
     Raises:
-        ValueError: the library has too little text.
+        ValueError: this Babel has too few names.
     """
-    root = Path(sysconfig.get_path("stdlib"))
-    texts, seen = {}, set()
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root)
-        if SKIPPED & set(name.parts):
-            continue
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
-            continue
-        if MIN_CHARACTERS <= len(text) <= MAX_CHARACTERS and text not in seen:
-            seen.add(text)
-            texts[name.as_posix()] = text
-    total = sum(map(len, texts.values()))
-    if total < MIN_CORPUS:
-        raise ValueError(f"{root}: {len(texts)} source files with {total} characters; {MIN_CORPUS} are needed. "
-                         "Install the whole standard library, or set PYTHON to an interpreter that has it")
-    return texts
+    english = dict(named("en"))
+    pairs = {}
+    for language in LANGUAGES:
+        pairs[language] = {english[key]: name for key, name in sorted(named(language)) if key in english
+                           and MIN_ANSWER <= len(name) <= MAX_ANSWER and name.lower() != english[key].lower()}
+    if len(pairs[TARGET]) < MIN_NAMES:
+        raise ValueError(f"Babel has {len(pairs[TARGET])} names in {TARGET}; {MIN_NAMES} are needed. "
+                         "Install its newest version: pip install --upgrade Babel")
+    return pairs
 
 
-def split_of(name: str) -> str:
-    """The split that a file belongs to, by a hash of its path."""
-    number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % sum(SHARES.values())
-    for split, share in SHARES.items():
-        if number < share:
-            return split
-        number -= share
-    raise AssertionError("unreachable")
+def is_held_out(english: str) -> bool:
+    return int(hashlib.sha256(english.encode()).hexdigest(), 16) % 100 < VALID_PERCENT
 
 
-def bare_code(text: str) -> str:
-    """The same program without comments and docstrings, uniformly formatted."""
-    tree = ast.parse(text)
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            if ast.get_docstring(node, clean=False) is not None:
-                node.body = node.body[1:] or [ast.Pass()]
-    return ast.unparse(tree) + "\n"
+def documents(pairs: dict[str, dict[str, str]]) -> dict[str, list[dict[str, str]]]:
+    """The documents of each split. In the order of a hash, so that every row mixes languages."""
+    splits = {"start": [], "finetune": [], "valid": []}
+    for language, names in pairs.items():
+        for english, name in names.items():
+            document = {"prompt": f"{english} = ", "reference": name}
+            if not is_held_out(english):
+                splits["start"].append(document)
+            if language == TARGET:
+                splits["valid" if is_held_out(english) else "finetune"].append(document)
+    for split in splits.values():
+        split.sort(key=lambda document: hashlib.sha256("".join(document.values()).encode()).hexdigest())
+    return splits
 
 
 def train_tokenizer(texts: list[str]) -> bytes:
-    """A serialised SentencePiece model for code: it normalises nothing, and indentation takes a token or two."""
-    model = io.BytesIO()  # a file name would become part of the model and change its fingerprint
+    """A SentencePiece model as a file's content."""
+    model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(line for text in texts for line in text.splitlines() if line), model_writer=model,
-        model_type="bpe", vocab_size=VOCAB_SIZE, unk_id=0, bos_id=-1, eos_id=1,
-        character_coverage=1.0 - 1e-5, byte_fallback=True,  # rare letters become bytes
-        normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
-        user_defined_symbols=["\n", "\t"], allow_whitespace_only_pieces=True, split_digits=True,
-        max_sentence_length=20_000, num_threads=2, minloglevel=2)
+        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=VOCAB_SIZE, unk_id=0, bos_id=-1,
+        eos_id=1, byte_fallback=True, character_coverage=1.0 - 1e-4,  # rare letters become bytes
+        normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False, num_threads=2,
+        minloglevel=2)
     return model.getvalue()
 
 
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    texts = {split: [] for split in SHARES}
-    for name, text in documents().items():
-        split = split_of(name)
-        texts[split].append(text if split == "pretrain" else bare_code(text))
-    for split in SHARES:
+    splits = documents(translations())
+    for split, lines in splits.items():
         with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps({"text": text}) + "\n" for text in texts[split])
-        print(f"{split}: {len(texts[split])} documents, {sum(map(len, texts[split])) / 1e6:.2f} million characters")
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        print(f"{split}: {len(lines)} documents, {sum(len(''.join(line.values())) for line in lines)} characters")
     unfinished = folder / "tokenizer.tmp"  # the model appears last: it marks the data as complete
-    unfinished.write_bytes(train_tokenizer(texts["pretrain"]))
+    unfinished.write_bytes(train_tokenizer(["".join(line.values()) for line in splits["start"]]))
     unfinished.replace(folder / "tokenizer.model")
     print(f"tokenizer: {VOCAB_SIZE} pieces")
 

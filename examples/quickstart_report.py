@@ -1,15 +1,19 @@
-"""Report on the quickstart's EBFT runs: a table of before and after, curves, and rollouts beside gold text.
+"""Compare the quickstart's runs: a table, curves, and answers before and after, side by side.
 
-    python examples/quickstart_report.py OUTPUT/ebft-seed1 OUTPUT/ebft-seed2 ... --output OUTPUT
+    python examples/quickstart_report.py OUTPUT/sft-seed1 OUTPUT/ebft-0-seed1 ... --questions FILE --output OUTPUT
 
-Writes report.txt and curves.png. All numbers come from the runs' TensorBoard files. "Before" is the evaluation at
-step 0, "after" the last one; both use the same held-out rows and the same random numbers.
+Writes report.txt, results.json and curves.png. All numbers come from the runs' TensorBoard files. "Before" is the
+evaluation at step 0, which measures the start; "after" is the last one. Both use the same held-out names and, for the
+same seed, the same random numbers.
 """
 
 import argparse
+import json
 import math
 import re
+import statistics
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,163 +23,226 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, TENSORS, EventAccumulator
 
-BEFORE, AFTER = "tab:gray", "tab:blue"
-SHOWN_BLOCKS, SHOWN_ROLLOUTS = 3, 2
-ROLLOUTS = "rollouts/text_summary"
-SECTION = re.compile(r"\*\*(context|gold|rollout)\*\* …?\n```\n(.*?)\n```", re.DOTALL)
+FOLDER = re.compile(r"(sft|ebft)(?:-([0-9.]+))?-seed([0-9]+)")
+MEASURES = {"cfm": "eval/cfm", "ce": "eval/ce_loss", "score": "eval/answers/chrf"}
+ANSWERS = "answers/text_summary"
+SECTION = re.compile(r"\*\*(.+?)\*\*\n```\n(.*?)\n```", re.DOTALL)
+SHOWN_QUESTIONS, SHOWN_SAMPLES = 4, 3
+COLORS = {"start": "tab:gray", "SFT": "tab:orange", "EBFT γ = 0": "tab:blue", "EBFT γ = 0.1": "tab:green"}
+
+EXPLANATION = """\
+CFM: how far the mean features of sampled answers are from those of the right one, squared; EBFT lowers it. 0 would be
+perfect if every name had one translation. CE: cross entropy of the right answer, in nats per token; SFT lowers it.
+chrF: how many letter sequences the most likely answers share with the right ones, from 0 to 100. Seconds: all training
+steps, without evaluations. CFM and CE are better if lower, chrF if higher. All are measured on names that no training
+has seen. ± is the standard deviation over seeds."""
 
 
 @dataclass
 class Run:
-    """The curves of one run, each a list of (step, value)."""
+    """The log of one fine-tuning run."""
 
-    name: str
+    method: str
+    """sft or ebft."""
+    ce_coef: float | None
+    """γ of EBFT."""
+    seed: int
     scalars: dict[str, list[tuple[int, float]]]
-    texts: dict[int, str]
-    """Rollouts as Markdown, by step."""
+    """Curves, each a list of (step, value)."""
+    before: dict[str, list[str]]
+    """Answers of the start to a few questions, the most likely one first."""
+    after: dict[str, list[str]]
 
     @classmethod
     def read(cls, folder: Path) -> "Run":
         """The run that saved to `folder`.
 
         Raises:
-            ValueError: the run has no evaluations, or a value that is not finite.
+            ValueError: the folder's name is not of the quickstart, the run is incomplete, or a value is not finite.
         """
+        named = FOLDER.fullmatch(folder.name)
+        if not named:
+            raise ValueError(f"{folder}: must be named like sft-seed1 or ebft-0.1-seed1")
         events = EventAccumulator(str(folder / "tensorboard"), size_guidance={SCALARS: 0, TENSORS: 0}).Reload()
         tags = events.Tags()
         scalars = {tag: sorted({e.step: e.value for e in events.Scalars(tag)}.items()) for tag in tags[SCALARS]}
-        for tag in ("eval/cfm", "eval/ce_loss", "eval/alignment", "eval/kl_to_start", "train/reward"):
+        for tag in MEASURES.values():
             if len(scalars.get(tag, [])) < 2:
                 raise ValueError(f"{folder}: {tag} is missing from its TensorBoard files; is the run complete?")
         for tag, points in scalars.items():
             if not all(math.isfinite(value) for _, value in points):
                 raise ValueError(f"{folder}: {tag} is not finite everywhere")
-        if ROLLOUTS not in tags[TENSORS]:
-            raise ValueError(f"{folder}: its TensorBoard files hold no rollouts; is the run complete?")
-        texts = {e.step: e.tensor_proto.string_val[0].decode() for e in events.Tensors(ROLLOUTS)}
-        return cls(folder.name.removeprefix("ebft-").replace("seed", "seed "), scalars, texts)
+        texts = {e.step: e.tensor_proto.string_val[0].decode() for e in events.Tensors(ANSWERS)}
+        method, ce_coef, seed = named.groups()
+        return cls(method, float(ce_coef) if ce_coef else None, int(seed), scalars,
+                   answers(texts[min(texts)]), answers(texts[max(texts)]))
 
-    def before(self, tag: str) -> float:
-        return self.scalars[tag][0][1]
+    @property
+    def label(self) -> str:
+        return "SFT" if self.method == "sft" else f"EBFT γ = {self.ce_coef:g}"
 
-    def after(self, tag: str) -> float:
-        return self.scalars[tag][-1][1]
-
-    def lengths(self) -> list[int]:
-        """Completion lengths at which CFM was evaluated."""
-        return sorted(int(tag.rsplit("/", 1)[1]) for tag in self.scalars if tag.startswith("eval/cfm_length/"))
-
-    def at_lengths(self, which, name: str = "cfm") -> list[float]:
-        """CFM (or alignment) at each of `lengths`. which: Run.before or Run.after."""
-        return [which(self, f"eval/{name}_length/{length:02d}") for length in self.lengths()]
+    def record(self) -> dict:
+        """The run as results.json holds it."""
+        steps = self.scalars["seconds/step"]
+        values = {name: self.scalars[tag] for name, tag in MEASURES.items()}
+        return {"method": self.method, "seed": self.seed, "ce_coef": self.ce_coef, "steps": steps[-1][0],
+                "seconds": sum(seconds for _, seconds in steps),
+                **{f"{name}_before": points[0][1] for name, points in values.items()},
+                **{f"{name}_after": points[-1][1] for name, points in values.items()}}
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Text table with aligned columns, the first one to the left."""
-    widths = [max(map(len, column)) for column in zip(header, *rows)]
+def answers(markdown: str) -> dict[str, list[str]]:
+    """The answers to each question in an evaluation's Markdown."""
+    by_question = {}
+    for kind, text in SECTION.findall(markdown):
+        if kind == "question":
+            question = by_question.setdefault(text, [])
+        else:
+            question.append(text.replace("\n", " "))
+    return by_question
+
+
+def records(runs: list[Run]) -> list[dict]:
+    """All runs, and before them the start as each seed's evaluation sees it: a run of 0 steps."""
+    trained = [run.record() for run in runs]
+    starts = {}
+    for record in trained:
+        before = {f"{name}_after": record[f"{name}_before"] for name in MEASURES}
+        starts.setdefault(record["seed"], record | before | {
+            "method": "start", "ce_coef": None, "steps": 0, "seconds": 0.0})
+    return [*starts.values(), *trained]
+
+
+def by_label(runs: list[Run]) -> dict[str, list[Run]]:
+    """The runs of each way to train, one for each seed."""
+    groups = {}
+    for run in runs:
+        groups.setdefault(run.label, []).append(run)
+    return groups
+
+
+def mean_and_deviation(values: list[float], form: str) -> str:
+    mean = form.format(statistics.mean(values))
+    return f"{mean} ± {form.format(statistics.stdev(values))}" if len(values) > 1 else mean
+
+
+def table(runs: list[Run]) -> str:
+    """One line for the start and one for each way to train."""
+    forms = {"cfm": "{:.4f}", "ce": "{:.4f}", "score": "{:.2f}", "seconds": "{:.0f}"}
+    rows = [["", "CFM", "CE", "chrF", "seconds"]]
+    groups = {label: [run.record() for run in group] for label, group in by_label(runs).items()}
+    first = next(iter(groups.values()))
+    rows.append(["start", *(mean_and_deviation([record[f"{name}_before"] for record in first], forms[name])
+                            for name in MEASURES), ""])
+    for label, group in groups.items():
+        columns = {name: [record[f"{name}_after"] for record in group] for name in MEASURES}
+        columns["seconds"] = [record["seconds"] for record in group]
+        rows.append([label, *(mean_and_deviation(values, forms[name]) for name, values in columns.items())])
+    widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(cell.ljust(width) if i == 0 else cell.rjust(width)
-                       for i, (cell, width) in enumerate(zip(row, widths))) for row in (header, *rows)]
+                       for i, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
-def change(before: float, after: float) -> str:
-    return f"{before:.4f} → {after:.4f} ({100 * (after / before - 1):+.1f} %)"
+def effects(runs: list[Run]) -> list[str]:
+    """A sentence for each way to train: how far CFM fell, in standard deviations over seeds. Then what is best."""
+    lines, means = [], {}
+    for label, group in by_label(runs).items():
+        run_records = [run.record() for run in group]
+        means[label] = {name: statistics.mean(record[f"{name}_after"] for record in run_records) for name in MEASURES}
+        falls = [record["cfm_before"] - record["cfm_after"] for record in run_records]
+        fall = statistics.mean(falls)
+        line = f"{label} {'lowers' if fall > 0 else 'raises'} CFM by {abs(fall):.4f}"
+        if len(falls) > 1:
+            deviation = statistics.stdev(falls)
+            line += f", {abs(fall) / deviation:.1f} standard deviations of its {len(falls)} seeds ({deviation:.4f})"
+        lines.append(line + ".")
+    best = [f"{title} {pick(means, key=lambda label: means[label][name])}" for title, name, pick in (
+        ("lowest CFM:", "cfm", min), ("lowest CE:", "ce", min), ("highest chrF:", "score", max))]
+    return [*lines, f"On average, {'; '.join(best)}."]
 
 
-def mean(values) -> float:
-    values = list(values)
-    return sum(values) / len(values)
+def shown_answers(runs: list[Run], references: dict[str, str]) -> list[tuple[str, str, dict[str, list[str]]]]:
+    """A few questions: prompt, right answer, and samples of the start and of the first run of each way to train."""
+    firsts = {label: group[0] for label, group in by_label(runs).items()}
+    start = next(iter(firsts.values())).before
+    return [(prompt, references[prompt.strip()], {
+        label: texts[prompt][1:][:SHOWN_SAMPLES]  # the first one is not sampled
+        for label, texts in {"start": start, **{label: run.after for label, run in firsts.items()}}.items()})
+        for prompt in list(start)[:SHOWN_QUESTIONS]]
 
 
-def summary(runs: list[Run]) -> str:
-    """Both tables, and one sentence that sums them up."""
-    tags = {"validation CE": "eval/ce_loss", "CFM": "eval/cfm", "alignment": "eval/alignment"}
-    rows = [[run.name, *(change(run.before(tag), run.after(tag)) for tag in tags.values()),
-             f"{run.after('eval/kl_to_start'):.4f}"] for run in runs]
-    lengths = runs[0].lengths()
-    by_length = [[f"{length} token{'s' * (length > 1)}", *(change(b, a) for b, a in zip(befores, afters))]
-                 for length, befores, afters in zip(lengths, zip(*(run.at_lengths(Run.before) for run in runs)),
-                                                    zip(*(run.at_lengths(Run.after) for run in runs)))]
-    fell = sum(run.after("eval/cfm") < run.before("eval/cfm") for run in runs)
-    ce_fell = sum(run.after("eval/ce_loss") < run.before("eval/ce_loss") for run in runs)
-    seeds = f"{len(runs)} seed{'s' * (len(runs) > 1)}"
-    return "\n".join([
-        "Held-out text, before → after EBFT (CE and KL in nats per token; lower CFM is better)", "",
-        table(["", *tags, "KL to start"], rows), "",
-        "CFM by completion length", "", table(["", *(run.name for run in runs)], by_length), "",
-        f"CFM fell on {fell} of {seeds}; validation CE fell on {ce_fell} of {seeds}."])
+def report(runs: list[Run], references: dict[str, str]) -> str:
+    seeds = len({run.seed for run in runs})
+    parts = [f"Held-out Italian names after {runs[0].record()['steps']} steps, {seeds} seed{'s' * (seeds > 1)}",
+             table(runs), EXPLANATION, "\n".join(effects(runs)),
+             f"Answers of seed {runs[0].seed}, sampled at temperature 1"]
+    for prompt, reference, samples in shown_answers(runs, references):
+        parts.append("\n".join([f"{prompt.strip()} {reference}", *(f"  {label:<12}  {' | '.join(texts)}"
+                                                                   for label, texts in samples.items())]))
+    return "\n\n".join(parts) + "\n"
 
 
-def samples(run: Run) -> str:
-    """A few rollouts from the same held-out contexts, before and after."""
-    first, last = min(run.texts), max(run.texts)
-    before, after = _blocks(run.texts[first]), _blocks(run.texts[last])
-    parts = []
-    for old, new in list(zip(before, after))[:SHOWN_BLOCKS]:
-        parts.append(f"{'=' * 30} context …\n{old['context'][0]}\n{'-' * 30} gold\n{old['gold'][0]}")
-        for label, block in (("before", old), ("after", new)):
-            parts += [f"{'-' * 30} rollout {label}\n{text}" for text in block["rollout"][:SHOWN_ROLLOUTS]]
-    title = f"Rollouts of {run.name} on held-out text, at temperature 1 (steps {first} and {last})"
-    return title + "\n\n" + "\n".join(parts)
-
-
-def _blocks(markdown: str) -> list[dict[str, list[str]]]:
-    blocks = []
-    for kind, text in SECTION.findall(markdown):
-        if kind == "context":
-            blocks.append({"context": [], "gold": [], "rollout": []})
-        blocks[-1][kind].append(text)
-    return blocks
-
-
-def smooth(points: list[tuple[int, float]], window: int) -> tuple[list[int], list[float]]:
-    """The steps, and at each step the mean of the last `window` values."""
-    steps, values = zip(*points)
-    return list(steps), [mean(values[max(0, i - window + 1):i + 1]) for i in range(len(values))]
-
-
-def plot(runs: list[Run], path: Path) -> None:
-    """Draw curves over steps, and CFM by completion length."""
-    figure, axes = plt.subplots(2, 3, figsize=(13.5, 7.2), constrained_layout=True)
-    panels = [(axes[0, 0], "eval/cfm", "CFM, held-out", "CFM (lower is better)"),
-              (axes[0, 1], "eval/ce_loss", "Cross entropy, held-out", "nats per token"),
-              (axes[0, 2], "train/reward", "Reward, training (mean of 10 steps)", "alignment − α · diversity"),
-              (axes[1, 0], "eval/alignment", "Alignment, held-out", "2 · cosine similarity"),
-              (axes[1, 1], "eval/kl_to_start", "KL to the starting model, held-out", "nats per token")]
-    for axis, tag, title, unit in panels:
-        for i, run in enumerate(runs):
-            points, color = run.scalars[tag], f"C{i}"
-            if tag.startswith("train/"):
-                axis.plot(*zip(*points), color=color, alpha=0.25, linewidth=0.8)
-                axis.plot(*smooth(points, 10), color=color, label=run.name)
-            else:
-                axis.plot(*zip(*points), color=color, marker="o", markersize=4, label=run.name)
-                axis.axhline(points[0][1], color=color, linestyle=":", linewidth=0.8)
-        axis.set(title=title, xlabel="optimizer step", ylabel=unit)
-    axis = axes[1, 2]
-    for which, label, color in ((Run.before, "before", BEFORE), (Run.after, "after", AFTER)):
-        curves = [run.at_lengths(which) for run in runs]
-        axis.plot(runs[0].lengths(), [mean(values) for values in zip(*curves)], color=color, marker="o", label=label)
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(runs[0].lengths(), [str(length) for length in runs[0].lengths()])
-    axis.set(title=f"CFM by completion length{', mean of seeds' if len(runs) > 1 else ''}",
-             xlabel="completion length (tokens)", ylabel="CFM (lower is better)")
-    for axis in axes.flat:
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+def plot(runs: list[Run], references: dict[str, str], path: Path) -> None:
+    """Draw the three measures over steps, a line for each seed, and samples below."""
+    figure = plt.figure(figsize=(13.5, 7.6), layout="constrained")
+    grid = figure.add_gridspec(2, 3, height_ratios=(1.35, 1))
+    panels = (("eval/cfm", "Feature-matching loss (CFM): lower is better"),
+              ("eval/ce_loss", "Cross entropy, nats per token: lower is better"),
+              ("eval/answers/chrf", "chrF of greedy answers: higher is better"))
+    for i, (tag, title) in enumerate(panels):
+        axis = figure.add_subplot(grid[0, i])
+        for label, group in by_label(runs).items():
+            steps = [step for step, _ in group[0].scalars[tag]]
+            for run in group:
+                axis.plot(*zip(*run.scalars[tag]), color=COLORS[label], alpha=0.35, linewidth=1)
+            means = [statistics.mean(values) for values in zip(*(
+                [value for _, value in run.scalars[tag]] for run in group))]
+            axis.plot(steps, means, color=COLORS[label], linewidth=2.5, marker="o", label=label)
+        axis.set_title(title, fontsize=11)
+        axis.set_xlabel("optimizer step")
+        axis.set_xticks(steps)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    axis.legend(frameon=False)
+    axis = figure.add_subplot(grid[1, :])
+    axis.axis("off")
+    write_samples(axis, shown_answers(runs, references))
+    figure.suptitle("One start that answers in twenty languages, taught Italian in three ways; names never trained on",
+                    fontsize=13)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
+def write_samples(axis, shown: list[tuple[str, str, dict[str, list[str]]]]) -> None:
+    """Write a column for each question, with a sample in a line each."""
+    width = 1 / len(shown)
+    for i, (prompt, reference, samples) in enumerate(shown):
+        left, top = i * width, 0.97
+        axis.text(left, top, textwrap.shorten(f"{prompt.strip()} {reference}", 44), fontsize=10, weight="bold",
+                  va="top")
+        for label, texts in samples.items():
+            for text in texts:
+                top -= 0.072
+                axis.text(left, top, textwrap.shorten(text, 40, placeholder=" …"), fontsize=9, color=COLORS[label],
+                          va="top", parse_math=False)
+            top -= 0.02
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Table, curves and samples of EBFT runs.")
+    parser = argparse.ArgumentParser(description="Table, curves and answers of the quickstart's runs.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="FOLDER", help="the --save folder of a run")
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="for report.txt and curves.png")
+    parser.add_argument("--questions", type=Path, required=True, metavar="FILE", help="the held-out names")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER",
+                        help="for report.txt, results.json and curves.png")
     options = parser.parse_args()
     runs = [Run.read(folder) for folder in options.runs]
-    text = samples(runs[0]) + "\n\n" + summary(runs) + "\n"
+    lines = map(json.loads, options.questions.read_text(encoding="utf-8").splitlines())
+    references = {line["prompt"].strip(): line["reference"] for line in lines}
+    text = report(runs, references)
     (options.output / "report.txt").write_text(text, encoding="utf-8")
-    plot(runs, options.output / "curves.png")
+    (options.output / "results.json").write_text(json.dumps({"runs": records(runs)}, indent=2) + "\n")
+    plot(runs, references, options.output / "curves.png")
     print(text)
 
 
