@@ -20,8 +20,8 @@ from pathlib import Path
 import sentencepiece
 from babel import Locale
 
-LANGUAGES = ("af", "ca", "cs", "da", "de", "es", "fi", "fr", "gl", "hr", "hu", "it", "nb", "nl", "pl", "pt", "ro", "sl", "sv",
-             "tr")
+LANGUAGES = ("af", "ca", "cs", "da", "de", "es", "fi", "fr", "gl", "hr",
+             "hu", "it", "nb", "nl", "pl", "pt", "ro", "sl", "sv", "tr")
 TARGET = "it"
 VALID_PERCENT = 20
 """Percentage of the English names that are held out."""
