@@ -3,9 +3,9 @@
 #
 #   bash examples/quickstart.sh [--seeds "1 2 3"] [--smoke] [--output DIR]
 #
-# Makes a virtual environment and trains a small model that translates names ("Bavarian = ") into any of twenty
+# Makes a virtual environment and trains a small model that writes a date ("Tuesday, May 7, 1985 = ") in any of twenty
 # languages. Then teaches it one of them, Italian, in three ways from the same start: by SFT, by EBFT's loss alone
-# (γ = 0), and by EBFT with a little cross entropy (γ = 0.1). Compares them on names that no training has seen.
+# (γ = 0), and by EBFT with a little cross entropy (γ = 0.1). Compares them on days that no training has seen.
 # examples/README.md tells what to expect.
 #
 #   --seeds   train each way once for each seed (default: "1 2 3")
@@ -55,7 +55,7 @@ if $smoke; then
   seeds="${seeds%% *}" layers=4 hidden=64 heads=2 start_steps=6 steps=4 eval_iters=1
 else
   : "${output:=$REPO/outputs/quickstart}"
-  layers=4 hidden=128 heads=4 start_steps=500 steps=40 eval_iters=4
+  layers=4 hidden=128 heads=4 start_steps=400 steps=40 eval_iters=2
 fi
 mkdir -p "$output"
 output="$(cd "$output" && pwd -P)"
@@ -113,7 +113,7 @@ for split in start finetune valid; do
     echo "complete: $data/${split}_text_document"
   else
     "$python" "$REPO/tools/preprocess_data.py" --input "$data/$split.jsonl" --output-prefix "$data/$split" \
-      --question-key prompt --answer-key reference --tokenizer-type SentencePieceTokenizer \
+      --question-key prompt --answer-key answer --tokenizer-type SentencePieceTokenizer \
       --tokenizer-model "$data/tokenizer.model"
   fi
 done
@@ -136,7 +136,7 @@ finetune() {
     --pretrained-checkpoint "$output/start" --ebft-encoder-load "$output/start" --use-checkpoint-args \
     --ebft-rollout-length 8 --ebft-stride 4 --ebft-context-length 8 --ebft-num-samples 4 --ebft-temperature 1.0 \
     --lr 3e-4 --lr-decay-style constant --eval-interval "$((steps / 2))" --ebft-eval-length 8 --save-interval 20 \
-    --ebft-eval-questions "$data/valid.jsonl" --ebft-verifier chrf --ebft-eval-samples 3 --ebft-max-new-tokens 40 "$@"
+    --ebft-eval-questions "$data/valid.jsonl" --ebft-verifier exact --ebft-eval-samples 3 --ebft-max-new-tokens 40 "$@"
 }
 folders=()
 for seed in $seeds; do

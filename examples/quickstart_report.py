@@ -3,7 +3,7 @@
     python examples/quickstart_report.py OUTPUT/sft-seed1 OUTPUT/ebft-0-seed1 ... --questions FILE --output OUTPUT
 
 Writes report.txt, results.json and curves.png. All numbers come from the runs' TensorBoard files. "Before" is the
-evaluation at step 0, which measures the start; "after" is the last one. Both use the same held-out names and, for the
+evaluation at step 0, which measures the start; "after" is the last one. Both use the same held-out days and, for the
 same seed, the same random numbers.
 """
 
@@ -24,18 +24,19 @@ import matplotlib.pyplot as plt
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, TENSORS, EventAccumulator
 
 FOLDER = re.compile(r"(sft|ebft)(?:-([0-9.]+))?-seed([0-9]+)")
-MEASURES = {"cfm": "eval/cfm", "ce": "eval/ce_loss", "score": "eval/answers/chrf"}
+MEASURES = {"cfm": "eval/cfm", "ce": "eval/ce_loss", "score": "eval/answers/pass@1"}
 ANSWERS = "answers/text_summary"
 SECTION = re.compile(r"\*\*(.+?)\*\*\n```\n(.*?)\n```", re.DOTALL)
 SHOWN_QUESTIONS, SHOWN_SAMPLES = 4, 3
 COLORS = {"start": "tab:gray", "SFT": "tab:orange", "EBFT γ = 0": "tab:blue", "EBFT γ = 0.1": "tab:green"}
 
 EXPLANATION = """\
-CFM: how far the mean features of sampled answers are from those of the right one, squared; EBFT lowers it. 0 would be
-perfect if every name had one translation. CE: cross entropy of the right answer, in nats per token; SFT lowers it.
-chrF: how many letter sequences the most likely answers share with the right ones, from 0 to 100. Seconds: all training
-steps, without evaluations. CFM and CE are better if lower, chrF if higher. All are measured on names that no training
-has seen. ± is the standard deviation over seeds."""
+CFM: squared distance between the mean features of sampled answers and those of the right one; EBFT lowers it.
+CE: cross entropy of the right answer, in nats per token; SFT lowers it.
+Right: share of answers, sampled at temperature 1, that are the right one to the letter.
+Seconds: all training steps, without evaluations.
+CFM and CE are better if lower, right if higher. All three are measured on days that no training has seen. ± is the
+standard deviation over seeds."""
 
 
 @dataclass
@@ -128,8 +129,8 @@ def mean_and_deviation(values: list[float], form: str) -> str:
 
 def table(runs: list[Run]) -> str:
     """One line for the start and one for each way to train."""
-    forms = {"cfm": "{:.4f}", "ce": "{:.4f}", "score": "{:.2f}", "seconds": "{:.0f}"}
-    rows = [["", "CFM", "CE", "chrF", "seconds"]]
+    forms = {"cfm": "{:.4f}", "ce": "{:.4f}", "score": "{:.1%}", "seconds": "{:.0f}"}
+    rows = [["", "CFM", "CE", "right", "seconds"]]
     groups = {label: [run.record() for run in group] for label, group in by_label(runs).items()}
     first = next(iter(groups.values()))
     rows.append(["start", *(mean_and_deviation([record[f"{name}_before"] for record in first], forms[name])
@@ -158,7 +159,7 @@ def effects(runs: list[Run]) -> list[str]:
             line += f", {abs(fall) / deviation:.1f} standard deviations of its {len(falls)} seeds ({deviation:.4f})"
         lines.append(line + ".")
     best = [f"{title} {pick(means, key=lambda label: means[label][name])}" for title, name, pick in (
-        ("lowest CFM:", "cfm", min), ("lowest CE:", "ce", min), ("highest chrF:", "score", max))]
+        ("lowest CFM:", "cfm", min), ("lowest CE:", "ce", min), ("most right answers:", "score", max))]
     return [*lines, f"On average, {'; '.join(best)}."]
 
 
@@ -174,7 +175,7 @@ def shown_answers(runs: list[Run], references: dict[str, str]) -> list[tuple[str
 
 def report(runs: list[Run], references: dict[str, str]) -> str:
     seeds = len({run.seed for run in runs})
-    parts = [f"Held-out Italian names after {runs[0].record()['steps']} steps, {seeds} seed{'s' * (seeds > 1)}",
+    parts = [f"Held-out days in Italian after {runs[0].record()['steps']} steps, {seeds} seed{'s' * (seeds > 1)}",
              table(runs), EXPLANATION, "\n".join(effects(runs)),
              f"Answers of seed {runs[0].seed}, sampled at temperature 1"]
     for prompt, reference, samples in shown_answers(runs, references):
@@ -189,7 +190,7 @@ def plot(runs: list[Run], references: dict[str, str], path: Path) -> None:
     grid = figure.add_gridspec(2, 3, height_ratios=(1.35, 1))
     panels = (("eval/cfm", "Feature-matching loss (CFM): lower is better"),
               ("eval/ce_loss", "Cross entropy, nats per token: lower is better"),
-              ("eval/answers/chrf", "chrF of greedy answers: higher is better"))
+              ("eval/answers/pass@1", "Right answers, sampled: higher is better"))
     for i, (tag, title) in enumerate(panels):
         axis = figure.add_subplot(grid[0, i])
         for label, group in by_label(runs).items():
@@ -208,7 +209,7 @@ def plot(runs: list[Run], references: dict[str, str], path: Path) -> None:
     axis = figure.add_subplot(grid[1, :])
     axis.axis("off")
     write_samples(axis, shown_answers(runs, references))
-    figure.suptitle("One start that answers in twenty languages, taught Italian in three ways; names never trained on",
+    figure.suptitle("A start that writes dates in twenty languages learns to write them in Italian; days it was never trained on",
                     fontsize=13)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -232,13 +233,13 @@ def write_samples(axis, shown: list[tuple[str, str, dict[str, list[str]]]]) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description="Table, curves and answers of the quickstart's runs.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="FOLDER", help="the --save folder of a run")
-    parser.add_argument("--questions", type=Path, required=True, metavar="FILE", help="the held-out names")
+    parser.add_argument("--questions", type=Path, required=True, metavar="FILE", help="the held-out days")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER",
                         help="for report.txt, results.json and curves.png")
     options = parser.parse_args()
     runs = [Run.read(folder) for folder in options.runs]
     lines = map(json.loads, options.questions.read_text(encoding="utf-8").splitlines())
-    references = {line["prompt"].strip(): line["reference"] for line in lines}
+    references = {line["prompt"].strip(): line["answer"] for line in lines}
     text = report(runs, references)
     (options.output / "report.txt").write_text(text, encoding="utf-8")
     (options.output / "results.json").write_text(json.dumps({"runs": records(runs)}, indent=2) + "\n")

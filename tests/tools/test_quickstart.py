@@ -7,23 +7,22 @@ import quickstart_data
 import quickstart_report
 from torch.utils.tensorboard import SummaryWriter
 
-BEFORE = {"eval/cfm": 0.75, "eval/ce_loss": 2.0, "eval/answers/chrf": 20.0}
-ANSWERS = ("**question**\n```\nBavarian = \n```\n\n**wrong: chrF 9**\n```\nbayerska\n```\n\n"
+BEFORE = {"eval/cfm": 0.75, "eval/ce_loss": 2.0, "eval/answers/pass@1": 0.25}
+ANSWERS = ("**question**\n```\nBavarian = \n```\n\n**wrong: not the answer**\n```\nbayerska\n```\n\n"
            "**right**\n```\nbavarese\n```")
 KEYS = {"method", "seed", "ce_coef", "steps", "seconds", "cfm_before", "cfm_after", "ce_before", "ce_after",
         "score_before", "score_after"}
 
 
-def test_nothing_trains_on_held_out_names():
-    pairs = quickstart_data.translations()
-    splits = quickstart_data.documents(pairs)
-    names = {split: {line["prompt"] for line in lines} for split, lines in splits.items()}
-    assert not names["valid"] & (names["start"] | names["finetune"])
-    italian = {(f"{english} = ", name) for english, name in pairs["it"].items()}
-    assert {tuple(line.values()) for split in ("finetune", "valid") for line in splits[split]} == italian
-    assert 0.15 < len(splits["valid"]) / len(italian) < 0.25
-    assert len(splits["start"]) == sum(not quickstart_data.is_held_out(english)
-                                       for names in pairs.values() for english in names)
+def test_nothing_trains_on_held_out_days():
+    splits = quickstart_data.documents()
+    days = {split: [line["prompt"] for line in lines] for split, lines in splits.items()}
+    assert not set(days["valid"]) & {*days["start"], *days["finetune"]}
+    assert all(len(set(prompts)) == len(prompts) > 150 for prompts in days.values())
+    italian = {"lunedì", "martedì", "mercoledì", "giovedì", "venerdì", "sabato", "domenica"}
+    assert {line["answer"].split()[0] for split in ("finetune", "valid") for line in splits[split]} == italian
+    share = sum(line["answer"].split()[0] in italian for line in splits["start"]) / len(splits["start"])
+    assert 0.04 < share < 0.06  # one of twenty languages
 
 
 def write_run(folder, after: dict[str, float]) -> None:
@@ -40,7 +39,7 @@ def test_the_report_of_known_curves(tmp_path):
     """CFM falls by 0.25 and 0.5, 0.375 on average; the standard deviation of these is 0.125 · √2."""
     folders = [tmp_path / f"ebft-0-seed{seed}" for seed in (1, 2)] + [tmp_path / f"sft-seed{seed}" for seed in (1, 2)]
     for folder, cfm in zip(folders, (0.5, 0.25, 0.75, 0.5)):
-        write_run(folder, {"eval/cfm": cfm, "eval/ce_loss": 1.0 + cfm, "eval/answers/chrf": 40.0})
+        write_run(folder, {"eval/cfm": cfm, "eval/ce_loss": 1.0 + cfm, "eval/answers/pass@1": 0.5})
     runs = [quickstart_report.Run.read(folder) for folder in folders]
     records = quickstart_report.records(runs)
     assert all(record.keys() == KEYS for record in records)
@@ -48,10 +47,10 @@ def test_the_report_of_known_curves(tmp_path):
             for record in records] == [("start", 1, None, 0, 0.0), ("start", 2, None, 0, 0.0), ("ebft", 1, 0.0, 2, 3.0),
                                        ("ebft", 2, 0.0, 2, 3.0), ("sft", 1, None, 2, 3.0), ("sft", 2, None, 2, 3.0)]
     assert [record["cfm_after"] for record in records] == [0.75, 0.75, 0.5, 0.25, 0.75, 0.5]
-    assert all(record["score_before"] == 20 for record in records) and records[0]["ce_after"] == 2.0
+    assert all(record["score_before"] == 0.25 for record in records) and records[0]["ce_after"] == 2.0
     text = quickstart_report.report(runs, {"Bavarian =": "bavarese"})
     assert "EBFT γ = 0 lowers CFM by 0.3750, 2.1 standard deviations of its 2 seeds (0.1768)." in text
-    assert "EBFT γ = 0 0.3750 ± 0.1768 1.3750 ± 0.1768 40.00 ± 0.00 3 ± 0" in " ".join(text.split())
+    assert "EBFT γ = 0 0.3750 ± 0.1768 1.3750 ± 0.1768 50.0% ± 0.0% 3 ± 0" in " ".join(text.split())
     assert "lowest CFM: EBFT γ = 0; lowest CE: EBFT γ = 0" in text
     assert "Bavarian = bavarese\n  start         baverska\n  EBFT γ = 0    bavarese" in text
     quickstart_report.plot(runs, {"Bavarian =": "bavarese"}, tmp_path / "curves.png")
@@ -61,7 +60,7 @@ def test_the_report_of_known_curves(tmp_path):
 
 @pytest.mark.parametrize("cfm, message", [(float("nan"), "eval/cfm is not finite"), (None, "eval/cfm is missing")])
 def test_incomplete_runs_are_refused(tmp_path, cfm, message):
-    write_run(tmp_path / "sft-seed1", {"eval/ce_loss": 1.0, "eval/answers/chrf": 40.0} | (
+    write_run(tmp_path / "sft-seed1", {"eval/ce_loss": 1.0, "eval/answers/pass@1": 0.5} | (
         {} if cfm is None else {"eval/cfm": cfm}))
     with pytest.raises(ValueError, match=message):
         quickstart_report.Run.read(tmp_path / "sft-seed1")
