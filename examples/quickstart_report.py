@@ -209,7 +209,7 @@ def plot(runs: list[Run], references: dict[str, str], path: Path) -> None:
     axis = figure.add_subplot(grid[1, :])
     axis.axis("off")
     write_samples(axis, shown_answers(runs, references))
-    figure.suptitle("A start that writes dates in twenty languages learns to write them in Italian; days it was never trained on",
+    figure.suptitle("A start that writes dates in any of twenty languages learns to write them in Italian",
                     fontsize=13)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -8,8 +8,8 @@ import quickstart_report
 from torch.utils.tensorboard import SummaryWriter
 
 BEFORE = {"eval/cfm": 0.75, "eval/ce_loss": 2.0, "eval/answers/pass@1": 0.25}
-ANSWERS = ("**question**\n```\nBavarian = \n```\n\n**wrong: not the answer**\n```\nbayerska\n```\n\n"
-           "**right**\n```\nbavarese\n```")
+ANSWERS = ("**question**\n```\nMonday = \n```\n\n**wrong: not the answer**\n```\nmåndag\n```\n\n"
+           "**right**\n```\nlunedì\n```")
 KEYS = {"method", "seed", "ce_coef", "steps", "seconds", "cfm_before", "cfm_after", "ce_before", "ce_after",
         "score_before", "score_after"}
 
@@ -30,7 +30,7 @@ def write_run(folder, after: dict[str, float]) -> None:
         for step, values in ((0, BEFORE), (2, after)):
             for tag, value in values.items():
                 writer.add_scalar(tag, value, step)
-            writer.add_text("answers", ANSWERS if step else ANSWERS.replace("bavarese", "baverska"), step)
+            writer.add_text("answers", ANSWERS if step else ANSWERS.replace("lunedì", "maandag"), step)
         for step in (1, 2):
             writer.add_scalar("seconds/step", 1.5, step)
 
@@ -48,12 +48,12 @@ def test_the_report_of_known_curves(tmp_path):
                                        ("ebft", 2, 0.0, 2, 3.0), ("sft", 1, None, 2, 3.0), ("sft", 2, None, 2, 3.0)]
     assert [record["cfm_after"] for record in records] == [0.75, 0.75, 0.5, 0.25, 0.75, 0.5]
     assert all(record["score_before"] == 0.25 for record in records) and records[0]["ce_after"] == 2.0
-    text = quickstart_report.report(runs, {"Bavarian =": "bavarese"})
+    text = quickstart_report.report(runs, {"Monday =": "lunedì"})
     assert "EBFT γ = 0 lowers CFM by 0.3750, 2.1 standard deviations of its 2 seeds (0.1768)." in text
     assert "EBFT γ = 0 0.3750 ± 0.1768 1.3750 ± 0.1768 50.0% ± 0.0% 3 ± 0" in " ".join(text.split())
     assert "lowest CFM: EBFT γ = 0; lowest CE: EBFT γ = 0" in text
-    assert "Bavarian = bavarese\n  start         baverska\n  EBFT γ = 0    bavarese" in text
-    quickstart_report.plot(runs, {"Bavarian =": "bavarese"}, tmp_path / "curves.png")
+    assert "Monday = lunedì\n  start         maandag\n  EBFT γ = 0    lunedì" in text
+    quickstart_report.plot(runs, {"Monday =": "lunedì"}, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     json.dumps(records, allow_nan=False)
 
