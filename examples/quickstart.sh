@@ -52,10 +52,10 @@ fi
 
 if $smoke; then
   : "${output:=$REPO/outputs/quickstart-smoke}"
-  seeds="${seeds%% *}" layers=4 hidden=64 heads=2 start_steps=6 steps=4 eval_iters=1
+  seeds="${seeds%% *}" ce_coefs=0.1 layers=4 hidden=64 heads=2 start_steps=6 steps=2 eval_iters=1 questions=8
 else
   : "${output:=$REPO/outputs/quickstart}"
-  layers=4 hidden=128 heads=4 start_steps=400 steps=40 eval_iters=2
+  ce_coefs="0 0.1" layers=4 hidden=128 heads=4 start_steps=400 steps=30 eval_iters=2 questions=100
 fi
 mkdir -p "$output"
 output="$(cd "$output" && pwd -P)"
@@ -108,7 +108,9 @@ else
 fi
 
 begin "3/6 Preprocessing"
-for split in start finetune valid; do
+head -n "$questions" "$data/valid.jsonl" >"$data/questions.jsonl"
+preprocess() {
+  local split="$1"
   if [[ -f "$data/${split}_text_document.idx" ]]; then # written last
     echo "complete: $data/${split}_text_document"
   else
@@ -116,7 +118,13 @@ for split in start finetune valid; do
       --question-key prompt --answer-key answer --tokenizer-type SentencePieceTokenizer \
       --tokenizer-model "$data/tokenizer.model"
   fi
+}
+pids=()
+for split in start finetune valid; do
+  preprocess "$split" &
+  pids+=($!)
 done
+for pid in "${pids[@]}"; do wait "$pid"; done
 
 begin "4/6 The start: SFT on twenty languages"
 # Small batches and a high learning rate learn the most in a few minutes. Initial weights of 0.05 suit this width.
@@ -136,18 +144,18 @@ finetune() {
     --pretrained-checkpoint "$output/start" --ebft-encoder-load "$output/start" --use-checkpoint-args \
     --ebft-rollout-length 8 --ebft-stride 4 --ebft-context-length 8 --ebft-num-samples 4 --ebft-temperature 1.0 \
     --lr 3e-4 --lr-decay-style constant --eval-interval "$((steps / 2))" --ebft-eval-length 8 --save-interval 20 \
-    --ebft-eval-questions "$data/valid.jsonl" --ebft-verifier exact --ebft-eval-samples 3 --ebft-max-new-tokens 40 "$@"
+    --ebft-eval-questions "$data/questions.jsonl" --ebft-verifier exact --ebft-eval-samples 3 --ebft-max-new-tokens 40 "$@"
 }
 folders=()
 for seed in $seeds; do
   finetune "sft-seed$seed" "$seed" --training-mode sft
-  for ce_coef in 0 0.1; do
+  for ce_coef in $ce_coefs; do
     finetune "ebft-$ce_coef-seed$seed" "$seed" --training-mode ebft --ebft-ce-coef "$ce_coef"
   done
 done
 
 begin "6/6 Report"
-"$python" "$REPO/examples/quickstart_report.py" "${folders[@]}" --questions "$data/valid.jsonl" --output "$output"
+"$python" "$REPO/examples/quickstart_report.py" "${folders[@]}" --questions "$data/questions.jsonl" --output "$output"
 for file in report.txt results.json curves.png; do
   [[ -s "$output/$file" ]]
 done
