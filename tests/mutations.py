@@ -131,7 +131,7 @@ TABLE = (
              "+ len(self.completion.tokens) - 1", "+ len(self.completion.tokens)",
              "rollout/test_generation.py::test_greedy_is_what_transformers_generates[llama 3.1]"),
     Mutation("generation-move", "no completion's keys move to the place of one that has ended",
-             "model/completion_cache.py", "buffer[row] = buffer[self.size]", "buffer[row] = buffer[row]",
+             "model/completion_cache.py", "order[row] = last", "order[row] = row",
              "rollout/test_generation.py::test_greedy_is_what_transformers_generates[llama 3.1]"),
     Mutation("generation-numbers", "samples of a prompt draw the same numbers", "rollout/generation.py",
              "key_R, 0, sample_R, step_R)", "key_R, 0, 0 * sample_R, step_R)",

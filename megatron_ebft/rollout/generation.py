@@ -172,11 +172,12 @@ class _Batch:
     def __init__(self, policy: list, requests: list[_Request], completions: list[list[Completion]],
                  config: GenerationConfig, rows: int, iteration: int, link: PipelineLink | None):
         self.policy, self.config, self.iteration, self.link = policy, config, iteration, link
-        self.waiting, self.completions, self.rows = deque(requests), completions, rows
+        self.waiting, self.completions = deque(requests), completions
+        self.rows = min(rows, sum(len(request.samples) for request in requests))
         self.active: list[_Row] = []
         """In the order of the cache's rows."""
         self.is_filling = True
-        self.cache = CompletionCache(rows)
+        self.cache = CompletionCache(self.rows)
         self.current: _Pass | None = None
         self.drawn: Tensor | None = None
 

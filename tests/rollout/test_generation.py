@@ -142,6 +142,8 @@ def test_stop_strings():
     ended = [stops.has_come(tokens[:end]) for end in range(1, len(tokens) + 1)]
     assert ended.index(True) == 4
     assert not stops.has_come(list("cé".encode())[:-1]) and stops.has_come(list("cé".encode()))
+    shown = SimpleNamespace(completion_text=lambda ids: "".join(chr(i) for i in ids if i))  # 0 has no text
+    assert StopStrings(["AB"], shown).has_come([65, *[0] * 30, 66])
     assert stops.cut("a\nb\n\ncé") == "a\nb" and stops.cut("é") == "" and stops.cut("abc") == "abc"
 
 
