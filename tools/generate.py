@@ -73,8 +73,8 @@ def ids_of(trained, prompt: str, place: str, max_new_tokens: int) -> list[int]:
     if not ids:
         raise ValueError(f"{place}: is empty, and {trained.origin} has no token that begins a text")
     if len(ids) + max_new_tokens > longest:
-        raise ValueError(f"{place}: has {len(ids)} tokens; with --max-new-tokens {max_new_tokens} that is more than "
-                         f"the {longest} that {trained.origin} is for")
+        raise ValueError(f"{place}: has {len(ids)} tokens; with --max-new-tokens {max_new_tokens} that is more than"
+                         f" the {longest} that {trained.origin} is for")
     return ids
 
 
