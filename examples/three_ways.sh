@@ -35,7 +35,7 @@ begin "2/5 Questions, answers and tokenizer"
 make_data three_ways_data.py
 for split in pretrain train valid; do
   preprocess "$split" --question-key prompt --answer-key completion --keep-keys answer \
-    --questions-output "$data/$split-questions.jsonl"
+    --questions-output "$data/$split-questions.jsonl" --seq-length 256 --ebft-stride 4
 done
 
 # evaluated FOLDER STEPS FLAGS...: train, with the same evaluation in every mode.

@@ -4,8 +4,8 @@
 
 1. A question asks for a Python expression: "the sum of the squares of the even numbers above 5". Its answer is
    `sum(x * x for x in numbers if x % 2 == 0 and x > 5)`. Other spellings of the same expression are right as well.
-2. WRONG of the answers in `pretrain.jsonl` are wrong in one part. Those in `train.jsonl` and `valid.jsonl` are right. No
-   question is in two of the three files.
+2. In `pretrain.jsonl`, the share WRONG of the answers is wrong in one part. `train.jsonl` and `valid.jsonl` have right
+   answers. No question is in two of the three files.
 3. A line has `prompt`, `completion` (one spelling) and `answer` (all right spellings, for the verifier `exact`).
 4. `tokenizer.model` is the quickstart's kind of tokenizer, trained on the pretraining text only.
 """
