@@ -1,8 +1,9 @@
 # shellcheck shell=bash
-# Shell functions of the examples. A script sources this file, reads its options, sets `output` and `ranks`, and
-# calls `install`.
+# Shell functions of the examples. A script sources this file, reads its options, sets `output`, and calls `install`.
 
 source "$(dirname "${BASH_SOURCE[0]}")/../tools/venv.sh"
+
+ranks=2 # of `train`, data-parallel
 
 # usage: print the comment at the head of the script.
 usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[-1]}"; }
@@ -84,7 +85,7 @@ steps_done() {
   echo "$((10#$text))"
 }
 
-# train FOLDER STEPS FLAGS...: train to STEPS on `ranks` data-parallel ranks; continue if FOLDER has a checkpoint.
+# train FOLDER STEPS FLAGS...: train to STEPS on all ranks; continue if FOLDER has a checkpoint.
 train() {
   local folder="$1" steps="$2"
   shift 2

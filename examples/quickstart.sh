@@ -21,7 +21,7 @@ set -Eeuo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-seeds=1 fp8=false smoke=false output="" ranks=2
+seeds=1 fp8=false smoke=false output=""
 read_options "fp8 smoke" "seeds output" "$@"
 if [[ ! "$seeds" =~ ^[0-9]+(\ +[0-9]+)*$ ]]; then
   echo "error: --seeds '$seeds': must be numbers separated by spaces" >&2

@@ -25,7 +25,7 @@ if $smoke; then
   ranks=1 hidden=32 pretrain_steps=2 steps=2 samples=2 longest=4
 else
   : "${output:=$REPO/outputs/three-ways}"
-  ranks=2 hidden=128 pretrain_steps=400 steps=60 samples=4 longest=40
+  hidden=128 pretrain_steps=400 steps=60 samples=4 longest=40
 fi
 
 begin "1/5 Installing"
