@@ -19,34 +19,10 @@
 # PYTHON, MCORE and TORCH choose versions; tools/venv.sh describes them.
 set -Eeuo pipefail
 
-source "$(dirname "${BASH_SOURCE[0]}")/../tools/venv.sh"
-
-usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; }
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 seeds=1 fp8=false smoke=false output=""
-while (($#)); do
-  case "$1" in
-    --fp8) fp8=true ;;
-    --smoke) smoke=true ;;
-    --seeds | --output)
-      if [[ -z "${2:-}" ]]; then
-        echo "error: $1: needs a value" >&2
-        exit 2
-      fi
-      declare "${1#--}=$2"
-      shift
-      ;;
-    -h | --help)
-      usage
-      exit 0
-      ;;
-    *)
-      echo "error: $1: unknown option; see --help" >&2
-      exit 2
-      ;;
-  esac
-  shift
-done
+read_options "fp8 smoke" "seeds output" "$@"
 if [[ ! "$seeds" =~ ^[0-9]+(\ +[0-9]+)*$ ]]; then
   echo "error: --seeds '$seeds': must be numbers separated by spaces" >&2
   exit 2
@@ -59,63 +35,16 @@ else
   : "${output:=$REPO/outputs/quickstart}"
   layers=4 hidden=192 heads=6 pretrain_steps=1200 ebft_steps=60 eval_iters=16
 fi
-mkdir -p "$output"
-output="$(cd "$output" && pwd -P)"
-
-stage=""
-begin() {
-  stage="$1"
-  printf '\n=== %s (%d s so far)\n' "$stage" "$SECONDS"
-}
-trap 'echo "error: stage $stage failed; the reason is above" >&2' ERR
-
-# steps_done FOLDER: print the steps of its latest checkpoint; 0 if there is none. Only digits are taken from the file:
-# arithmetic would run whatever else it holds.
-steps_done() {
-  local file="$1/latest_checkpointed_iteration.txt" text=""
-  [[ ! -f "$file" ]] || read -r text <"$file" || true # the file has no newline
-  [[ "$text" =~ ^[0-9]{1,15}$ ]] || text=0
-  echo "$((10#$text))"
-}
-
-# train FOLDER STEPS FLAGS...: train to STEPS on two data-parallel ranks; continue if FOLDER has a checkpoint.
-train() {
-  local folder="$1" steps="$2"
-  shift 2
-  if (($(steps_done "$folder") >= steps)); then
-    echo "complete: $folder"
-    return
-  fi
-  "$python" -m torch.distributed.run --standalone --nproc-per-node 2 -m megatron_ebft.train \
-    --save "$folder" --load "$folder" --train-iters "$steps" \
-    --tokenizer-type SentencePieceTokenizer --tokenizer-model "$data/tokenizer.model" \
-    --valid-data-path "$data/valid_text_document" --data-cache-path "$data/cache" --seq-length 256 "$@"
-}
 
 begin "1/6 Installing"
-venv="$(default_venv)"
-ensure_venv "$venv" dev
-python="$venv/bin/python" data="$output/data"
-export PATH="$venv/bin:$PATH"
-export OMP_NUM_THREADS=1       # one core per rank
-export CUDA_VISIBLE_DEVICES="" # CPU only: the model is small, and two ranks need two GPUs
-export PYTHONWARNINGS=ignore   # Megatron-Core warns about optional accelerators
+install
 
 begin "2/6 Text and tokenizer"
-if [[ -f "$data/tokenizer.model" ]]; then
-  echo "complete: $data"
-else
-  "$python" "$REPO/examples/quickstart_data.py" "$data"
-fi
+make_data quickstart_data.py
 
 begin "3/6 Preprocessing"
 for split in pretrain ebft valid; do
-  if [[ -f "$data/${split}_text_document.idx" ]]; then # written last
-    echo "complete: $data/${split}_text_document"
-  else
-    "$python" "$REPO/tools/preprocess_data.py" --input "$data/$split.jsonl" --output-prefix "$data/$split" \
-      --tokenizer-type SentencePieceTokenizer --tokenizer-model "$data/tokenizer.model" --workers 2
-  fi
+  preprocess "$split" --workers 2
 done
 
 begin "4/6 Pretraining by next-token prediction"

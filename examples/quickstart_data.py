@@ -80,12 +80,12 @@ def bare_code(text: str) -> str:
     return ast.unparse(tree) + "\n"
 
 
-def train_tokenizer(texts: list[str]) -> bytes:
+def train_tokenizer(texts: list[str], vocab_size: int) -> bytes:
     """A serialised SentencePiece model for code: it normalises nothing, and indentation takes a token or two."""
     model = io.BytesIO()  # a file name would become part of the model and change its fingerprint
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(line for text in texts for line in text.splitlines() if line), model_writer=model,
-        model_type="bpe", vocab_size=VOCAB_SIZE, unk_id=0, bos_id=-1, eos_id=1,
+        model_type="bpe", vocab_size=vocab_size, unk_id=0, bos_id=-1, eos_id=1,
         character_coverage=1.0 - 1e-5, byte_fallback=True,  # rare letters become bytes
         normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
         user_defined_symbols=["\n", "\t"], allow_whitespace_only_pieces=True, split_digits=True,
@@ -104,7 +104,7 @@ def main(folder: Path) -> None:
             file.writelines(json.dumps({"text": text}) + "\n" for text in texts[split])
         print(f"{split}: {len(texts[split])} documents, {sum(map(len, texts[split])) / 1e6:.2f} million characters")
     unfinished = folder / "tokenizer.tmp"  # the model appears last: it marks the data as complete
-    unfinished.write_bytes(train_tokenizer(texts["pretrain"]))
+    unfinished.write_bytes(train_tokenizer(texts["pretrain"], VOCAB_SIZE))
     unfinished.replace(folder / "tokenizer.model")
     print(f"tokenizer: {VOCAB_SIZE} pieces")
 
