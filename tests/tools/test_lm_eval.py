@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs the extra lm-eval; .ci/run installs it")
 
-TASKS = Path(__file__).parents[2] / "examples/lm_eval"
+TASKS = Path(__file__).parents[2] / "examples/lm_eval_tasks"
 END, ASTERISK, NEW_TOKENS = 256, 9, 8
 """Both ids end a text. Only the first is a special token, whose text is never shown: a task must name the other."""
 IS_RIGHT = {"What?": True, "hello": True, "ny": True, "en": False, "1 2 3": True, "Why": False}
