@@ -58,7 +58,7 @@ def build_run(args) -> Run:
                          has_start=bool(args.ebft_kl_coef))
     optimizer, scheduler = build_optimizer(args, built.policy)
     rlvr = RLVR(config=rlvr_config(args, None, (0, 11)), questions=None,
-                verification=SimpleNamespace(verify=verify))
+                verification=SimpleNamespace(verify=verify, judged=lambda failures: None))
     return Run(mode="rlvr", policy=built.policy, start=built.start, optimizer=optimizer, scheduler=scheduler, rlvr=rlvr,
                args=args)
 

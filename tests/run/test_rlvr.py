@@ -18,6 +18,7 @@ from megatron_ebft.run.build import build_run
 from megatron_ebft.run.describe import describe
 from megatron_ebft.run.flags import parse_args
 from megatron_ebft.run.loop import next_batch, train
+from megatron_ebft.run.stopping import CannotGoOn
 
 LINES = [{"prompt": str(i), "answer": str(8 + i % 2)} for i in range(8)]
 """Of even numbers the answer is 8, of odd ones 9; then a completion must end, with the id 10."""
@@ -47,6 +48,8 @@ def built(tmp_path, one_rank):
     yield build
     for run, _ in runs:
         run.rlvr.verification.close()
+        if run.eval_questions is not None:
+            run.eval_questions.verification.close()
 
 
 def test_a_run_learns_to_answer(built, tmp_path, capsys):
@@ -140,6 +143,42 @@ def test_a_warning_where_nothing_is_learnt(built, capsys):
     console = capsys.readouterr().out
     assert console.count("have equal rewards, so nothing is learnt; 0% are right") == 1
     assert console.count("no spread 100.0%") == 2
+
+
+USERS = """
+def judge(question, completion):
+    if question["prompt"] in "1357"[:question["wrong"]]:
+        raise KeyError("field")
+    return completion == "8"
+"""
+
+
+@pytest.mark.parametrize("wrong", [2, 4])
+def test_a_verifier_that_fails_is_told_from_wrong_answers(built, tmp_path, monkeypatch, capsys, wrong):
+    """It warns once, and logs the share; where it can judge nothing, the run saves and ends, before or after."""
+    (tmp_path / "failing.py").write_text(USERS)
+    monkeypatch.syspath_prepend(tmp_path)
+    lines, asked = [{"prompt": x, "wrong": wrong} for x in "1357"], tmp_path / "asked.jsonl"
+    asked.write_text(json.dumps({"prompt": "1", "wrong": 0}) + "\n")
+    run, log = built("--train-iters", "2", "--ebft-verifier", "failing:judge", "--ebft-eval-questions", str(asked),
+                     lines=lines)
+    name = "--ebft-verifier failing:judge"
+    if wrong == 4:
+        with pytest.raises(CannotGoOn, match=f"^{name}: could judge none of 128 answers. .*: KeyError: 'field'. Mend"):
+            train(run, log)
+        assert run.state.iteration == 0
+        return
+    assert train(run, log)
+    log.close(0.0)
+    assert scalars(tmp_path / "tensorboard")["train/verifier_failed"] == [(1, 0.5), (2, 0.5)]
+    assert scalars(tmp_path / "tensorboard")["eval/answers/failed"] == [(0, 0.0), (2, 0.0)]
+    console = capsys.readouterr().out
+    assert console.count(f"warning: step 1: {name} could not judge 64 of 128 answers") == 1
+    assert console.count("could not judge") == 1
+    asked.write_text(json.dumps({"prompt": "1", "wrong": 4}) + "\n")
+    run, log = built("--ebft-verifier", "failing:judge", "--ebft-eval-questions", str(asked), lines=lines)
+    with pytest.raises(CannotGoOn, match=f"^{name}: could judge none of 1 answers"):
+        train(run, log)
 
 
 @pytest.mark.parametrize("flags, message", [
