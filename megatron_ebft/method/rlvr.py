@@ -51,7 +51,7 @@ def rlvr_step(*, policy: list, start, optimizer, questions: list[Question], veri
     clear_gradients(policy, optimizer)
     with phase("rollout"):
         completions_QN = generate(policy, [question.prompt for question in questions], config.generation,
-                                  iteration=iteration)
+                                  iteration=iteration, occurrence=[question.occurrence for question in questions])
     after_rollouts()
     with phase("verify"):
         verdicts_QN = verdicts(questions, completions_QN, verify)
