@@ -11,6 +11,7 @@ import torch
 from paced import Pace
 from small_run import MODEL, TIMED, TOKENIZER, finish, save, scalars, start, start_ranks, weights
 
+from megatron_ebft.method import rlvr
 from megatron_ebft.model.fp8 import FP8
 from megatron_ebft.parallel import groups
 from megatron_ebft.rollout import generation
@@ -55,6 +56,7 @@ def built(tmp_path, one_rank):
 def test_a_run_learns_to_answer(built, tmp_path, capsys):
     run, log = built("--train-iters", "35", "--num-layers", "1")
     described = describe(run)
+    assert run.rlvr.config.generation.rows == 64 < 8 * 16  # of the step's 128 completions
     assert "8 questions of" in described and "× 16 completions of up to 2 tokens | rewards by exact" in described
     assert train(run, log)
     log.close(0.0)
@@ -117,6 +119,16 @@ def test_a_step_takes_the_questions_after_those_consumed(built):
     for run.state.consumed_samples in (0, 3, 6):
         drawn += [question.fields["prompt"] for question in next_batch(run)[0]]
     assert sorted(drawn[:8]) == sorted(line["prompt"] for line in LINES)
+
+
+def test_a_question_draws_other_completions_when_it_comes_again(built, monkeypatch):
+    """Two questions, four times in a batch."""
+    run, log = built("--global-batch-size", "8", "--train-iters", "1", lines=LINES[:2])
+    drawn = []
+    monkeypatch.setattr(rlvr, "generate", lambda *args, **options: drawn.extend(
+        groups := generation.generate(*args, **options)) or groups)
+    assert train(run, log)
+    assert len({str([completion.tokens for completion in group]) for group in drawn}) == len(drawn) == 8
 
 
 def test_the_first_step_notices_a_sampler_that_is_not_the_trainer(built, monkeypatch):
@@ -190,6 +202,7 @@ def test_a_verifier_that_fails_is_told_from_wrong_answers(built, tmp_path, monke
     (["--ebft-dump-steps", "x"], "--ebft-dump-steps: RLVR has no rollouts of blocks"),
     (["--training-mode", "sft"], "--ebft-questions .*: needs --training-mode rlvr"),
     (["--ebft-rlvr-temperature", "0"], "--ebft-rlvr-temperature 0.0: must be above 0"),
+    (["--ebft-stop", "x", ""], "--ebft-stop '': an empty text is in every completion"),
     (["--ebft-verifier", "other"], "--ebft-verifier other: "),
     (["--ebft-max-new-tokens", "23"], None)])
 def test_flags_that_cannot_work_are_named(tmp_path, one_rank, flags, message):
