@@ -2,7 +2,7 @@
 
 1. A rank decodes up to `rows` completions together. When some end, the next prompts take their place. Their tokens do
    not depend on what else is decoded: a token is drawn by a random number that is a hash of (seed, iteration, prompt,
-   sample, step), as in rollouts (token_sampling.py).
+   sample, step), as in rollouts (token_sampling.py). Samples of a prompt that comes again go on counting.
 2. Every rank that shares the model keeps the same books (which completions are where, which have ended), from the
    tokens alone.
 3. With pipeline stages, there is a batch for each stage, and the stages work on one batch after the other. The last
@@ -85,6 +85,7 @@ class Completion:
 
 @torch.no_grad()
 def generate(policy: list, prompts: list[list[int]], config: GenerationConfig, *, iteration: int = 0,
+             occurrence: list[int] | None = None,
              watch: Callable[[int, int, Completion], None] = lambda *token: None) -> list[list[Completion]]:
     """Completions of this rank's prompts, `[prompt][sample]`, the same on every rank that shares the model.
 
@@ -94,6 +95,7 @@ def generate(policy: list, prompts: list[list[int]], config: GenerationConfig, *
         policy: stages as `build_policy` makes them, or a frozen model; left in the mode (train or eval) they were in.
         prompts: token ids; none may be empty.
         iteration: names the step in the random numbers.
+        occurrence: how often each prompt has come before; it then draws other samples. None: each has not.
         watch: is called after every token with the prompt, the sample and the completion so far.
     """
     assert all(prompts), "a prompt without tokens predicts nothing"
@@ -104,7 +106,8 @@ def generate(policy: list, prompts: list[list[int]], config: GenerationConfig, *
     link = PipelineLink() if stages > 1 else None
     completions = [[Completion() for _ in range(config.num_samples)] for _ in prompts]
     rows = max(1, config.rows // stages)
-    requests = [_Request(prompt, number, range(first, min(first + rows, config.num_samples)))
+    before = [config.num_samples * times for times in occurrence or [0] * len(prompts)]
+    requests = [_Request(prompt, number, range(first, min(first + rows, config.num_samples)), before[number])
                 for number, prompt in enumerate(prompts) for first in range(0, config.num_samples, rows)]
     requests.sort(key=lambda request: -len(request.prompt))  # rows of about one length, and little padding
     batches = [_Batch(policy, requests[i::stages], completions, config, rows, iteration, link) for i in range(stages)]
@@ -132,6 +135,8 @@ class _Request:
     prompt: list[int]
     number: int
     samples: range
+    before: int
+    """Samples of earlier occurrences of the prompt."""
 
     def __post_init__(self):
         self.key = prompt_key(self.prompt)
@@ -285,7 +290,7 @@ class _Batch:
     def _readout(self) -> "_NextTokens":
         rows, now = self.current.rows, self.current
         key_R, sample_R, step_R = upload(torch.tensor(
-            [[row.request.key, row.sample, len(row.completion.tokens)] for row in rows])).unbind(1)
+            [[row.request.key, row.request.before + row.sample, len(row.completion.tokens)] for row in rows])).unbind(1)
         numbers_R = uniform(self.config.seed, self.iteration, key_R, 0, sample_R, step_R)
         return _NextTokens(now.place_R, now.prompt_R, numbers_R, self.config)
 

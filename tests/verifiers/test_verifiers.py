@@ -21,7 +21,7 @@ def judge(question, completion):
     if completion == "crash": os.abort()
     if completion == "exit": sys.exit(3)
     if completion == "raise": raise KeyError("x")
-    return {"right": True, "half": 0.5, "two": 2, "none": None}.get(completion, question["value"])
+    return {"right": True, "half": 0.5, "two": 2, "none": None, "nan": float("nan")}.get(completion, question["value"])
 """
 REFERENCES = (["The cat sat on the mat.", "A cat was sitting on the mat."],
               ["Über allen Gipfeln ist Ruh'.", "Über den Gipfeln ist Ruhe."],
@@ -65,10 +65,16 @@ def test_math(made):
                (["3", "4"], "It is 4.", True), ("x^2 - 1", r"\boxed{(x - 1)(x + 1)}", True), ("$x = 3$", "$3$", True),
                ("5", "$9^{9^{9^{9}}}$", False), ("4", "It is 5.", False), ("4", "I do not know.", False),
                (r"\boxed{2}", r"$\boxed{2}$", True)]
-    verdicts = made("math", timeout=4, workers=2).verify([({"answer": gold}, text) for gold, text, _ in answers])
+    verifier = made("math", timeout=4, workers=2)
+    verdicts = verifier.verify([({"answer": gold}, text) for gold, text, _ in answers])
     assert [x.is_right for x in verdicts] == [is_right for _, _, is_right in answers]
     assert [x.reason for x in verdicts[5:8]] == ["timeout after 4 s", "expected 4, got 5",
                                                  "expected 4, got no expression"]
+    assert [i for i, verdict in enumerate(verdicts) if verdict.failed] == [5]
+    for gold in ("1/2", ["3", r"\text{Monday}"]):
+        verifier.check_question({"answer": gold})
+    with pytest.raises(ValueError, match="^answer ' ' has no expression that math-verify can read; .*exact$"):
+        verifier.check_question({"answer": ["3", " "]})
 
 
 def test_a_function_of_the_users(made, tmp_path, monkeypatch):
@@ -76,15 +82,18 @@ def test_a_function_of_the_users(made, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     verifier = made("users:judge", timeout=1, workers=2)
     verifier.check_question({})
-    completions = ("right", "half", "hang", "crash", "exit", "raise", "two", "none", "other")
+    completions = ("right", "half", "hang", "crash", "exit", "raise", "two", "none", "nan", "other")
     verdicts = verifier.verify([({"value": 1.0}, x) for x in completions])
-    assert [x.is_right for x in verdicts] == [True] + 7 * [False] + [True]
-    assert [x.score for x in verdicts] == [1, 0.5] + 6 * [0] + [1]
+    assert [x.is_right for x in verdicts] == [True] + 8 * [False] + [True]
+    assert [x.failed for x in verdicts] == [False, False] + 7 * [True] + [False]
+    assert [x.score for x in verdicts] == [1, 0.5] + 7 * [0] + [1]
     reasons = ["users:judge returned 0.5", "timeout after 1 s", "killed by SIGABRT", "SystemExit: 3", "KeyError: 'x'",
-               "ValueError: users:judge returned 2", "TypeError: float() argument"]
-    for verdict, reason in zip(verdicts[1:8], reasons, strict=True):
+               "ValueError: users:judge returned 2", "TypeError: float() argument",
+               "ValueError: users:judge returned nan"]
+    for verdict, reason in zip(verdicts[1:9], reasons, strict=True):
         assert verdict.reason.startswith(reason)
-    for name, words in (("users:no", "has no attribute 'no'"), ("nowhere:judge", "No module named 'nowhere'")):
+    for name, words in (("users:no", "has no attribute 'no'"), ("nowhere:judge", "No module named 'nowhere'"),
+                        ("users:os", "os is no function")):
         with pytest.raises(ValueError, match=f"--verifier {name}: cannot be used .*{words}"):
             build_verifier(name, flag="--verifier")
 
