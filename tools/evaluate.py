@@ -86,12 +86,15 @@ def on_questions(args: argparse.Namespace, trained) -> Callable[[], dict]:
 
     def evaluate() -> dict:
         trained.watchdog.enter("answers", PATIENCE)
-        answered = evaluate_answers([trained.model], questions, verification.verify, config, verification.corpus_score)
+        progress = progress_of("answers", len(questions) * config.num_answers)
+        answered = evaluate_answers([trained.model], questions, verification.verify, config, verification.corpus_score,
+                                    done=lambda answers: progress.add(answers - progress.done))
         verification.close()
+        verification.judged(answered.failures)
         if args.samples_output and is_first():
             write_answers(args.samples_output, questions, answered, config.generation, trained.tokenizer)
         return {"questions": len(questions), "means": {name: asdict(mean) for name, mean in answered.means.items()},
-                "corpus": answered.corpus}
+                "corpus": answered.corpus, "signature": verification.signature()}
 
     return evaluate
 
@@ -173,14 +176,19 @@ def gold_batch(args: argparse.Namespace, dataset, first: int, rows: int):
                      None if documents_BT is None else upload(documents_BT), upload(answer_BT))
 
 
-def shown(items, what: str, total: int, amount: int):
-    """The items; prints how many are done and the time left, on the first rank."""
+def progress_of(what: str, total: int):
+    """Prints how much is done and the time left, on the first rank."""
     import torch.distributed as dist
 
     from megatron_ebft.common.progress import Progress
 
-    progress = Progress(what, total, lambda line: print(line, file=sys.stderr, flush=True)
-                        if dist.get_rank() == 0 else None)
+    return Progress(what, total, lambda line: print(line, file=sys.stderr, flush=True)
+                    if dist.get_rank() == 0 else None)
+
+
+def shown(items, what: str, total: int, amount: int):
+    """The items; prints how many are done and the time left, on the first rank."""
+    progress = progress_of(what, total)
     for item in items:
         yield item
         progress.add(amount)
@@ -193,6 +201,8 @@ def table(results: dict) -> str:
         lines.append(f"{name:>24}  {value['value']:.4f}  [{value['low']:.4f}, {value['high']:.4f}]")
     for name, value in (results.get("answers", {}).get("corpus", {}) | results.get("text", {})).items():
         lines.append(f"{name:>24}  {value:.4f}" if isinstance(value, float) else f"{name:>24}  {value}")
+    if signature := results.get("answers", {}).get("signature"):
+        lines.append(f"{'signature':>24}  {signature}")
     return "\n".join(lines)
 
 

@@ -173,7 +173,9 @@ def test_a_verifier_that_fails_is_told_from_wrong_answers(built, tmp_path, monke
     lines, asked = [{"prompt": x, "wrong": wrong} for x in "1357"], tmp_path / "asked.jsonl"
     asked.write_text(json.dumps({"prompt": "1", "wrong": 0}) + "\n")
     run, log = built("--train-iters", "2", "--ebft-verifier", "failing:judge", "--ebft-eval-questions", str(asked),
-                     lines=lines)
+                     "--ebft-eval-top-p", "0.5", "--ebft-eval-top-k", "3", lines=lines)
+    generation = run.eval_questions.config.generation
+    assert (generation.top_p, generation.top_k, generation.rows) == (0.5, 3, 64)
     name = "--ebft-verifier failing:judge"
     if wrong == 4:
         with pytest.raises(CannotGoOn, match=f"^{name}: could judge none of 128 answers. .*: KeyError: 'field'. Mend"):

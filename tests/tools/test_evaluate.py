@@ -63,6 +63,7 @@ def test_answers_are_counted(folder, tmp_path, capsys):
     result = run(*flags, "--verifier", "bleu", folder=tmp_path)["answers"]
     expected = sacrebleu.corpus_bleu(greedy, [[question["reference"] for question in QUESTIONS]]).score
     assert result["corpus"]["bleu"] == pytest.approx(expected, abs=1e-9) and "pass@1" not in result["means"]
+    assert result["signature"].startswith("nrefs:1|") and f"signature  {result['signature']}" in capsys.readouterr().out
 
 
 def test_cross_entropy_is_that_of_transformers(folder, tmp_path):

@@ -136,7 +136,7 @@ def test_there_is_no_network_without_the_filter_either(code, tmp_path):
         script = NO_FILTER.format(address=listener.getsockname(), failure=FAILURE, folder=str(tmp_path))
         run = subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
                              check=True)
-    assert run.stdout == 3 * "Verdict(score=1.0, is_right=True, reason='')\n"
+    assert run.stdout == 3 * "Verdict(score=1.0, is_right=True, reason='', failed=False)\n"
 
 
 BOMBS = (
