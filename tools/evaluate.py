@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable
 
 import trained_model
-from generate import GENERATION, check_stops, generation_config, is_first
+from generate import GENERATION, check_stops, generation_config, is_first, say
 from lines_file import LinesFile, check_output
 
 from megatron_ebft.run.ending import fail
@@ -71,9 +71,8 @@ def check(args: argparse.Namespace) -> None:
 
 def on_questions(args: argparse.Namespace, trained) -> Callable[[], dict]:
     """Check the questions; returns what answers them: means with their intervals, and scores of all greedy answers
-    together, the same on every rank."""
-    from dataclasses import asdict
-
+    together; on the first rank."""
+    from megatron_ebft.common.progress import Progress
     from megatron_ebft.method.answers import AnswersConfig, evaluate_answers
     from megatron_ebft.run.verification import build_questions, build_verification
     from megatron_ebft.run.watchdog import PATIENCE
@@ -86,15 +85,17 @@ def on_questions(args: argparse.Namespace, trained) -> Callable[[], dict]:
 
     def evaluate() -> dict:
         trained.watchdog.enter("answers", PATIENCE)
-        progress = progress_of("answers", len(questions) * config.num_answers)
+        progress = Progress("answers", len(questions) * config.num_answers, say)
         answered = evaluate_answers([trained.model], questions, verification.verify, config, verification.corpus_score,
                                     done=lambda answers: progress.add(answers - progress.done))
         verification.close()
-        verification.judged(answered.failures)
         if args.samples_output and is_first():
             write_answers(args.samples_output, questions, answered, config.generation, trained.tokenizer)
-        return {"questions": len(questions), "means": {name: asdict(mean) for name, mean in answered.means.items()},
-                "corpus": answered.corpus, "signature": verification.signature()}
+        verification.judged(answered.failures)
+        means = {name: dict(zip(("value", "low", "high"), (mean.value, *mean.interval())))
+                 for name, mean in answered.means.items()} if is_first() else {}
+        return {"questions": len(questions), "means": means, "corpus": answered.corpus,
+                "signature": verification.signature()}
 
     return evaluate
 
@@ -111,6 +112,7 @@ def write_answers(path: str, questions: list, answered, generation, tokenizer) -
 def on_text(args: argparse.Namespace, trained) -> Callable[[], dict]:
     """Open --text-data and load the encoder; returns what computes the cross entropy and, with an encoder, CFM of the
     rows, the same on every rank."""
+    from megatron_ebft.common.progress import Progress
     from megatron_ebft.data.datasets import build_datasets
     from megatron_ebft.method.evaluation import evaluate
     from megatron_ebft.parallel.groups import document_size
@@ -132,10 +134,15 @@ def on_text(args: argparse.Namespace, trained) -> Callable[[], dict]:
     def measure() -> dict:
         trained.watchdog.enter("text")
         together = args.micro_batch_size * document_size()
-        firsts = shown(range(0, rows, together), "rows read", rows, together)
-        metrics, _ = evaluate([trained.model], features, None,
-                              (gold_batch(args, dataset, first, rows) for first in firsts), config,
-                              args.ebft_eval_length, args.micro_batch_size)
+        progress = Progress("rows read", rows, say)
+
+        def batches():
+            for first in range(0, rows, together):
+                yield gold_batch(args, dataset, first, rows)
+                progress.add(together)
+
+        metrics, _ = evaluate([trained.model], features, None, batches(), config, args.ebft_eval_length,
+                              args.micro_batch_size)
         return {"rows": rows} | metrics
 
     return measure
@@ -174,24 +181,6 @@ def gold_batch(args: argparse.Namespace, dataset, first: int, rows: int):
     documents_BT = torch.stack([row["documents"] for row in read]) if args.ebft_document_mask else None
     return GoldBatch(upload(torch.stack([row["tokens"] for row in read])), upload(torch.tensor(mine)),
                      None if documents_BT is None else upload(documents_BT), upload(answer_BT))
-
-
-def progress_of(what: str, total: int):
-    """Prints how much is done and the time left, on the first rank."""
-    import torch.distributed as dist
-
-    from megatron_ebft.common.progress import Progress
-
-    return Progress(what, total, lambda line: print(line, file=sys.stderr, flush=True)
-                    if dist.get_rank() == 0 else None)
-
-
-def shown(items, what: str, total: int, amount: int):
-    """The items; prints how many are done and the time left, on the first rank."""
-    progress = progress_of(what, total)
-    for item in items:
-        yield item
-        progress.add(amount)
 
 
 def table(results: dict) -> str:

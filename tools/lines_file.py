@@ -48,8 +48,12 @@ class LinesFile:
                 self.file = open(self.temporary, "w", encoding="utf-8")
 
     def write(self, fields: dict) -> None:
+        self.write_line(as_line(fields))
+
+    def write_line(self, line: str) -> None:
+        """Write a line that is JSON already, with its end."""
         with self._writing():
-            self.file.write(as_line(fields))
+            self.file.write(line)
 
     def __enter__(self) -> "LinesFile":
         return self

@@ -49,13 +49,23 @@ class Answer:
     verdict: Verdict
 
 
-@dataclass
+@dataclass(frozen=True)
 class Mean:
-    """A mean over questions, and its 95 % interval."""
+    """A mean over questions."""
 
-    value: float
-    low: float
-    high: float
+    values: list[float] = field(repr=False)
+    """Of each question."""
+
+    @property
+    def value(self) -> float:
+        return float(numpy.mean(self.values))
+
+    def interval(self) -> tuple[float, float]:
+        """Bounds of the 95 % interval, by a bootstrap of RESAMPLES draws."""
+        values_Q, generator = numpy.asarray(self.values), numpy.random.default_rng(0)
+        drawn = [values_Q[generator.integers(len(values_Q), size=len(values_Q))].mean() for _ in range(RESAMPLES)]
+        low, high = numpy.quantile(drawn, (0.025, 0.975))
+        return float(low), float(high)
 
 
 @dataclass
@@ -89,21 +99,21 @@ def evaluate_answers(policy: list, questions: list[Question], verify: Verify, co
     greedy = _answers(policy, questions, verify, replace(config.generation, temperature=0.0, num_samples=1), between,
                       done)
     firsts = [answers[0] for answers in greedy]
-    means = {"accuracy": mean([float(answer.verdict.is_right) for answer in firsts]),
-             "score": mean([answer.verdict.score for answer in firsts]),
-             "length": mean([float(len(answer.completion.tokens)) for answer in firsts])}
+    means = {"accuracy": Mean([float(answer.verdict.is_right) for answer in firsts]),
+             "score": Mean([answer.verdict.score for answer in firsts]),
+             "length": Mean([float(len(answer.completion.tokens)) for answer in firsts])}
     corpus = corpus_score([(question, answer.completion) for question, answer in zip(questions, firsts)])
     whole = greedy
     if config.pass_at:
         samples = _answers(policy, questions, verify, config.generation, between,
                            lambda answered: done(len(questions) + answered))
-        means["sampled_score"] = mean([sum(answer.verdict.score for answer in answers) / len(answers)
+        means["sampled_score"] = Mean([sum(answer.verdict.score for answer in answers) / len(answers)
                                        for answers in samples])
         for k in config.pass_at:
-            means[f"pass@{k}"] = mean([pass_at_k(len(answers), sum(answer.verdict.is_right for answer in answers), k)
+            means[f"pass@{k}"] = Mean([pass_at_k(len(answers), sum(answer.verdict.is_right for answer in answers), k)
                                        for answers in samples])
         whole = [first + others for first, others in zip(greedy, samples, strict=True)]
-    means["failed"] = mean([sum(answer.verdict.failed for answer in answers) / len(answers) for answers in whole])
+    means["failed"] = Mean([sum(answer.verdict.failed for answer in answers) / len(answers) for answers in whole])
     failed = failures([[answer.verdict for answer in answers] for answers in dealt(whole)])
     return Answered(means, corpus, whole, failed)
 
@@ -128,11 +138,3 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
     """1 − C(samples − right, k) / C(samples, k): the share of the sets of k samples that have a right one."""
     assert 0 <= right <= samples >= k >= 1
     return 1 - math.comb(samples - right, k) / math.comb(samples, k)
-
-
-def mean(values: list[float]) -> Mean:
-    """The mean of a value of each question, with its bootstrapped interval."""
-    values_Q, generator = numpy.asarray(values), numpy.random.default_rng(0)
-    drawn = [values_Q[generator.integers(len(values), size=len(values))].mean() for _ in range(RESAMPLES)]
-    low, high = numpy.quantile(drawn, (0.025, 0.975))
-    return Mean(float(values_Q.mean()), float(low), float(high))

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from megatron_ebft.common.device import device
+from megatron_ebft.common.device import upload
 from megatron_ebft.data.questions import Question
 from megatron_ebft.method import energy
 from megatron_ebft.method.completions import completion_batch, completion_gradient, completion_scores
@@ -57,10 +57,9 @@ def rlvr_step(*, policy: list, start, optimizer, questions: list[Question], veri
         verdicts_QN = verdicts(questions, completions_QN, verify)
     failed = failures(verdicts_QN)
     judged(failed)
-    reward_QN, is_right_QN = (torch.tensor([[value(verdict) for verdict in group] for group in verdicts_QN],
-                                           dtype=dtype, device=device())
-                              for value, dtype in ((lambda verdict: verdict.score, torch.float64),
-                                                   (lambda verdict: verdict.is_right, torch.bool)))
+    reward_QN = upload(torch.tensor([[verdict.score for verdict in group] for group in verdicts_QN],
+                                    dtype=torch.float64))
+    is_right_QN = upload(torch.tensor([[verdict.is_right for verdict in group] for group in verdicts_QN]))
     advantage_QN = energy.advantages(reward_QN, torch.zeros_like(reward_QN), config.advantage, 1.0, 0.0)
     num_tokens = measure_completions(completions_QN, reward_QN, is_right_QN, means)
     needed_QN = torch.ones_like(is_right_QN) if config.kl_coef else advantage_QN != 0

@@ -162,7 +162,6 @@ class _Pass:
 
     rows: list[_Row]
     """Those that get a token."""
-    prompts: list[_Request] | None
     pattern: PromptPattern | NextTokenPattern
     tokens_BS: Tensor
     positions_BS: Tensor
@@ -239,7 +238,7 @@ class _Batch:
         tokens_BS = torch.tensor([request.prompt + [0] * (length - len(request.prompt)) for request in requests])
         prompt_R = torch.tensor([i for i, request in enumerate(requests) for _ in request.samples])
         place_R = torch.tensor([row.position for row in rows])
-        return _Pass(rows, requests, PromptPattern(), upload(tokens_BS),
+        return _Pass(rows, PromptPattern(), upload(tokens_BS),
                      torch.arange(length, device=device()).expand(len(requests), -1), upload(prompt_R), upload(place_R))
 
     def _next_tokens(self) -> _Pass | None:
@@ -251,7 +250,7 @@ class _Batch:
         tokens_S, positions_S = upload(torch.nn.functional.pad(last, (0, length - count)))
         columns = max(row.position for row in rows) + 1
         self.cache.reserve(columns)
-        return _Pass(list(rows), None, NextTokenPattern(self.cache, positions_S[:count], columns), tokens_S[None],
+        return _Pass(list(rows), NextTokenPattern(self.cache, positions_S[:count], columns), tokens_S[None],
                      positions_S[None], torch.zeros(count, dtype=torch.int64, device=device()),
                      torch.arange(count, device=device()))
 
@@ -264,7 +263,7 @@ class _Batch:
         readout = self._readout() if is_last_stage() and is_final else None
         out = chunk(now.tokens_BS if is_first else None, now.positions_BS, as_mask(now.pattern), readout=readout)
         unwrap(chunk).set_input_tensor(None)
-        if is_final and now.prompts is not None:
+        if is_final and isinstance(now.pattern, PromptPattern):
             self.cache.add(now.pattern, now.prompt_R, self._columns(now.rows))
         if readout is None:
             self.link.send(out)

@@ -19,7 +19,7 @@ class StopStrings:
 
     def has_come(self, tokens: list[int]) -> bool:
         """Whether the tokens at the end hold one of the strings."""
-        length, text = self.length, ""
+        length = self.length
         while True:
             text = self.tokenizer.completion_text(tokens[-length:])
             if len(text) > self.longest or length >= len(tokens):

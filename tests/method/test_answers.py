@@ -6,7 +6,7 @@ import pytest
 
 from megatron_ebft.data.questions import Question
 from megatron_ebft.method import answers
-from megatron_ebft.method.answers import AnswersConfig, evaluate_answers, mean, pass_at_k
+from megatron_ebft.method.answers import AnswersConfig, Mean, evaluate_answers, pass_at_k
 from megatron_ebft.rollout.generation import Completion, GenerationConfig
 from megatron_ebft.verifiers.verdict import RIGHT, failure, wrong
 
@@ -26,11 +26,12 @@ def test_intervals_cover_the_mean_as_often_as_they_say():
 
     generator, held = random.Random(0), 0
     for _ in range(200):
-        interval = mean([float(generator.random() < 0.3) for _ in range(60)])
-        assert interval.low <= interval.value <= interval.high
-        held += interval.low <= 0.3 <= interval.high
+        mean = Mean([float(generator.random() < 0.3) for _ in range(60)])
+        low, high = mean.interval()
+        assert low <= mean.value <= high
+        held += low <= 0.3 <= high
     assert 0.89 <= held / 200 <= 0.99
-    assert mean([0.5] * 9) == mean([0.5] * 9) and mean([0.5] * 9).low == mean([0.5] * 9).high == 0.5
+    assert Mean([0.5] * 9).interval() == (0.5, 0.5)
 
 
 QUESTIONS = [Question({}, [i]) for i in range(11)]

@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
+from code_verifier import code_verifier
 
 from megatron_ebft.verifiers import sandbox
-from megatron_ebft.verifiers.build import build_verifier
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -45,19 +45,14 @@ def code():
     """The verifier, with a secret in this process's environment when its workers start."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(SECRET, "secret")
-        try:
-            verifier = build_verifier("code", timeout=30, workers=2)
-        except ValueError as error:
-            pytest.skip(str(error))
-        yield verifier
-        verifier.close()
+        with code_verifier(timeout=30) as verifier:
+            yield verifier
 
 
 @pytest.fixture(scope="module")
-def impatient(code):
-    verifier = build_verifier("code", timeout=1, workers=2)
-    yield verifier
-    verifier.close()
+def impatient():
+    with code_verifier(timeout=1) as verifier:
+        yield verifier
 
 
 def named(name: str) -> list[int]:
