@@ -10,7 +10,7 @@
    --max-new-tokens). `tokens` has the end token and the stop string, `text` does not.
 2. A completion depends on the seed, its prompt, its number and the sampling flags. It does not depend on the other
    prompts or on the ranks, except where rounding decides between tokens.
-3. A beginning-of-text id goes before prompts if the tokenizer adds one.
+3. A beginning-of-text id goes before a prompt that does not begin with it, if the tokenizer adds one.
 """
 
 import argparse
