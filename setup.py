@@ -37,6 +37,7 @@ setup(
         "te": ["transformer-engine[pytorch,core_cu13]"],
         "hf": ["transformers"],
         "eval": EVAL,
+        "lm-eval": ["lm-eval[hf]==0.4.13"],  # runs most public benchmarks; pinned, as its tasks change with versions
         # Parquet, Arrow and folders of `datasets`, whose own package is not needed; Zstandard.
         "data": ["pyarrow", "zstandard"],
         # Babel brings the quickstart's text: names in many languages, from Unicode's CLDR. Sphinx and Flask use it.

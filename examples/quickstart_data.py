@@ -51,14 +51,16 @@ def documents() -> dict[str, list[dict[str, str]]]:
     return splits
 
 
-def train_tokenizer(texts: list[str]) -> bytes:
-    """A SentencePiece model as a file's content."""
-    model = io.BytesIO()
+def train_tokenizer(texts: list[str], vocab_size: int) -> bytes:
+    """A serialised SentencePiece model that normalises nothing."""
+    model = io.BytesIO()  # a file name would become part of the model and change its fingerprint
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=VOCAB_SIZE, unk_id=0, bos_id=-1,
-        eos_id=1, byte_fallback=True, split_digits=True, character_coverage=1.0 - 1e-4,  # rare letters become bytes
-        normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False, num_threads=2,
-        minloglevel=2)
+        sentence_iterator=(line for text in texts for line in text.splitlines() if line), model_writer=model,
+        model_type="bpe", vocab_size=vocab_size, unk_id=0, bos_id=-1, eos_id=1,
+        character_coverage=1.0 - 1e-5, byte_fallback=True,  # rare letters become bytes
+        normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
+        user_defined_symbols=["\n", "\t"], allow_whitespace_only_pieces=True, split_digits=True,
+        max_sentence_length=20_000, num_threads=2, minloglevel=2)
     return model.getvalue()
 
 
@@ -70,7 +72,7 @@ def main(folder: Path) -> None:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         print(f"{split}: {len(lines)} documents, {sum(len(''.join(line.values())) for line in lines)} characters")
     unfinished = folder / "tokenizer.tmp"  # the model appears last: it marks the data as complete
-    unfinished.write_bytes(train_tokenizer(["".join(line.values()) for line in splits["start"]]))
+    unfinished.write_bytes(train_tokenizer(["".join(line.values()) for line in splits["start"]], VOCAB_SIZE))
     unfinished.replace(folder / "tokenizer.model")
     print(f"tokenizer: {VOCAB_SIZE} pieces")
 

@@ -4,14 +4,19 @@
 
 Each LOGDIR is a run (its --save or --tensorboard-dir) or a folder of runs, such as a sweep. Runs may still be in
 progress. The table shows the last and the best value of evaluations, the best with its step; the reward is the mean of
-the last 20 steps, tokens/s the median of all steps. A restart is another log file of the same run.
+the last 20 steps, tokens/s the median of all steps; seconds are those of all training steps, without evaluations and
+saves. Runs that answer questions (--ebft-eval-questions) have columns for accuracy, pass@k, BLEU and chrF. A restart is
+another log file of the same run.
 """
 
 import argparse
 import csv
 import io
+import math
+import re
 import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +31,7 @@ LAST_STEPS = 20
 PANELS = (("eval/cfm", "CFM, held-out"), ("eval/ce_loss", "cross entropy, held-out"),
           ("train/reward", "reward, training"), ("eval/kl_to_start", "KL to the start, held-out"),
           ("eval/alignment", "alignment, held-out"), ("train/grad_norm", "gradient norm, training"))
+ANSWERS = re.compile(r"eval/answers/(accuracy|bleu|chrf|pass@\d+)")
 
 
 @dataclass
@@ -47,27 +53,65 @@ class Run:
     def last(self, tag: str) -> str:
         return f"{self.scalars[tag][-1][1]:.4f}" if tag in self.scalars else ""
 
-    def best(self, tag: str) -> str:
-        """The lowest value and its step."""
+    def best(self, tag: str, which: Callable = min) -> str:
+        """The lowest value and its step; the highest with `max`."""
         if tag not in self.scalars:
             return ""
-        step, value = min(self.scalars[tag], key=lambda point: point[1])
+        step, value = which(self.scalars[tag], key=lambda point: point[1])
         return f"{value:.4f} @{step}"
 
     def values(self, tag: str) -> list[float]:
         return [value for _, value in self.scalars.get(tag, [])]
 
-    def row(self) -> list[str]:
-        """One cell for each of COLUMNS."""
-        reward, speed = self.values("train/reward")[-LAST_STEPS:], self.values("train/tokens_per_second")
-        steps = self.scalars.get("train/loss", [(0, 0.0)])[-1][0]
-        return [self.name, str(steps), str(self.restarts), self.last("eval/cfm"), self.best("eval/cfm"),
-                self.last("eval/ce_loss"), self.best("eval/ce_loss"),
-                f"{statistics.mean(reward):+.4f}" if reward else "", self.last("eval/kl_to_start"),
-                f"{statistics.median(speed):.0f}" if speed else ""]
+    def steps(self) -> int:
+        return self.scalars.get("train/loss", [(0, 0.0)])[-1][0]
+
+    def reward(self) -> str:
+        values = self.values("train/reward")[-LAST_STEPS:]
+        return f"{statistics.mean(values):+.4f}" if values else ""
+
+    def speed(self) -> str:
+        values = self.values("train/tokens_per_second")
+        return f"{statistics.median(values):.0f}" if values else ""
+
+    def seconds(self) -> str:
+        """Of all steps, those that --log-interval leaves out included: they take as long as the others."""
+        values = self.values("seconds/step")
+        return f"{statistics.mean(values) * self.steps():.0f}" if values else ""
 
 
-COLUMNS = ["run", "steps", "restarts", "CFM", "best CFM", "CE", "best CE", "reward", "KL to start", "tokens/s"]
+COLUMNS: dict[str, Callable[[Run], str]] = {
+    "run": lambda run: run.name,
+    "steps": lambda run: str(run.steps()),
+    "restarts": lambda run: str(run.restarts),
+    "CFM": lambda run: run.last("eval/cfm"),
+    "best CFM": lambda run: run.best("eval/cfm"),
+    "CE": lambda run: run.last("eval/ce_loss"),
+    "best CE": lambda run: run.best("eval/ce_loss"),
+    "reward": Run.reward,
+    "KL to start": lambda run: run.last("eval/kl_to_start"),
+    "tokens/s": Run.speed,
+    "seconds": Run.seconds}
+"""Title and cell of each column."""
+
+
+def answer_tags(runs: list[Run]) -> list[str]:
+    """Tags of what the runs say of their answers: accuracy, BLEU, chrF, then pass@k by k."""
+    tags = {tag for run in runs for tag in run.scalars if ANSWERS.fullmatch(tag)}
+    return sorted(tags, key=lambda tag: (int(tag.partition("@")[2] or 0), tag))
+
+
+def columns(runs: list[Run]) -> dict[str, Callable[[Run], str]]:
+    """COLUMNS, and after the held-out text those of answers, where a run has any."""
+    answers: dict[str, Callable[[Run], str]] = {}
+    for tag in answer_tags(runs):
+        name = ANSWERS.fullmatch(tag)[1]
+        answers[name] = lambda run, tag=tag: run.last(tag)
+        if name == "accuracy":
+            answers["best accuracy"] = lambda run, tag=tag: run.best(tag, max)
+    titles = list(COLUMNS)
+    first = titles.index("best CE") + 1
+    return {title: (COLUMNS | answers)[title] for title in [*titles[:first], *answers, *titles[first:]]}
 
 
 def find_runs(folders: list[Path]) -> list[Run]:
@@ -105,16 +149,20 @@ def table(rows: list[list[str]], form: str) -> str:
 
 
 def plot(runs: list[Run], path: Path) -> None:
-    """Draw all PANELS, with a curve for every run."""
-    figure, axes = plt.subplots(2, 3, figsize=(13.5, 7.2), layout="constrained")
+    """Draw all PANELS, and one for each answer_tags, with a curve for every run."""
+    panels = [*PANELS, *((tag, f"{ANSWERS.fullmatch(tag)[1]}, questions") for tag in answer_tags(runs))]
+    across = math.ceil(len(panels) / 2)
+    figure, axes = plt.subplots(2, across, figsize=(4.5 * across, 7.2), layout="constrained")
     colors = plt.get_cmap("turbo" if len(runs) > 10 else "tab10")
-    for axis, (tag, title) in zip(axes.flat, PANELS):
+    for axis, (tag, title) in zip(axes.flat, panels):
         for i, run in enumerate(runs):
             if tag in run.scalars:
                 axis.plot(*zip(*run.scalars[tag]), color=colors(i / len(runs) if len(runs) > 10 else i), label=run.name,
                           linewidth=1.0, marker="o" if tag.startswith("eval/") else None, markersize=3)
         axis.set(title=title, xlabel="optimizer step")
         axis.grid(alpha=0.3)
+    for axis in axes.flat[len(panels):]:
+        axis.axis("off")
     handles, labels = max((axis.get_legend_handles_labels() for axis in axes.flat), key=lambda entries: len(entries[1]))
     figure.legend(handles, labels, loc="outside lower center", fontsize=8, ncols=5)
     figure.savefig(path, dpi=120)
@@ -132,7 +180,8 @@ def main(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     runs = find_runs(options.folders)
     plot(runs, options.output)
-    print(table([COLUMNS, *(run.row() for run in runs)], options.format))
+    shown = columns(runs)
+    print(table([[*shown], *([cell(run) for cell in shown.values()] for run in runs)], options.format))
     print(f"curves: {options.output}", file=sys.stderr)
 
 

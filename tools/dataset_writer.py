@@ -1,4 +1,4 @@
-"""Writes indexed datasets and questions under temporary names, which are replaced at the end."""
+"""Writes indexed datasets under temporary names, which are replaced at the end."""
 
 import json
 import os
@@ -70,31 +70,6 @@ class DatasetWriter:
             builder.data_file.close()
         for ending in (".bin", ".json", ".idx", ANSWER_MASK_SUFFIX + ".bin", ANSWER_MASK_SUFFIX + ".idx"):
             _remove(self._temporary + ending)
-
-
-class QuestionWriter:
-    """Writes the questions of documents as JSON Lines."""
-
-    def __init__(self, path: str):
-        self.path, self.questions = path, 0
-        self._temporary = f"{path}.{os.getpid()}.tmp"
-        self._file = open(self._temporary, "w", encoding="utf-8")
-
-    def add(self, document: Document | str) -> None:
-        """Add the question of a document, if there is a document."""
-        if isinstance(document, Document):
-            self._file.write(document.question + "\n")
-            self.questions += 1
-
-    def finish(self) -> None:
-        """Rename the file. Replaces an older one."""
-        self._file.close()
-        os.replace(self._temporary, self.path)
-
-    def discard(self) -> None:
-        """Remove the temporary file. After `finish` there is none."""
-        self._file.close()
-        _remove(self._temporary)
 
 
 def _remove(path: str) -> None:

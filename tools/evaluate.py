@@ -13,12 +13,13 @@
 """
 
 import argparse
-import os
 import sys
 import warnings
+from collections.abc import Callable
 
 import trained_model
-from generate import GENERATION, generation_config, write_lines
+from generate import GENERATION, check_stops, generation_config, is_first, say
+from lines_file import LinesFile, check_output
 
 from megatron_ebft.run.ending import fail
 from megatron_ebft.run.flags.flag import Flag, Group, at_least
@@ -60,45 +61,58 @@ def check(args: argparse.Namespace) -> None:
         args.pass_at = sorted({1, args.num_samples}) if args.num_samples else []
     if args.pass_at and max(args.pass_at) > args.num_samples:
         raise ValueError(f"--pass-at {max(args.pass_at)}: needs as many samples; --num-samples is {args.num_samples}")
-    for flag, path in (("--json", args.json), ("--samples-output", args.samples_output)):
-        folder = os.path.dirname(os.path.abspath(path or "x"))
-        if not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
-            raise ValueError(f"{flag} {path}: {folder} is no folder that can be written to")
+    if args.num_samples and args.temperature == 0:
+        raise ValueError(f"--num-samples {args.num_samples} with --temperature 0: all would be the greedy answer, "
+                         "which is counted anyway; give a temperature, or leave the samples out")
+    check_stops(args.stop)
+    check_output(args.json, "--json")
+    check_output(args.samples_output, "--samples-output")
 
 
-def on_questions(args: argparse.Namespace, trained) -> dict:
-    """Means of the answers with their intervals, and scores of all greedy answers together; the same on every rank."""
-    from dataclasses import asdict
-
+def on_questions(args: argparse.Namespace, trained) -> Callable[[], dict]:
+    """Check the questions; returns what answers them: means with their intervals, and scores of all greedy answers
+    together; on the first rank."""
+    from megatron_ebft.common.progress import Progress
     from megatron_ebft.method.answers import AnswersConfig, evaluate_answers
     from megatron_ebft.run.verification import build_questions, build_verification
+    from megatron_ebft.run.watchdog import PATIENCE
 
     config = AnswersConfig(generation=generation_config(args, trained), pass_at=tuple(args.pass_at))
     verification = build_verification(args, args.verifier, config.generation, trained.tokenizer, "--verifier")
     questions = build_questions(args.questions, "--questions", trained.tokenizer, args.seed, verification,
                                 trained.architecture.max_position_embeddings - args.max_new_tokens,
                                 f"{trained.origin}, less --max-new-tokens,").in_order()
-    answered = evaluate_answers([trained.model], questions, verification.verify, config, verification.corpus_score)
-    verification.close()
-    if args.samples_output:
-        write_answers(args.samples_output, questions, answered, config.generation, trained.tokenizer)
-    return {"questions": len(questions), "means": {name: asdict(mean) for name, mean in answered.means.items()},
-            "corpus": answered.corpus}
+
+    def evaluate() -> dict:
+        trained.watchdog.enter("answers", PATIENCE)
+        progress = Progress("answers", len(questions) * config.num_answers, say)
+        answered = evaluate_answers([trained.model], questions, verification.verify, config, verification.corpus_score,
+                                    done=lambda answers: progress.add(answers - progress.done))
+        verification.close()
+        if args.samples_output and is_first():
+            write_answers(args.samples_output, questions, answered, config.generation, trained.tokenizer)
+        verification.judged(answered.failures)
+        means = {name: dict(zip(("value", "low", "high"), (mean.value, *mean.interval())))
+                 for name, mean in answered.means.items()} if is_first() else {}
+        return {"questions": len(questions), "means": means, "corpus": answered.corpus,
+                "signature": verification.signature()}
+
+    return evaluate
 
 
 def write_answers(path: str, questions: list, answered, generation, tokenizer) -> None:
-    """Each question with its answers and their verdicts, the greedy answer first, as JSON Lines; by rank 0."""
-    import torch.distributed as dist
-
-    if dist.get_rank() == 0:
-        write_lines([question.fields | {"answers": [
-            {"text": generation.text(answer.completion.tokens, tokenizer), "score": answer.verdict.score,
-             "is_right": answer.verdict.is_right, "reason": answer.verdict.reason} for answer in answers]}
-            for question, answers in zip(questions, answered.answers, strict=True)], path, "--samples-output")
+    """Each question with its answers and their verdicts, the greedy answer first, as JSON Lines."""
+    with LinesFile(path, "--samples-output") as file:
+        for question, answers in zip(questions, answered.answers, strict=True):
+            file.write(question.fields | {"completions": [
+                {"text": generation.text(answer.completion.tokens, tokenizer), "score": answer.verdict.score,
+                 "is_right": answer.verdict.is_right, "reason": answer.verdict.reason} for answer in answers]})
 
 
-def on_text(args: argparse.Namespace, trained) -> dict[str, float]:
-    """Cross entropy and, with an encoder, CFM of rows of --text-data; the same on every rank."""
+def on_text(args: argparse.Namespace, trained) -> Callable[[], dict]:
+    """Open --text-data and load the encoder; returns what computes the cross entropy and, with an encoder, CFM of the
+    rows, the same on every rank."""
+    from megatron_ebft.common.progress import Progress
     from megatron_ebft.data.datasets import build_datasets
     from megatron_ebft.method.evaluation import evaluate
     from megatron_ebft.parallel.groups import document_size
@@ -107,17 +121,31 @@ def on_text(args: argparse.Namespace, trained) -> dict[str, float]:
     if args.seq_length > trained.architecture.max_position_embeddings:
         raise ValueError(f"--seq-length {args.seq_length}: {trained.origin} is for "
                          f"{trained.architecture.max_position_embeddings} tokens")
-    _, dataset, _ = build_datasets(
-        seq_length=args.seq_length, seed=args.seed, sizes=(0, None, 0), tokenizer=trained.tokenizer,
-        valid_data_path=[args.text_data], data_cache_path=args.data_cache_path, need_answers=args.ebft_answer_only)
+    try:
+        _, dataset, _ = build_datasets(
+            seq_length=args.seq_length, seed=args.seed, sizes=(0, None, 0), tokenizer=trained.tokenizer,
+            valid_data_path=[args.text_data], data_cache_path=args.data_cache_path, need_answers=args.ebft_answer_only)
+    except ValueError as error:
+        raise ValueError(f"{error}".replace("--valid-data-path", "--text-data")) from error
     rows = min(args.text_rows or len(dataset), len(dataset))
     config = ebft_config(args, trained.architecture.num_layers) if args.ebft_encoder_load else None
-    together = args.micro_batch_size * document_size()
-    firsts = shown(range(0, rows, together), "rows read", rows, together)
-    metrics, _ = evaluate([trained.model], encoder(args, trained, config), None,
-                          (gold_batch(args, dataset, first, rows) for first in firsts), config, args.ebft_eval_length,
-                          args.micro_batch_size)
-    return {"rows": rows} | metrics
+    features = encoder(args, trained, config)
+
+    def measure() -> dict:
+        trained.watchdog.enter("text")
+        together = args.micro_batch_size * document_size()
+        progress = Progress("rows read", rows, say)
+
+        def batches():
+            for first in range(0, rows, together):
+                yield gold_batch(args, dataset, first, rows)
+                progress.add(together)
+
+        metrics, _ = evaluate([trained.model], features, None, batches(), config, args.ebft_eval_length,
+                              args.micro_batch_size)
+        return {"rows": rows} | metrics
+
+    return measure
 
 
 def encoder(args: argparse.Namespace, trained, config):
@@ -155,19 +183,6 @@ def gold_batch(args: argparse.Namespace, dataset, first: int, rows: int):
                      None if documents_BT is None else upload(documents_BT), upload(answer_BT))
 
 
-def shown(items, what: str, total: int, amount: int):
-    """The items; prints how many are done and the time left, on the first rank."""
-    import torch.distributed as dist
-
-    from megatron_ebft.common.progress import Progress
-
-    progress = Progress(what, total, lambda line: print(line, file=sys.stderr, flush=True)
-                        if dist.get_rank() == 0 else None)
-    for item in items:
-        yield item
-        progress.add(amount)
-
-
 def table(results: dict) -> str:
     """All figures as text."""
     lines = []
@@ -175,35 +190,35 @@ def table(results: dict) -> str:
         lines.append(f"{name:>24}  {value['value']:.4f}  [{value['low']:.4f}, {value['high']:.4f}]")
     for name, value in (results.get("answers", {}).get("corpus", {}) | results.get("text", {})).items():
         lines.append(f"{name:>24}  {value:.4f}" if isinstance(value, float) else f"{name:>24}  {value}")
+    if signature := results.get("answers", {}).get("signature"):
+        lines.append(f"{'signature':>24}  {signature}")
     return "\n".join(lines)
 
 
 def main(argv: list[str]) -> None:
-    """Parse, load, evaluate, print and write."""
+    """Parse, check all inputs, load, evaluate, print and write."""
     warnings.filterwarnings("ignore")
     args = trained_model.parser("evaluate", __doc__, (QUESTIONS, TEXT, RESULTS), READS).parse_args(argv)
     check(args)
-    import torch.distributed as dist
-
-    from megatron_ebft.parallel.groups import init_parallel, shut_down
-    from megatron_ebft.run.configs import parallel_sizes
-
-    init_parallel(**parallel_sizes(args))
-    results: dict = {}
-    trained = trained_model.load(args)
-    if args.questions:
-        results["answers"] = on_questions(args, trained)
-    if args.text_data:
-        results["text"] = on_text(args, trained)
-    if dist.get_rank() == 0:
-        print(table(results))
-        if args.json:
-            write_lines([{"model": trained.origin, "flags": vars(args)} | results], args.json, "--json")
-    shut_down()
+    with trained_model.on_ranks(args) as trained:
+        parts = {}
+        if args.questions:
+            parts["answers"] = on_questions(args, trained)
+        if args.text_data:
+            parts["text"] = on_text(args, trained)
+        trained.build()
+        results: dict = {}
+        for name, measure in parts.items():
+            results[name] = measure()
+            if is_first():
+                print(table({name: results[name]}), flush=True)
+        if is_first() and args.json:
+            with LinesFile(args.json, "--json") as file:
+                file.write({"model": trained.origin, "flags": vars(args)} | results)
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ValueError, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as error:
         fail(error)

@@ -101,8 +101,6 @@ def main(argv: list[str]) -> None:
     import transformers
 
     from megatron_ebft.common.device import device
-    from megatron_ebft.parallel.groups import init_parallel, shut_down
-    from megatron_ebft.run.configs import parallel_sizes
 
     transformers.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder:
@@ -110,16 +108,15 @@ def main(argv: list[str]) -> None:
             random_llama(folder)
             args.hf_model, args.tokenizer_type, args.vocab_size = folder, "NullTokenizer", 8192
         trained_model.check_model(args)
-        init_parallel(**parallel_sizes(args))
-        trained = trained_model.load(args)
-        reference = transformers.AutoModelForCausalLM.from_pretrained(
-            args.hf_model, torch_dtype=torch.bfloat16 if args.bf16 else torch.float32).to(device()).eval()
-        prompts = random_prompts(args.prompts, args.prompt_length, trained.architecture.vocab_size)
-        compare(trained, reference, prompts, args, (), "full length")
-        whole = of_transformers(reference, prompts, args, ())
-        ends = tuple(row[len(row) * (i + 1) // (len(whole) + 1)] for i, row in enumerate(whole))
-        compare(trained, reference, prompts, args, ends, "stopping")
-        shut_down()
+        with trained_model.on_ranks(args) as trained:
+            trained.build()
+            reference = transformers.AutoModelForCausalLM.from_pretrained(
+                args.hf_model, torch_dtype=torch.bfloat16 if args.bf16 else torch.float32).to(device()).eval()
+            prompts = random_prompts(args.prompts, args.prompt_length, trained.architecture.vocab_size)
+            compare(trained, reference, prompts, args, (), "full length")
+            whole = of_transformers(reference, prompts, args, ())
+            ends = tuple(row[len(row) * (i + 1) // (len(whole) + 1)] for i, row in enumerate(whole))
+            compare(trained, reference, prompts, args, ends, "stopping")
 
 
 if __name__ == "__main__":

@@ -91,15 +91,25 @@ def check_data(args, tokenizer, done, problems: Problems) -> tuple | None:
 
 
 def check_questions(args, tokenizer, problems: Problems):
-    """Check the questions of an RLVR run, and whether their verifier works here. None where there are none."""
+    """Check the questions of RLVR and of evaluation, and whether their verifier works here. Returns what RLVR needs;
+    None in other modes."""
+    from megatron_ebft.run.answers import build_eval_questions
+    from megatron_ebft.run.configs import model_args
     from megatron_ebft.run.rlvr import build_rlvr
 
-    if args.training_mode != "rlvr" or tokenizer is None or len(problems):
+    if tokenizer is None or len(problems):
         return None
-    rlvr = None
+    rlvr = asked = None
     with problems.collected(), rank_zero(1, ONE_RANK):
-        rlvr = build_rlvr(args, tokenizer, (tokenizer.eod,))
-        rlvr.verification.close()
+        if args.training_mode == "rlvr":
+            rlvr = build_rlvr(args, tokenizer, (tokenizer.eod,))
+            rlvr.verification.close()
+    with problems.collected(), rank_zero(1, ONE_RANK):
+        if args.ebft_eval_questions:
+            longest = model_args(args, tokenizer.vocab_size).max_position_embeddings
+            asked = build_eval_questions(args, tokenizer, (tokenizer.eod,), longest)
+        if asked is not None:
+            asked.verification.close()
     return rlvr
 
 

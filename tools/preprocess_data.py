@@ -31,9 +31,10 @@ from contextlib import ExitStack
 from datetime import timedelta
 
 from dataset_report import READS, report
-from dataset_writer import DatasetWriter, QuestionWriter
+from dataset_writer import DatasetWriter
 from documents import Chat, Document, Encoder, Kind, Pair
 from input_files import find_files, read_records
+from lines_file import LinesFile
 from megatron.core.datasets.indexed_dataset import DType
 from tables import TableBatch
 
@@ -210,26 +211,23 @@ def write(options: argparse.Namespace, paths: list[str], encoder: Encoder) -> li
     progress = Progress(sum(map(os.path.getsize, paths)), options.log_interval)
     with ExitStack() as stack:
         writers, questions = [], None
+        if options.questions_output is not None:
+            questions = stack.enter_context(LinesFile(options.questions_output, "--questions-output"))
         for name in ["text"] if with_answers else options.json_keys or ["text"]:
             prefix = f"{options.output_prefix}_{name}_document"
             writers.append(DatasetWriter(prefix, encoder.dtype, with_answers))
             stack.callback(writers[-1].discard)
-        if options.questions_output is not None:
-            questions = QuestionWriter(options.questions_output)
-            stack.callback(questions.discard)
         for batch, records in encode_all(encoder, paths, options.workers):
             for documents in records:
                 for writer, document in zip(writers, documents, strict=True):
                     writer.add(document)
-                if questions is not None:
-                    questions.add(documents[0])
+                if questions is not None and isinstance(documents[0], Document):
+                    questions.write_line(documents[0].question + "\n")
             progress.update(len(records), batch.num_bytes)
         for writer in writers:
             if writer.documents == 0:
                 reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(writer.left_out.items()))
                 raise ValueError(f"--input: no documents for {writer.prefix} ({reasons or 'no records'})")
-        if questions is not None:
-            questions.finish()
         for writer in writers:
             writer.finish(metadata(encoder))
     return writers

@@ -2,6 +2,7 @@
 ranks."""
 
 import argparse
+import contextlib
 import os
 from dataclasses import dataclass
 
@@ -25,16 +26,25 @@ READS = frozenset({*(flag for flag in PARALLELISM.dests if flag in (
 
 @dataclass(kw_only=True)
 class TrainedModel:
-    """A model without gradients on this rank, and what belongs to it."""
+    """A model without gradients on this rank, and what belongs to it. `build` loads its weights."""
 
-    model: object
-    """This rank's pipeline stage."""
+    args: argparse.Namespace
+    source: object
+    """Where the weights are."""
     tokenizer: object
     architecture: object
     end_ids: tuple[int, ...]
-    """Tokens that end a completion: the tokenizer's end of documents, and those of generation_config.json."""
+    """Tokens that end a completion: the tokenizer's end of documents, and those that the model's settings name."""
     origin: str
     """The flag and folder it came from, for messages."""
+    watchdog: object
+    model: object = None
+    """This rank's pipeline stage, after `build`."""
+
+    def build(self) -> None:
+        """Build the model and load its weights."""
+        self.model = self.source.build(self.args, self.architecture)
+        self.model.register_forward_pre_hook(self.watchdog.move)
 
 
 def parser(name: str, doc: str, own: tuple[Group, ...], reads: frozenset[str] = frozenset()) -> Parser:
@@ -55,12 +65,29 @@ def check_model(args: argparse.Namespace) -> None:
     check_args(args)
 
 
-def load(args: argparse.Namespace) -> TrainedModel:
-    """The model that the flags name. Process groups must have started.
+@contextlib.contextmanager
+def on_ranks(args: argparse.Namespace):
+    """Process groups, a watchdog, and the model that the flags name, not yet built (TrainedModel.build).
 
     Raises:
         ValueError: it is missing, damaged or not supported; names the flag.
     """
+    from megatron_ebft.parallel.groups import init_parallel, shut_down
+    from megatron_ebft.run.configs import parallel_sizes
+    from megatron_ebft.run.watchdog import PATIENCE, Watchdog
+
+    minutes = args.distributed_timeout_minutes
+    watchdog = Watchdog(0.9 * 60 * minutes)
+    init_parallel(**{**parallel_sizes(args), "timeout_minutes": PATIENCE * minutes})
+    watchdog.watch()
+    try:
+        yield _describe(args, watchdog)
+    finally:
+        watchdog.stop()
+    shut_down()
+
+
+def _describe(args: argparse.Namespace, watchdog) -> TrainedModel:
     from megatron_ebft.checkpointing.companions import end_ids, read_companions
     from megatron_ebft.data.tokenizer import build_tokenizer
     from megatron_ebft.run.configs import model_args
@@ -68,10 +95,9 @@ def load(args: argparse.Namespace) -> TrainedModel:
     flag, folder = ("--hf-model", args.hf_model) if args.hf_model else ("--load", args.load)
     source = _HuggingFace(args) if args.hf_model else _Checkpoint(args)
     tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, args.vocab_size)
-    architecture = model_args(args, tokenizer.vocab_size)
-    model = source.build(args, architecture)
-    return TrainedModel(model=model, tokenizer=tokenizer, architecture=architecture, origin=f"{flag} {folder}",
-                        end_ids=end_ids(read_companions(source.companions), tokenizer.eod))
+    return TrainedModel(args=args, source=source, tokenizer=tokenizer,
+                        architecture=model_args(args, tokenizer.vocab_size), origin=f"{flag} {folder}",
+                        end_ids=end_ids(read_companions(source.companions), tokenizer.eod), watchdog=watchdog)
 
 
 class _HuggingFace:

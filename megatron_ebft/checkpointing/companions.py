@@ -37,14 +37,15 @@ def write_companions(folder: str, companions: dict[str, bytes]) -> None:
 
 def end_ids(companions: dict[str, bytes], eod: int) -> tuple[int, ...]:
     """Tokens that end a completion: the tokenizer's end of documents, and those that the generation settings name, as
-    those of chat models do.
+    those of chat models do; without settings, those of the model's configuration.
 
     Raises:
         ValueError: the settings are damaged.
     """
-    settings = parse_json(companions.get(GENERATION_CONFIG, b"{}"), GENERATION_CONFIG)
+    name = GENERATION_CONFIG if GENERATION_CONFIG in companions else CONFIG
+    settings = parse_json(companions.get(name, b"{}"), name)
     named = settings.get("eos_token_id") or []
     named = named if isinstance(named, list) else [named]
     if not all(isinstance(token, int) for token in named):
-        raise ValueError(f"{GENERATION_CONFIG}: eos_token_id is {named}; it must be a number, or a list of numbers")
+        raise ValueError(f"{name}: eos_token_id is {named}; it must be a number, or a list of numbers")
     return tuple(sorted({eod, *named}))

@@ -79,13 +79,19 @@ def pack(sequences: list[Sequence], row_length: int, multiple: int) -> PackedSeq
 
 
 def first_fit(lengths: list[int], room: int) -> list[list[int]]:
-    """Which sequences each row holds, by number: longest first, each into the first row that has room for it."""
-    rows, left = [], []
+    """Which sequences each row holds, by number: longest first, each into the first row that has room for it.
+
+    A tree finds this row in O(log n): its leaves are rows, one for each sequence, and a node knows the most room of its
+    leaves. Node i has the children 2i and 2i + 1.
+    """
+    leaves = 1 << max(0, len(lengths) - 1).bit_length()
+    left, rows = [room] * (2 * leaves), [[] for _ in lengths]
     for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
-        row = next((row for row, free in enumerate(left) if free >= lengths[number]), len(rows))
-        if row == len(rows):
-            rows.append([])
-            left.append(room)
-        rows[row].append(number)
-        left[row] -= lengths[number]
-    return rows
+        node = 1
+        while node < leaves:
+            node = 2 * node + (left[2 * node] < lengths[number])
+        rows[node - leaves].append(number)
+        left[node] -= lengths[number]
+        while node := node // 2:
+            left[node] = max(left[2 * node], left[2 * node + 1])
+    return [row for row in rows if row]

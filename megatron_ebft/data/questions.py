@@ -8,6 +8,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -25,6 +26,8 @@ class Question:
     """Its JSON object."""
     prompt: list[int]
     """Token ids of its `prompt` (Tokenizer.prompt_ids)."""
+    occurrence: int = 0
+    """How often the same prompt comes before it in its global batch, on all ranks."""
 
 
 class Questions:
@@ -80,21 +83,25 @@ class Questions:
 
     def of_step(self, consumed_samples: int, global_batch_size: int, rank: int, size: int) -> list[Question]:
         """One rank's part of the questions that follow `consumed_samples`; `size` ranks share them out."""
-        count = global_batch_size // size
-        first = consumed_samples + rank * count
-        return [self._question(index) for index in range(first, first + count)]
+        count, seen, mine = global_batch_size // size, Counter(), []
+        for position in range((rank + 1) * count):
+            fields = self.lines[self._number(consumed_samples + position)][1]
+            if position >= rank * count:
+                mine.append(self._made(fields, seen[fields["prompt"]]))
+            seen[fields["prompt"]] += 1
+        return mine
 
     def in_order(self) -> list[Question]:
         """All questions, in the order of the file."""
-        return [self._from_line(number) for number in range(len(self))]
+        return [self._made(fields) for _, fields in self.lines]
 
-    def _question(self, index: int) -> Question:
+    def _number(self, index: int) -> int:
+        """Which line comes at a place of all epochs."""
         epoch, position = divmod(index, len(self.lines))
         if epoch != self._epoch:
             self._epoch = epoch
             self._order = numpy.random.default_rng((self.seed, epoch)).permutation(len(self.lines))
-        return self._from_line(self._order[position])
+        return self._order[position]
 
-    def _from_line(self, number: int) -> Question:
-        fields = self.lines[number][1]
-        return Question(fields, self.tokenizer.prompt_ids(fields["prompt"]))
+    def _made(self, fields: dict, occurrence: int = 0) -> Question:
+        return Question(fields, self.tokenizer.prompt_ids(fields["prompt"]), occurrence)

@@ -105,8 +105,15 @@ class Tokenizer(ABC):
         return self._decode(ids)
 
     def prompt_ids(self, text: str) -> list[int]:
-        """The ids of a text that a model is to continue: with the beginning-of-text id if the tokenizer adds one."""
-        return ([self.bos] if self.adds_bos else []) + self.tokenize(text)
+        """The ids of a text that a model is to continue: with the beginning-of-text id if the tokenizer adds one, and
+        the text, such as that of a chat template, does not begin with it.
+
+        Raises:
+            ValueError: the text cannot be tokenised.
+        """
+        text.encode()  # refuses lone surrogates, on which tokenizers disagree
+        ids = self.tokenize(text)
+        return [self.bos, *ids] if self.adds_bos and ids[:1] != [self.bos] else ids
 
     def completion_text(self, ids: list[int]) -> str:
         """The text of ids that follow others, without special ids."""
@@ -266,7 +273,10 @@ class NullTokenizer(Tokenizer):
                          hashlib.sha256(f"NullTokenizer {vocab_size}".encode()).hexdigest())
 
     def tokenize(self, text: str) -> list[int]:
-        ids = [int(word) for word in text.split()]
+        try:
+            ids = [int(word) for word in text.split()]
+        except ValueError as error:
+            raise ValueError(f"a NullTokenizer's text is a list of numbers ({error})") from error
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             raise ValueError(f"--vocab-size {self.vocab_size}: the text holds ids from {min(ids)} to {max(ids)}")
         return ids

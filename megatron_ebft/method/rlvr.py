@@ -15,14 +15,14 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from megatron_ebft.common.device import device
+from megatron_ebft.common.device import upload
 from megatron_ebft.data.questions import Question
 from megatron_ebft.method import energy
 from megatron_ebft.method.completions import completion_batch, completion_gradient, completion_scores
 from megatron_ebft.method.config import RLVRConfig
 from megatron_ebft.method.means import Means
 from megatron_ebft.method.update import clear_gradients, update
-from megatron_ebft.method.verdicts import Verify, verdicts
+from megatron_ebft.method.verdicts import Failures, Verify, failures, verdicts
 from megatron_ebft.parallel.groups import dp_sum
 from megatron_ebft.rollout.generation import Completion, generate
 
@@ -30,6 +30,7 @@ from megatron_ebft.rollout.generation import Completion, generate
 def rlvr_step(*, policy: list, start, optimizer, questions: list[Question], verify: Verify, config: RLVRConfig,
               iteration: int, phase: Callable[[str], AbstractContextManager],
               after_rollouts: Callable[[], None] = lambda: None,
+              judged: Callable[[Failures], None] = lambda failures: None,
               inspect: Callable[[Means], None] = lambda means: None) -> dict[str, float]:
     """One optimizer step on the questions of the global batch; returns its metrics, the same on every rank.
 
@@ -39,6 +40,7 @@ def rlvr_step(*, policy: list, start, optimizer, questions: list[Question], veri
         iteration: steps done so far; names the step in the random numbers.
         phase: makes the context of each phase, from its name.
         after_rollouts: is called after the completions are drawn; may end the step by an exception.
+        judged: is called with the answers that the verifier could not judge; may end the step by an exception.
         inspect: is called before the weights change, with what the step has measured; may raise StepFailed.
 
     Raises:
@@ -49,14 +51,15 @@ def rlvr_step(*, policy: list, start, optimizer, questions: list[Question], veri
     clear_gradients(policy, optimizer)
     with phase("rollout"):
         completions_QN = generate(policy, [question.prompt for question in questions], config.generation,
-                                  iteration=iteration)
+                                  iteration=iteration, occurrence=[question.occurrence for question in questions])
     after_rollouts()
     with phase("verify"):
         verdicts_QN = verdicts(questions, completions_QN, verify)
-    reward_QN, is_right_QN = (torch.tensor([[value(verdict) for verdict in group] for group in verdicts_QN],
-                                           dtype=dtype, device=device())
-                              for value, dtype in ((lambda verdict: verdict.score, torch.float64),
-                                                   (lambda verdict: verdict.is_right, torch.bool)))
+    failed = failures(verdicts_QN)
+    judged(failed)
+    reward_QN = upload(torch.tensor([[verdict.score for verdict in group] for group in verdicts_QN],
+                                    dtype=torch.float64))
+    is_right_QN = upload(torch.tensor([[verdict.is_right for verdict in group] for group in verdicts_QN]))
     advantage_QN = energy.advantages(reward_QN, torch.zeros_like(reward_QN), config.advantage, 1.0, 0.0)
     num_tokens = measure_completions(completions_QN, reward_QN, is_right_QN, means)
     needed_QN = torch.ones_like(is_right_QN) if config.kl_coef else advantage_QN != 0
@@ -70,7 +73,7 @@ def rlvr_step(*, policy: list, start, optimizer, questions: list[Question], veri
     inspect(means)
     metrics = means.reduce()
     metrics["loss"] = config.rl_coef * metrics["rl_loss"] + config.kl_coef * metrics.get("kl_loss", 0.0)
-    metrics["tokens"] = float(num_tokens)
+    metrics["tokens"], metrics["verifier_failed"] = float(num_tokens), failed.share
     with phase("optimizer"):
         metrics["grad_norm"] = update(optimizer, metrics["loss"])
     return metrics

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from megatron_ebft.common.device import upload
 from megatron_ebft.model.attention import CausalPattern
 from megatron_ebft.model.prefix_attention import additive
 
@@ -53,12 +54,17 @@ class CompletionCache:
 
     def remove(self, rows: list[int]) -> None:
         """Drop these rows. For each, from the highest number on, the last row takes its place."""
+        order = list(range(self.size))
         for row in sorted(rows, reverse=True):
-            self.size -= 1
-            if row != self.size:
-                for buffers in self.buffers.values():
-                    for buffer in buffers:
-                        buffer[row] = buffer[self.size]
+            last = order.pop()
+            if row < len(order):
+                order[row] = last
+        self.size = len(order)
+        moved = [row for row, before in enumerate(order) if row != before]
+        if moved:
+            to, origin = upload(torch.tensor([moved, [order[row] for row in moved]]))
+            for buffer in (buffer for buffers in self.buffers.values() for buffer in buffers):
+                buffer[to] = buffer[origin]
 
     def reserve(self, columns: int) -> None:
         """Make the buffers at least this long; what they hold stays."""

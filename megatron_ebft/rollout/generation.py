@@ -2,7 +2,7 @@
 
 1. A rank decodes up to `rows` completions together. When some end, the next prompts take their place. Their tokens do
    not depend on what else is decoded: a token is drawn by a random number that is a hash of (seed, iteration, prompt,
-   sample, step), as in rollouts (token_sampling.py).
+   sample, step), as in rollouts (token_sampling.py). Samples of a prompt that comes again go on counting.
 2. Every rank that shares the model keeps the same books (which completions are where, which have ended), from the
    tokens alone.
 3. With pipeline stages, there is a batch for each stage, and the stages work on one batch after the other. The last
@@ -85,6 +85,7 @@ class Completion:
 
 @torch.no_grad()
 def generate(policy: list, prompts: list[list[int]], config: GenerationConfig, *, iteration: int = 0,
+             occurrence: list[int] | None = None,
              watch: Callable[[int, int, Completion], None] = lambda *token: None) -> list[list[Completion]]:
     """Completions of this rank's prompts, `[prompt][sample]`, the same on every rank that shares the model.
 
@@ -94,6 +95,7 @@ def generate(policy: list, prompts: list[list[int]], config: GenerationConfig, *
         policy: stages as `build_policy` makes them, or a frozen model; left in the mode (train or eval) they were in.
         prompts: token ids; none may be empty.
         iteration: names the step in the random numbers.
+        occurrence: how often each prompt has come before; it then draws other samples. None: each has not.
         watch: is called after every token with the prompt, the sample and the completion so far.
     """
     assert all(prompts), "a prompt without tokens predicts nothing"
@@ -104,7 +106,8 @@ def generate(policy: list, prompts: list[list[int]], config: GenerationConfig, *
     link = PipelineLink() if stages > 1 else None
     completions = [[Completion() for _ in range(config.num_samples)] for _ in prompts]
     rows = max(1, config.rows // stages)
-    requests = [_Request(prompt, number, range(first, min(first + rows, config.num_samples)))
+    before = [config.num_samples * times for times in occurrence or [0] * len(prompts)]
+    requests = [_Request(prompt, number, range(first, min(first + rows, config.num_samples)), before[number])
                 for number, prompt in enumerate(prompts) for first in range(0, config.num_samples, rows)]
     requests.sort(key=lambda request: -len(request.prompt))  # rows of about one length, and little padding
     batches = [_Batch(policy, requests[i::stages], completions, config, rows, iteration, link) for i in range(stages)]
@@ -132,6 +135,8 @@ class _Request:
     prompt: list[int]
     number: int
     samples: range
+    before: int
+    """Samples of earlier occurrences of the prompt."""
 
     def __post_init__(self):
         self.key = prompt_key(self.prompt)
@@ -157,7 +162,6 @@ class _Pass:
 
     rows: list[_Row]
     """Those that get a token."""
-    prompts: list[_Request] | None
     pattern: PromptPattern | NextTokenPattern
     tokens_BS: Tensor
     positions_BS: Tensor
@@ -172,11 +176,12 @@ class _Batch:
     def __init__(self, policy: list, requests: list[_Request], completions: list[list[Completion]],
                  config: GenerationConfig, rows: int, iteration: int, link: PipelineLink | None):
         self.policy, self.config, self.iteration, self.link = policy, config, iteration, link
-        self.waiting, self.completions, self.rows = deque(requests), completions, rows
+        self.waiting, self.completions = deque(requests), completions
+        self.rows = min(rows, sum(len(request.samples) for request in requests))
         self.active: list[_Row] = []
         """In the order of the cache's rows."""
         self.is_filling = True
-        self.cache = CompletionCache(rows)
+        self.cache = CompletionCache(self.rows)
         self.current: _Pass | None = None
         self.drawn: Tensor | None = None
 
@@ -233,7 +238,7 @@ class _Batch:
         tokens_BS = torch.tensor([request.prompt + [0] * (length - len(request.prompt)) for request in requests])
         prompt_R = torch.tensor([i for i, request in enumerate(requests) for _ in request.samples])
         place_R = torch.tensor([row.position for row in rows])
-        return _Pass(rows, requests, PromptPattern(), upload(tokens_BS),
+        return _Pass(rows, PromptPattern(), upload(tokens_BS),
                      torch.arange(length, device=device()).expand(len(requests), -1), upload(prompt_R), upload(place_R))
 
     def _next_tokens(self) -> _Pass | None:
@@ -245,7 +250,7 @@ class _Batch:
         tokens_S, positions_S = upload(torch.nn.functional.pad(last, (0, length - count)))
         columns = max(row.position for row in rows) + 1
         self.cache.reserve(columns)
-        return _Pass(list(rows), None, NextTokenPattern(self.cache, positions_S[:count], columns), tokens_S[None],
+        return _Pass(list(rows), NextTokenPattern(self.cache, positions_S[:count], columns), tokens_S[None],
                      positions_S[None], torch.zeros(count, dtype=torch.int64, device=device()),
                      torch.arange(count, device=device()))
 
@@ -258,7 +263,7 @@ class _Batch:
         readout = self._readout() if is_last_stage() and is_final else None
         out = chunk(now.tokens_BS if is_first else None, now.positions_BS, as_mask(now.pattern), readout=readout)
         unwrap(chunk).set_input_tensor(None)
-        if is_final and now.prompts is not None:
+        if is_final and isinstance(now.pattern, PromptPattern):
             self.cache.add(now.pattern, now.prompt_R, self._columns(now.rows))
         if readout is None:
             self.link.send(out)
@@ -284,7 +289,7 @@ class _Batch:
     def _readout(self) -> "_NextTokens":
         rows, now = self.current.rows, self.current
         key_R, sample_R, step_R = upload(torch.tensor(
-            [[row.request.key, row.sample, len(row.completion.tokens)] for row in rows])).unbind(1)
+            [[row.request.key, row.request.before + row.sample, len(row.completion.tokens)] for row in rows])).unbind(1)
         numbers_R = uniform(self.config.seed, self.iteration, key_R, 0, sample_R, step_R)
         return _NextTokens(now.place_R, now.prompt_R, numbers_R, self.config)
 

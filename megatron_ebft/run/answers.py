@@ -8,10 +8,9 @@ from megatron_ebft.data.tokenizer import Tokenizer
 from megatron_ebft.method.answers import Answered, AnswersConfig
 from megatron_ebft.rollout.generation import GenerationConfig
 from megatron_ebft.run.configs import row_multiple, stop_strings
+from megatron_ebft.run.flags.precision import COMPLETIONS
 from megatron_ebft.run.verification import Verification, build_questions, build_verification
 
-ROWS = 64
-"""Completions that decode together on a rank without --ebft-rollout-rows."""
 SHOWN = 4
 """Questions whose answers TensorBoard shows."""
 
@@ -39,8 +38,9 @@ def build_eval_questions(args: argparse.Namespace, tokenizer: Tokenizer, end_ids
     if not args.ebft_eval_questions or not args.eval_interval:
         return None
     generation = GenerationConfig(
-        max_new_tokens=args.ebft_max_new_tokens, temperature=args.ebft_eval_temperature, seed=args.seed,
-        num_samples=max(1, args.ebft_eval_samples), end_ids=end_ids, rows=args.ebft_rollout_rows or ROWS,
+        max_new_tokens=args.ebft_max_new_tokens, temperature=args.ebft_eval_temperature,
+        top_p=args.ebft_eval_top_p, top_k=args.ebft_eval_top_k, seed=args.seed,
+        num_samples=max(1, args.ebft_eval_samples), end_ids=end_ids, rows=args.ebft_rollout_rows or COMPLETIONS,
         pad_to=row_multiple(args), stops=stop_strings(args, tokenizer))
     verification = build_verification(args, args.ebft_verifier, generation, tokenizer)
     questions = build_questions(args.ebft_eval_questions, "--ebft-eval-questions", tokenizer, args.seed, verification,

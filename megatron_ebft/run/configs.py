@@ -21,12 +21,12 @@ from megatron_ebft.model import flex_attention, kernels
 from megatron_ebft.model.architecture import ModelArgs, feature_layers, matrix_elements, split_layers
 from megatron_ebft.model.fp8 import FP8
 from megatron_ebft.model.fp8_sizes import BLOCK, ROWS
-from megatron_ebft.parallel.groups import document_size
 from megatron_ebft.rollout.generation import GenerationConfig
 from megatron_ebft.rollout.sampler import SamplingConfig
 from megatron_ebft.rollout.stop_strings import StopStrings
 from megatron_ebft.run.flags.checks import fp8_recipes, fp8_row_multiple, require_multiple, why_separate
 from megatron_ebft.run.flags.flag import spelled
+from megatron_ebft.run.flags.precision import COMPLETIONS
 
 
 def model_args(args: argparse.Namespace, vocab_size: int) -> ModelArgs:
@@ -199,11 +199,10 @@ def rlvr_config(args: argparse.Namespace, tokenizer: Tokenizer, end_ids: tuple[i
         ValueError: naming the flag.
     """
     require_multiple(args, row_multiple(args))
-    all_rows = args.ebft_rlvr_num_samples * args.global_batch_size // document_size()
     generation = GenerationConfig(
         max_new_tokens=args.ebft_max_new_tokens, temperature=args.ebft_rlvr_temperature, top_p=args.ebft_top_p,
         top_k=args.ebft_top_k, seed=args.seed, num_samples=args.ebft_rlvr_num_samples, end_ids=end_ids,
-        rows=args.ebft_rollout_rows or all_rows, pad_to=row_multiple(args), fp8=fp8_config(args, "rollout"),
+        rows=args.ebft_rollout_rows or COMPLETIONS, pad_to=row_multiple(args), fp8=fp8_config(args, "rollout"),
         stops=stop_strings(args, tokenizer))
     return RLVRConfig(
         generation=generation, advantage=args.ebft_advantage, rl_coef=args.ebft_rl_coef, kl_coef=args.ebft_kl_coef,

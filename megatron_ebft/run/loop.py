@@ -24,6 +24,7 @@ from megatron_ebft.run.self_check import check_completions, self_check
 from megatron_ebft.run.state import Run
 from megatron_ebft.run.step_dump import StepDump, replayed_step
 from megatron_ebft.run.stopping import CannotGoOn, StopAsked
+from megatron_ebft.run.verification import Verification
 from megatron_ebft.run.watchdog import PATIENCE
 
 HEALTHY_MISMATCH = 1.05
@@ -69,6 +70,7 @@ def train(run: Run, log) -> bool:
                 log.step(state.iteration, metrics, timer.seconds, duration, {
                     "restarts": state.restarts, "lost_to_restarts": state.lost_to_restarts,
                     "lost_to_saves": state.lost_to_saves})
+            warn_of_failures(run.rlvr and run.rlvr.verification, f"step {state.iteration}", log)
             is_healthy = warn_of_mismatch(metrics.get("mismatch_ratio", 1.0), is_healthy, state.iteration, log)
             has_counted = warn_of_nothing(metrics, has_counted, state.iteration, log)
             if evaluates and is_due(state.iteration, args.eval_interval, args):
@@ -116,7 +118,7 @@ def train_step(run: Run, batch: GoldBatch | list[Question], phase, check: bool,
                     policy=run.policy, start=run.start if run.args.ebft_kl_coef or check else None,
                     optimizer=run.optimizer, questions=batch, verify=run.rlvr.verification.verify,
                     config=run.rlvr.config, iteration=run.state.iteration, phase=phase,
-                    after_rollouts=lambda: run.stopper.check(steps=0),
+                    after_rollouts=lambda: run.stopper.check(steps=0), judged=run.rlvr.verification.judged,
                     inspect=lambda means: check and check_completions(run, batch, means))
             else:
                 def inspect(computed: Computed, means: Means) -> None:
@@ -193,10 +195,21 @@ def run_evaluation(run: Run, batches: list[GoldBatch], log) -> None:
         asked, verification = run.eval_questions, run.eval_questions.verification
         answered = evaluate_answers(run.policy, asked.questions, verification.verify, asked.config,
                                     verification.corpus_score, between=run.stopper.check)
+        verification.judged(answered.failures)
+        warn_of_failures(verification, f"evaluation after step {iteration}", log)
         metrics |= metrics_of(answered)
         answers = text_of(answered, asked, run.tokenizer)
     run.state.evaluated = iteration
     log.evaluation(iteration, metrics, shown, time.perf_counter() - start, answers)
+
+
+def warn_of_failures(verification: Verification | None, where: str, log) -> None:
+    """Warn, once, of answers that the verifier could not judge."""
+    if verification is None or verification.is_warned or not verification.failures.count:
+        return
+    failures, verification.is_warned = verification.failures, True
+    log.print(f"warning: {where}: {verification.name} could not judge {failures.count} of {failures.total} answers, "
+              f"which count as wrong. The first reason: {failures.reason}")
 
 
 def warn_of_mismatch(ratio: float, was_healthy: bool, iteration: int, log) -> bool:

@@ -27,7 +27,8 @@ class StopAsked(Exception):
 
 
 class CannotGoOn(ValueError):
-    """All ranks stop here: one of them has no rows for its next step. The message says why."""
+    """All ranks stop here: one of them has no rows for its next step, or the verifier judges no answer. The message
+    says why."""
 
 
 class Stopper:

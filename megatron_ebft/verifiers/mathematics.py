@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 
 from megatron_ebft.verifiers.questions import texts
-from megatron_ebft.verifiers.verdict import RIGHT, Verdict, wrong
+from megatron_ebft.verifiers.verdict import RIGHT, Verdict, failure, wrong
 
 
 def check(question: dict) -> None:
@@ -26,6 +26,9 @@ def load() -> Callable[[dict, str], Verdict]:
         got = parse(completion)
         for answer in answers:
             gold = parse(answer if "$" in answer or r"\boxed" in answer else f"${answer}$")
+            if not gold:
+                return failure(f"answer {answer!r} has no expression that math-verify can read; correct it, or use the "
+                               "verifier exact")
             if math_verify.verify(gold, got, timeout_seconds=None):
                 return RIGHT
         return wrong(f"expected {' or '.join(answers)}, got {got[-1] if got else 'no expression'}")

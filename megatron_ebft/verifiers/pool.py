@@ -1,4 +1,8 @@
-"""Child processes that judge answers in parallel. One that hangs, crashes or is killed costs its answer alone."""
+"""Child processes that judge answers in parallel. One that hangs, crashes or is killed costs its answer alone.
+
+Such an answer has failed: the verifier could not judge it. Only the time of `code` is the answer's own, which has
+written the program.
+"""
 
 import collections
 import contextlib
@@ -17,7 +21,7 @@ from pathlib import Path
 
 from megatron_ebft.common.signals import shielded
 from megatron_ebft.verifiers.programs import ending
-from megatron_ebft.verifiers.verdict import Verdict, wrong
+from megatron_ebft.verifiers.verdict import Verdict, failure, wrong
 
 START = 120
 """Seconds until a child must be ready. math-verify imports for a second, from a busy filesystem much longer."""
@@ -174,7 +178,7 @@ class Pool:
         raise CannotStart(message["error"] if message else how)
 
     def _lose(self, child: _Child, verdicts: dict[int, Verdict], reason: str) -> None:
-        """End a child. Its answer is wrong.
+        """End a child. Its answer has failed, or is wrong if its program has taken too long.
 
         Args:
             reason: why; "" if it has ended by itself.
@@ -184,7 +188,8 @@ class Pool:
         if not child.is_ready:
             raise CannotStart(reason or how)
         if child.index is not None:
-            verdicts[child.index] = wrong(reason or how)
+            is_programs = bool(reason) and self.judge["name"] == "code"
+            verdicts[child.index] = wrong(reason) if is_programs else failure(reason or how)
 
     def close(self) -> None:
         """End all children."""

@@ -11,9 +11,12 @@ def load(name: str) -> Callable[[dict, str], Verdict]:
 
     Raises:
         AttributeError, ImportError: there is no such function.
+        TypeError: it cannot be called.
     """
     module, function = name.split(":")
     call = getattr(importlib.import_module(module), function)
+    if not callable(call):
+        raise TypeError(f"{function} is no function, but {call!r:.60}")
 
     def judge(question: dict, completion: str) -> Verdict:
         score = float(call(question, completion))

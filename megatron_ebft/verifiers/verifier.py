@@ -23,13 +23,21 @@ class Verifier:
         self._check, self._pool = check, pool
 
     def check_question(self, question: dict) -> None:
-        """Raise ValueError, naming the field, if a question line lacks one or has a malformed one."""
+        """Raise ValueError, naming the field, if a question line lacks one or has a malformed one.
+
+        Of `math`, a child reads the answers.
+        """
         self._check(question)
+        if self.name == "math":
+            verdict, = self._pool.run([(question, "")])
+            if verdict.failed:
+                raise ValueError(verdict.reason)
 
     def verify(self, answers: list[tuple[dict, str]]) -> list[Verdict]:
         """Judge answers: question line and completion of each. Verdicts come in the same order.
 
-        An answer that hangs, or whose child crashes, is wrong; no other verdict changes.
+        An answer that hangs, or whose child crashes, has `failed`, and counts as wrong; no other verdict changes. With
+        `code`, one that hangs is wrong.
         """
         return self._pool.run(answers)
 

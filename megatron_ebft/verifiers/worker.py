@@ -8,7 +8,7 @@ import socket
 import sys
 
 from megatron_ebft.common.signals import end_with_parent
-from megatron_ebft.verifiers.verdict import Verdict, wrong
+from megatron_ebft.verifiers.verdict import Verdict, failure
 
 MEMORY = 4 << 30
 """Bytes of address space for verifiers of this package: an answer such as 9^9^9 asks for more than there is."""
@@ -60,7 +60,7 @@ def _verdict(judge, question: dict, completion: str) -> Verdict:
     try:
         return judge(question, completion)
     except (Exception, SystemExit) as error:
-        return wrong(f"{type(error).__name__}: {error}")
+        return failure(f"{type(error).__name__}: {error}")
 
 
 def _line(message: dict) -> bytes:

@@ -6,14 +6,13 @@ import re
 import sys
 
 import numpy
+import pyarrow
 import pytest
 import tables
+from pyarrow import parquet
 from small_data import VOCAB, preprocess, read_documents
 
 from megatron_ebft.data import json_lines
-
-pyarrow = pytest.importorskip("pyarrow")
-parquet = pytest.importorskip("pyarrow.parquet")
 
 RECORDS = [dict(q=f"{i} {i + 1}", a="7 " * (i % 5), unused=[dict(x="y" * 50)], tests=[i]) for i in range(100)]
 

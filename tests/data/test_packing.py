@@ -1,6 +1,7 @@
 """Sequences in rows: whole, each by itself, and wherever PackedSequences says."""
 
 import random
+import time
 
 import pytest
 import torch
@@ -14,6 +15,27 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 def test_longest_first_into_the_first_row_with_room():
     assert first_fit([3, 9, 4, 6, 1, 7], 10) == [[1, 4], [5, 0], [3, 2]]
     assert first_fit([], 10) == [] and first_fit([10, 10], 10) == [[0], [1]]
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 64, 65, 300])
+def test_rows_are_those_of_a_search_from_the_first(count):
+    draw = random.Random(count)
+    lengths, rows = [draw.randint(1, 50) for _ in range(count)], []
+    for number in sorted(range(count), key=lambda number: -lengths[number]):
+        for row in rows:
+            if sum(lengths[member] for member in row) + lengths[number] <= 50:
+                row.append(number)
+                break
+        else:
+            rows.append([number])
+    assert first_fit(lengths, 50) == rows
+
+
+def test_many_sequences_are_packed_at_once():
+    """A search from the first row takes ten times as long."""
+    start = time.process_time()
+    assert len(first_fit([600] * 20_000, 1000)) == 20_000
+    assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize("seed, multiple", [(0, 1), (1, 4), (2, 3)])

@@ -10,6 +10,7 @@ import documents
 import numpy
 import preprocess_data
 import pytest
+import zstandard
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from small_data import VOCAB, preprocess, sentences, train_sentencepiece, train_tokenizer, write_lines
 
@@ -71,7 +72,6 @@ def test_bad_input_is_refused(tmp_path, capsys, monkeypatch, content, message, w
 
 def test_compressed_input_makes_the_same_dataset(tmp_path, monkeypatch):
     """Whatever the file's name, and if it holds several compressed parts."""
-    zstandard = pytest.importorskip("zstandard")
     lines, made = [b'{"text": "%d %d"}\n' % (i, i + 1) for i in range(100)], []
     halves = b"".join(lines[:50]), b"".join(lines[50:])
     for compress in (bytes, gzip.compress, zstandard.compress):

@@ -29,6 +29,17 @@ def test_every_epoch_has_every_question_in_another_order(tmp_path):
     assert [q.fields["answer"] for q in other] != epochs[0]
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_a_prompt_that_comes_again_in_a_batch_is_counted(tmp_path, ranks):
+    """On all ranks together. Two lines may have the same prompt, and a batch several epochs."""
+    made = questions(tmp_path / "q.jsonl", [{"prompt": x, "answer": i} for i, x in enumerate("121")])
+    for first in (0, 8, 16):
+        drawn = [question for rank in range(ranks) for question in made.of_step(first, 8, rank, ranks)]
+        for i, question in enumerate(drawn):
+            assert question.occurrence == sum(other.prompt == question.prompt for other in drawn[:i])
+        assert {question.occurrence for question in drawn} >= {0, 1, 2, 3}
+
+
 def test_a_hash_of_what_the_lines_say(tmp_path):
     lines = [{"prompt": "1", "answer": "2"}, {"prompt": "3"}]
     plain = questions(tmp_path / "q.jsonl", lines).content_hash

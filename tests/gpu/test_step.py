@@ -14,7 +14,9 @@ from models import largest_difference, relative_error
 
 from megatron_ebft.method import gradient
 from megatron_ebft.model import kernels
+from megatron_ebft.model.attention import CausalPattern, as_mask
 from megatron_ebft.rollout import sampler
+from megatron_ebft.rollout.generation import GenerationConfig, generate
 from megatron_ebft.run.self_check import LIMIT_BF16, LIMIT_FLOAT32
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_rank")]
@@ -85,3 +87,20 @@ def test_kernels_draw_the_same_tokens():
         draw = small_sampler(dict(transformer_impl="local", attention_kernel=attention, **FLOAT32))[3]
         drawn.append(draw().tokens_BKNG)
     assert (drawn[0] == drawn[1]).float().mean() > 0.999
+
+
+def test_generation(path):
+    """Each greedy token is the most likely one after all before it, up to rounding, while completions come and go."""
+    policy, gold, _, _ = small_sampler(path)
+    prompts = [gold.tokens_BT[0, :length].tolist() for length in (3, 40, 17, 64, 5)]
+    completions = generate(policy, prompts, GenerationConfig(max_new_tokens=24, temperature=0.0, rows=2))
+    for prompt, (completion,) in zip(prompts, completions):
+        tokens = torch.tensor([prompt + completion.tokens], device="cuda")
+        positions = torch.arange(tokens.shape[1], device="cuda")[None]
+        with torch.no_grad():
+            logits_SBV = policy[0](tokens, positions, as_mask(CausalPattern()),
+                                   readout=lambda hidden, model: model.head(hidden)[..., : model.num_real_ids])
+        logits_PV = logits_SBV[len(prompt) - 1 : -1, 0].float()
+        chosen_P = logits_PV.gather(1, tokens[0, len(prompt):, None]).squeeze(1)
+        assert len(completion.tokens) == 24
+        assert (logits_PV.max(-1).values - chosen_P).max() < (LIMIT_BF16 if "bf16" in path else LIMIT_FLOAT32)

@@ -41,8 +41,8 @@ def config(**changes) -> RLVRConfig:
 def step(monkeypatch, prompts: list, groups: list, score_QN, settings: RLVRConfig) -> tuple[dict, dict]:
     """Metrics and gradient of a step that draws these groups of completions and scores them so."""
     policy = models.build_policy(MODEL, WEIGHTS)
-    monkeypatch.setattr(rlvr, "generate", lambda policy, given, generation, iteration: groups * (
-        (given, generation, iteration) == (prompts, settings.generation, 7)))
+    monkeypatch.setattr(rlvr, "generate", lambda policy, given, generation, iteration, occurrence: groups * (
+        (given, generation, iteration, occurrence) == (prompts, settings.generation, 7, [0] * len(prompts))))
     monkeypatch.setattr(rlvr, "clear_gradients", lambda policy, optimizer: None)
     monkeypatch.setattr(rlvr, "update", lambda optimizer, loss: 0.0)
     verdicts = [Verdict(score=score, is_right=score == 1) for group in score_QN.tolist() for score in group]

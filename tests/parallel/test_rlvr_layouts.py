@@ -37,8 +37,8 @@ LAYOUTS = {
     "data": (2, ["--overlap-grad-reduce"]), "tensor and pipeline": (4, [TP, "2", PP, "2"]),
     "virtual": (4, [PP, "2", "--num-virtual-stages-per-pipeline-rank", "2"])}
 """Ranks and flags. Each is compared with "one" or "one, KL"."""
-PROMPTS = [[3], [5, 1, 4, 1, 5, 9], [2, 7, 1], [8, 2, 8, 1]]
-"""All completions of the first two are equally good."""
+PROMPTS = [[3], [2, 7, 1], [5, 1, 4, 1, 5, 9], [2, 7, 1]]
+"""All completions of the first and the third are equally good. The others are the same question."""
 
 
 def verify(answers: list) -> list[Verdict]:
@@ -58,7 +58,7 @@ def build_run(args) -> Run:
                          has_start=bool(args.ebft_kl_coef))
     optimizer, scheduler = build_optimizer(args, built.policy)
     rlvr = RLVR(config=rlvr_config(args, None, (0, 11)), questions=None,
-                verification=SimpleNamespace(verify=verify))
+                verification=SimpleNamespace(verify=verify, judged=lambda failures: None))
     return Run(mode="rlvr", policy=built.policy, start=built.start, optimizer=optimizer, scheduler=scheduler, rlvr=rlvr,
                args=args)
 
@@ -77,7 +77,7 @@ def train(folder: str) -> dict[str, list]:
 
 
 def steps(run: Run, file: str) -> list[dict]:
-    questions = [Question({}, prompt) for prompt in PROMPTS]
+    questions = [Question({}, prompt, occurrence=int(i == 3)) for i, prompt in enumerate(PROMPTS)]
     count = len(questions) // groups.document_size()
     mine = questions[groups.document_rank() * count :][:count]
     metrics = []

@@ -94,8 +94,8 @@ def test_samples_depend_on_prompt_seed_and_iteration_alone(one_rank, tmp_path):
     save_model(tmp_path, "llama 3.2")
     model, settings = model_of(str(tmp_path)), dict(temperature=1.0, num_samples=3)
 
-    def tokens(prompts, iteration=0, **changes):
-        drawn = generate([model], prompts, config(**settings | changes), iteration=iteration)
+    def tokens(prompts, iteration=0, occurrence=None, **changes):
+        drawn = generate([model], prompts, config(**settings | changes), iteration=iteration, occurrence=occurrence)
         return [[completion.tokens for completion in samples] for samples in drawn]
 
     whole = tokens(PROMPTS)
@@ -106,6 +106,8 @@ def test_samples_depend_on_prompt_seed_and_iteration_alone(one_rank, tmp_path):
     assert all(a != b for a, b in zip(tokens(PROMPTS, iteration=1), whole))
     assert all(len({tuple(x) for x in samples}) == 3 for samples in whole)
     assert tokens([]) == []
+    later, = tokens(PROMPTS[:1], num_samples=6)
+    assert tokens(PROMPTS[:1] * 2, occurrence=[0, 1]) == [later[:3], later[3:]] and len(set(map(tuple, later))) == 6
 
 
 def on_layouts(folder: str) -> dict[str, list]:
@@ -142,6 +144,8 @@ def test_stop_strings():
     ended = [stops.has_come(tokens[:end]) for end in range(1, len(tokens) + 1)]
     assert ended.index(True) == 4
     assert not stops.has_come(list("cé".encode())[:-1]) and stops.has_come(list("cé".encode()))
+    shown = SimpleNamespace(completion_text=lambda ids: "".join(chr(i) for i in ids if i))  # 0 has no text
+    assert StopStrings(["AB"], shown).has_come([65, *[0] * 30, 66])
     assert stops.cut("a\nb\n\ncé") == "a\nb" and stops.cut("é") == "" and stops.cut("abc") == "abc"
 
 

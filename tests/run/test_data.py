@@ -175,5 +175,9 @@ def test_preflight_checks_questions(tmp_path):
              "--ebft-max-new-tokens", "20", "--save", str(tmp_path / "run")]
     problem, = run_ranks(1, "test_data:preflight_problems", *flags)[0]
     assert problem.startswith(f"--ebft-questions {file}:2: ") and "answer" in problem
+    asked = ["--ebft-eval-questions", str(file), "--eval-interval", "5", *flags[4:]]
+    data = [*make(tmp_path, [ids(30)] * 200)[:2], "--split", "80,20,0", "--training-mode", "sft"]
+    problem, = run_ranks(1, "test_data:preflight_problems", *data, *asked)[0]
+    assert problem.startswith(f"--ebft-eval-questions {file}:2: ") and "answer" in problem
     file.write_text('{"prompt": "1 2", "answer": "3"}\n')
-    assert run_ranks(1, "test_data:preflight_problems", *flags)[0] == []
+    assert run_ranks(1, "test_data:preflight_problems", *flags, *asked)[0] == []

@@ -40,7 +40,8 @@ VALUES_AT_FIRST = {
     "ebft_feature_layers": [0.25, 0.5, 0.75], "ebft_alignment_coef": 1.0, "ebft_diversity_coef": 1.0,
     "ebft_rl_coef": 1.0, "ebft_ce_coef": 0.03, "ebft_kl_coef": 0.0, "ebft_importance_cap": 2.0, "ebft_dump_interval": 1,
     "ebft_rlvr_num_samples": 8, "ebft_rlvr_temperature": 1.0, "ebft_max_new_tokens": 1024,
-    "ebft_eval_samples": 0, "ebft_eval_temperature": 1.0, "ebft_verifier_timeout": 10.0, "ebft_verifier_workers": 4}
+    "ebft_eval_samples": 0, "ebft_eval_temperature": 1.0, "ebft_eval_top_p": 1.0, "ebft_eval_top_k": 0,
+    "ebft_verifier_timeout": 10.0, "ebft_verifier_workers": 4}
 CHOICES_AT_FIRST = {
     "training_mode": ("ebft", ("ebft", "sft", "rlvr")),
     "position_embedding_type": ("rope", ("rope", "learned_absolute", "none")),
@@ -87,7 +88,7 @@ def test_names_defaults_and_choices_stay():
 
 
 def test_every_flag_is_well_made():
-    assert sum(len(flags) for flags in (SWITCHES_AT_FIRST, VALUES_AT_FIRST, CHOICES_AT_FIRST, NONE_AT_FIRST)) == 130
+    assert sum(len(flags) for flags in (SWITCHES_AT_FIRST, VALUES_AT_FIRST, CHOICES_AT_FIRST, NONE_AT_FIRST)) == 132
     for name, flag in FLAGS.items():
         assert flag.name == f"--{name.replace('_', '-')}" and flag.help and not flag.help.endswith((".", " ")), name
         assert flag.type in (int, float, str, bool) and (not flag.choices or flag.type is str), name

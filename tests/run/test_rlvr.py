@@ -11,6 +11,7 @@ import torch
 from paced import Pace
 from small_run import MODEL, TIMED, TOKENIZER, finish, save, scalars, start, start_ranks, weights
 
+from megatron_ebft.method import rlvr
 from megatron_ebft.model.fp8 import FP8
 from megatron_ebft.parallel import groups
 from megatron_ebft.rollout import generation
@@ -18,6 +19,7 @@ from megatron_ebft.run.build import build_run
 from megatron_ebft.run.describe import describe
 from megatron_ebft.run.flags import parse_args
 from megatron_ebft.run.loop import next_batch, train
+from megatron_ebft.run.stopping import CannotGoOn
 
 LINES = [{"prompt": str(i), "answer": str(8 + i % 2)} for i in range(8)]
 """Of even numbers the answer is 8, of odd ones 9; then a completion must end, with the id 10."""
@@ -47,11 +49,14 @@ def built(tmp_path, one_rank):
     yield build
     for run, _ in runs:
         run.rlvr.verification.close()
+        if run.eval_questions is not None:
+            run.eval_questions.verification.close()
 
 
 def test_a_run_learns_to_answer(built, tmp_path, capsys):
     run, log = built("--train-iters", "35", "--num-layers", "1")
     described = describe(run)
+    assert run.rlvr.config.generation.rows == 64 < 8 * 16  # of the step's 128 completions
     assert "8 questions of" in described and "× 16 completions of up to 2 tokens | rewards by exact" in described
     assert train(run, log)
     log.close(0.0)
@@ -116,6 +121,16 @@ def test_a_step_takes_the_questions_after_those_consumed(built):
     assert sorted(drawn[:8]) == sorted(line["prompt"] for line in LINES)
 
 
+def test_a_question_draws_other_completions_when_it_comes_again(built, monkeypatch):
+    """Two questions, four times in a batch."""
+    run, log = built("--global-batch-size", "8", "--train-iters", "1", lines=LINES[:2])
+    drawn = []
+    monkeypatch.setattr(rlvr, "generate", lambda *args, **options: drawn.extend(
+        groups := generation.generate(*args, **options)) or groups)
+    assert train(run, log)
+    assert len({str([completion.tokens for completion in group]) for group in drawn}) == len(drawn) == 8
+
+
 def test_the_first_step_notices_a_sampler_that_is_not_the_trainer(built, monkeypatch):
     run, log = built("--train-iters", "40", "--lr", "0")
     sample = generation.sample
@@ -142,6 +157,44 @@ def test_a_warning_where_nothing_is_learnt(built, capsys):
     assert console.count("no spread 100.0%") == 2
 
 
+USERS = """
+def judge(question, completion):
+    if question["prompt"] in "1357"[:question["wrong"]]:
+        raise KeyError("field")
+    return completion == "8"
+"""
+
+
+@pytest.mark.parametrize("wrong", [2, 4])
+def test_a_verifier_that_fails_is_told_from_wrong_answers(built, tmp_path, monkeypatch, capsys, wrong):
+    """It warns once, and logs the share; where it can judge nothing, the run saves and ends, before or after."""
+    (tmp_path / "failing.py").write_text(USERS)
+    monkeypatch.syspath_prepend(tmp_path)
+    lines, asked = [{"prompt": x, "wrong": wrong} for x in "1357"], tmp_path / "asked.jsonl"
+    asked.write_text(json.dumps({"prompt": "1", "wrong": 0}) + "\n")
+    run, log = built("--train-iters", "2", "--ebft-verifier", "failing:judge", "--ebft-eval-questions", str(asked),
+                     "--ebft-eval-top-p", "0.5", "--ebft-eval-top-k", "3", lines=lines)
+    generation = run.eval_questions.config.generation
+    assert (generation.top_p, generation.top_k, generation.rows) == (0.5, 3, 64)
+    name = "--ebft-verifier failing:judge"
+    if wrong == 4:
+        with pytest.raises(CannotGoOn, match=f"^{name}: could judge none of 128 answers. .*: KeyError: 'field'. Mend"):
+            train(run, log)
+        assert run.state.iteration == 0
+        return
+    assert train(run, log)
+    log.close(0.0)
+    assert scalars(tmp_path / "tensorboard")["train/verifier_failed"] == [(1, 0.5), (2, 0.5)]
+    assert scalars(tmp_path / "tensorboard")["eval/answers/failed"] == [(0, 0.0), (2, 0.0)]
+    console = capsys.readouterr().out
+    assert console.count(f"warning: step 1: {name} could not judge 64 of 128 answers") == 1
+    assert console.count("could not judge") == 1
+    asked.write_text(json.dumps({"prompt": "1", "wrong": 4}) + "\n")
+    run, log = built("--ebft-verifier", "failing:judge", "--ebft-eval-questions", str(asked), lines=lines)
+    with pytest.raises(CannotGoOn, match=f"^{name}: could judge none of 1 answers"):
+        train(run, log)
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--ebft-questions", ""], "--training-mode rlvr: needs --ebft-questions"),
     (["--ebft-verifier", ""], "--training-mode rlvr: needs --ebft-verifier"),
@@ -151,6 +204,7 @@ def test_a_warning_where_nothing_is_learnt(built, capsys):
     (["--ebft-dump-steps", "x"], "--ebft-dump-steps: RLVR has no rollouts of blocks"),
     (["--training-mode", "sft"], "--ebft-questions .*: needs --training-mode rlvr"),
     (["--ebft-rlvr-temperature", "0"], "--ebft-rlvr-temperature 0.0: must be above 0"),
+    (["--ebft-stop", "x", ""], "--ebft-stop '': an empty text is in every completion"),
     (["--ebft-verifier", "other"], "--ebft-verifier other: "),
     (["--ebft-max-new-tokens", "23"], None)])
 def test_flags_that_cannot_work_are_named(tmp_path, one_rank, flags, message):

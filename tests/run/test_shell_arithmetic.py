@@ -25,7 +25,7 @@ def run(script: str, function: str, folder: Path, call: str) -> str:
 def test_numbers_in_files(tmp_path, content, number):
     (tmp_path / "logs").mkdir()
     (tmp_path / POINTER).write_text(content)
-    assert run("examples/quickstart.sh", "steps_done", tmp_path, "(($(steps_done .) >= 0)); steps_done .") == number
+    assert run("examples/lib.sh", "steps_done", tmp_path, "(($(steps_done .) >= 0)); steps_done .") == number
     assert run("slurm/lib.sh", "newest_step", tmp_path, "newest_step") == number
     (tmp_path / POINTER).write_text(number)
     (tmp_path / "logs/7.crashes").write_text(f"{content.strip()} {number}\n")

@@ -1,5 +1,7 @@
 """What the job scripts of slurm/ start with, their checks and the comparison of runs; jobs themselves: tests/slurm/."""
 
+import csv
+import io
 import json
 import os
 import re
@@ -188,6 +190,7 @@ def test_runs_side_by_side(tmp_path, capsys):
                 writer.add_scalar("train/loss", start, step)
                 writer.add_scalar("train/reward", 0.5, step)
                 writer.add_scalar("train/tokens_per_second", 100 * step, step)
+                writer.add_scalar("seconds/step", 2 * step, step)
                 writer.add_scalar("eval/cfm", abs(step - 4) + 2 * start, step)
     with SummaryWriter(str(tmp_path / "sweep/b")) as writer:
         writer.add_scalar("train/loss", 1.0, 7)
@@ -195,8 +198,32 @@ def test_runs_side_by_side(tmp_path, capsys):
         compare_runs.main([str(tmp_path / "sweep"), "--format", form, "--output", str(tmp_path / "curves.png")])
         first, *_, a, b = capsys.readouterr().out.strip().splitlines()
         cells = [cell.strip() for cell in a.strip("|").split(sign) if cell.strip()]
-        assert cells == ["a", "5", "1", "7.0000", "4.0000 @2", "+0.5000", "300"], a
+        assert cells == ["a", "5", "1", "7.0000", "4.0000 @2", "+0.5000", "300", "30"], a
         assert b.strip("| ").startswith("b") and "7" in b and "CFM" in first
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     with pytest.raises(ValueError, match="nowhere: no such folder"):
         compare_runs.main([str(tmp_path / "nowhere")])
+
+
+def test_runs_that_answer_questions(tmp_path, capsys):
+    """Their columns: the last accuracy and the highest, pass@k by k. Seconds of steps that were not logged count."""
+    for name, tags in (("a", {"accuracy": (0.25, 0.75, 0.5), "pass@16": (0.5, 0.75, 1.0), "pass@4": (0.25, 0.5, 0.75),
+                              "length": (9, 9, 9)}), ("b", {})):
+        with SummaryWriter(str(tmp_path / name)) as writer:
+            for step in (0, 10, 20):
+                for tag, values in tags.items():
+                    writer.add_scalar(f"eval/answers/{tag}", values[step // 10], step)
+                if step:
+                    writer.add_scalar("train/loss", 1.0, step)
+                    writer.add_scalar("seconds/step", step / 10, step)
+    flags = ["--format", "csv", "--output", str(tmp_path / "curves.png")]
+    compare_runs.main([str(tmp_path), *flags])
+    a, b = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    assert list(a) == ["run", "steps", "restarts", "CFM", "best CFM", "CE", "best CE", "accuracy", "best accuracy",
+                       "pass@4", "pass@16", "reward", "KL to start", "tokens/s", "seconds"]
+    titles = ["accuracy", "best accuracy", "pass@4", "pass@16"]
+    assert [a[title] for title in titles] == ["0.5000", "0.7500 @10", "0.7500", "1.0000"]
+    assert [b[title] for title in titles] == [""] * 4
+    assert a["seconds"] == b["seconds"] == "30"
+    compare_runs.main([str(tmp_path / "b"), *flags])
+    assert list(csv.reader(io.StringIO(capsys.readouterr().out)))[0] == [*compare_runs.COLUMNS]

@@ -307,7 +307,7 @@ def test_sweep(cluster, start):
     table = subprocess.run([sys.executable, "tools/compare_runs.py", str(sweep), "--format", "csv", "--output",
                             str(sweep / "curves.png")], check=True, cwd=REPO, text=True, stdout=subprocess.PIPE).stdout
     head, *rows = csv.reader(table.splitlines())
-    assert head == COLUMNS and (sweep / "curves.png").stat().st_size > 10_000
+    assert head == [*COLUMNS] and (sweep / "curves.png").stat().st_size > 10_000
     assert [row[0] for row in rows] == ["ce0-diversity0-none", "ce0.03-diversity0.5-none",
                                         "ce0.03-diversity0.5-paper", "ce0.1-diversity1-released"]
     assert all(row[1] == "4" and row[2] == "0" and "" not in row for row in rows)

@@ -47,15 +47,15 @@ def test_answers_are_counted(folder, tmp_path, capsys):
         ids = tokenizer(question["prompt"], return_tensors="pt").input_ids
         tokens = model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1]:].tolist()
         greedy.append(tokenizer.decode([token for token in tokens if token not in (9, 256)]))
-        assert {name: line[name] for name in question} == question and line["answers"][0]["text"] == greedy[-1]
-        right = [answer["is_right"] for answer in line["answers"][1:]]
-        assert len(right) == 5 and all(answer["is_right"] != bool(answer["reason"]) for answer in line["answers"])
+        assert {name: line[name] for name in question} == question and line["completions"][0]["text"] == greedy[-1]
+        right = [answer["is_right"] for answer in line["completions"][1:]]
+        assert len(right) == 5 and all(answer["is_right"] != bool(answer["reason"]) for answer in line["completions"])
         sets = {k: torch.combinations(torch.arange(5), k).tolist() for k in solved}
         for k in solved:
             solved[k] += sum(any(right[i] for i in each) for each in sets[k]) / len(sets[k])
     means = result["means"]
-    assert means["accuracy"]["value"] == sum(line["answers"][0]["is_right"] for line in lines) / 4
-    assert 0 < sum(any(answer["is_right"] for answer in line["answers"]) for line in lines) < 4
+    assert means["accuracy"]["value"] == sum(line["completions"][0]["is_right"] for line in lines) / 4
+    assert 0 < sum(any(answer["is_right"] for answer in line["completions"]) for line in lines) < 4
     for k, count in solved.items():
         assert means[f"pass@{k}"]["value"] == pytest.approx(count / 4, abs=1e-12)
         assert means[f"pass@{k}"]["low"] <= count / 4 <= means[f"pass@{k}"]["high"]
@@ -63,6 +63,7 @@ def test_answers_are_counted(folder, tmp_path, capsys):
     result = run(*flags, "--verifier", "bleu", folder=tmp_path)["answers"]
     expected = sacrebleu.corpus_bleu(greedy, [[question["reference"] for question in QUESTIONS]]).score
     assert result["corpus"]["bleu"] == pytest.approx(expected, abs=1e-9) and "pass@1" not in result["means"]
+    assert result["signature"].startswith("nrefs:1|") and f"signature  {result['signature']}" in capsys.readouterr().out
 
 
 def test_cross_entropy_is_that_of_transformers(folder, tmp_path):
@@ -121,6 +122,10 @@ def test_a_run_evaluates_as_the_tool_does(data, tmp_path, mode):
     (["--questions", "QUESTIONS", "--verifier", "wrong"], "--verifier wrong: "),
     (["--questions", "QUESTIONS", "--verifier", "regex", "--max-new-tokens", "254"],
      "--questions .*:1: its prompt has 4 tokens, and .*less --max-new-tokens, leaves room for 2"),
+    (["--questions", "QUESTIONS", "--verifier", "regex", "--text-data", "nope", "--seq-length", "64"],
+     "--text-data.*nope"),
+    (["--questions", "x", "--verifier", "exact", "--num-samples", "2", "--temperature", "0"],
+     "--num-samples 2 with --temperature 0: all would be"),
     (["--text-data", "x", "--seq-length", "300"], "--seq-length 300: --hf-model .* is for 256 tokens"),
     (["--questions", "x", "--verifier", "exact", "--ebft-encoder-load", "y"], "--ebft-encoder-load: CFM needs rows"),
 ])

@@ -3,15 +3,22 @@
 import gzip
 import io
 import json
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import generate
 import pytest
 import torch
+from console import Stream
 from hf_models import save_byte_model, to_megatron
 from ranks import run_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_ebft.checkpointing.companions import end_ids
+from megatron_ebft.data.tokenizer import NullTokenizer
+from megatron_ebft.parallel import groups
 
 PROMPTS = ["Once upon", "A", "time and again, time"]
 
@@ -74,8 +81,13 @@ def test_the_console_shows_the_same(folder, tmp_path, monkeypatch, capsys):
     ('{"prompt": 3}\n', [], 'prompts.jsonl:1: has no text `prompt`'),
     ('{"prompt": "a"}\n[]\n', [], "prompts.jsonl:2: not a JSON object"),
     ("\n", [], "--prompts .*prompts.jsonl: has no lines"),
-    ('{"prompt": ""}\n', [], "prompt 1: is empty"),
-    ('{"prompt": "abc"}\n', ["--max-new-tokens", "254"], "--max-new-tokens 254: prompt 1 has 3 tokens, and .* 256"),
+    ('{"prompt": ""}\n', [], "prompts.jsonl:1: is empty"),
+    ('\n{"prompt": "abc"}\n', ["--max-new-tokens", "254"],
+     "prompts.jsonl:2: has 3 tokens; with --max-new-tokens 254 .* 256"),
+    ('{"prompt": "a\\ud800"}\n', [], "prompts.jsonl:1: 'utf-8' codec can't encode"),
+    ('{"prompt": "a", "completions": 1}\n', [], "prompts.jsonl:1: has a field `completions`"),
+    ('{"prompt": "a"}\n', ["--stop", "x", ""], "--stop: an empty text"),
+    ('{"prompt": "a"}\n', ["--output", "/tmp"], "--output /tmp: is a folder"),
     ('{"prompt": "a"}\n', ["--temperature", "-1"], "--temperature -1.0: must be at least 0"),
     ('{"prompt": "a"}\n', ["--output", "/nowhere/out"], "--output /nowhere/out: /nowhere is no folder"),
     ('{"prompt": "a"}\n', ["--load", "x"], "--hf-model, --load: give one of the two"),
@@ -83,7 +95,51 @@ def test_the_console_shows_the_same(folder, tmp_path, monkeypatch, capsys):
 def test_refusals(folder, tmp_path, content, flags, message):
     path = tmp_path / "prompts.jsonl"
     path.write_text(content)
-    script = Path(generate.__file__)
-    code, output = run_script(script, "--hf-model", str(folder), "--prompts", str(path), *flags)
-    assert code == 64 and "Traceback" not in output
-    assert re.search(f"error: .*{message}", output), output
+    with pytest.raises(ValueError, match=message):
+        generate.main(["--hf-model", str(folder), "--prompts", str(path), *flags])
+    if torch.distributed.is_initialized():
+        groups.shut_down()
+
+
+def test_an_error_is_one_line(folder, tmp_path):
+    code, output = run_script(Path(generate.__file__), "--hf-model", str(folder), "--prompts", str(tmp_path / "none"))
+    assert code == 64 and re.search("^error: --prompts .*none: no such file$", output, re.M)
+
+
+def test_parts_are_written_as_they_come(folder, tmp_path, monkeypatch):
+    """Into a pipe, with a lone surrogate and any other fields; the parts do not change the completions. At temperature
+    0 all samples are one."""
+    path, pipe = tmp_path / "prompts.jsonl", tmp_path / "pipe"
+    path.write_text("".join(json.dumps({"prompt": prompt, "other": "\ud800é"}) + "\n" for prompt in PROMPTS * 3))
+    flags = ["--hf-model", str(folder), "--prompts", str(path), "--max-new-tokens", "5"]
+    generate.main([*flags, "--output", str(tmp_path / "whole")])
+    monkeypatch.setattr(generate, "WAVES", 1)
+    os.mkfifo(pipe)
+    reader = subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE, text=True)
+    generate.main([*flags, "--output", str(pipe), "--rows", "2"])
+    parts, whole = map(json.loads, reader.communicate(timeout=60)[0].splitlines()), lines(tmp_path / "whole")
+    assert pipe.is_fifo() and len(whole) == 9
+    for part, line in zip(parts, whole, strict=True):
+        (one,), (other,) = part.pop("completions"), line.pop("completions")
+        assert part == line and one["tokens"] == other["tokens"] and one["text"] == other["text"]
+    generate.main([*flags, "--output", str(tmp_path / "greedy"), "--temperature", "0", "--num-samples", "3"])
+    for line in lines(tmp_path / "greedy"):
+        assert line["other"] == "\ud800é" and line["completions"] == line["completions"][:1] * 3
+
+
+def test_a_stream_shows_no_stop_string(capsys):
+    stream = Stream(["```", "\n\n"])
+    for text, is_whole in (("x", False), ("x = 1\n", False), ("x = 1\n``", False), ("x = 1\n`y", False),
+                           ("x = 1\n`y", True)):
+        stream.show(text, is_whole)
+    assert capsys.readouterr().out == "x = 1\n`y"
+
+
+def test_end_tokens_and_beginnings():
+    """Of the generation settings; without these, of the configuration. A prompt has one beginning-of-text id."""
+    settings, config = b'{"eos_token_id": [7, 9]}', b'{"eos_token_id": 5}'
+    assert end_ids({"generation_config.json": settings, "config.json": config}, 1) == (1, 7, 9)
+    assert end_ids({"config.json": config}, 1) == (1, 5) and end_ids({}, 1) == (1,)
+    tokenizer = NullTokenizer(10)
+    tokenizer.bos, tokenizer.adds_bos = 3, True
+    assert tokenizer.prompt_ids("4 5") == tokenizer.prompt_ids("3 4 5") == [3, 4, 5]

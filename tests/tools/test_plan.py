@@ -162,3 +162,8 @@ def test_plan_is_what_happens(real, layout):
             assert planned["phases"][phase]["flops"] == flops > 0 or phase == "optimizer"
             assert [flow[:-1] for flow in planned["phases"][phase]["flows"]] == measured["flows"][phase]
         assert plan.peak_gib(planned) * plan.GIB == pytest.approx(measured["peak"], rel=0.15)
+
+
+def test_rlvr_is_not_planned():
+    with pytest.raises(ValueError, match="^--training-mode rlvr: its cost depends on how long completions become"):
+        plan.parse(["--training-mode", "rlvr", "--world-size", "8"])

@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
+from code_verifier import code_verifier
 
 from megatron_ebft.verifiers import sandbox
-from megatron_ebft.verifiers.build import build_verifier
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -30,6 +30,8 @@ def failure(function, *arguments):
     except OSError as error:
         return type(error).__name__
 """
+BELOW_TMP = sorted({folder.split("/")[2] for folder in sandbox.visible_folders() if folder.startswith("/tmp/")})
+"""What of /tmp programs see: nothing, unless Python is installed there. It is read-only then."""
 LIBC = "ctypes.CDLL(None, use_errno=True)"
 ONE_VERIFIER = """
 from megatron_ebft.verifiers.build import build_verifier
@@ -43,19 +45,14 @@ def code():
     """The verifier, with a secret in this process's environment when its workers start."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(SECRET, "secret")
-        try:
-            verifier = build_verifier("code", timeout=30, workers=2)
-        except ValueError as error:
-            pytest.skip(str(error))
-        yield verifier
-        verifier.close()
+        with code_verifier(timeout=30) as verifier:
+            yield verifier
 
 
 @pytest.fixture(scope="module")
-def impatient(code):
-    verifier = build_verifier("code", timeout=1, workers=2)
-    yield verifier
-    verifier.close()
+def impatient():
+    with code_verifier(timeout=1) as verifier:
+        yield verifier
 
 
 def named(name: str) -> list[int]:
@@ -72,7 +69,7 @@ def named(name: str) -> list[int]:
 
 def until_none(name: str) -> None:
     """Wait until there is no process of this name any more."""
-    end = time.monotonic() + 10
+    end = time.monotonic() + 300
     while named(name):
         assert time.monotonic() < end, named(name)
         time.sleep(0.02)
@@ -88,7 +85,7 @@ def test_nothing_outside_can_be_reached(code, tmp_path):
         f"assert failure(open, {str(secret)!r}) == 'FileNotFoundError'",
         f"assert failure(open, {__file__!r}) == 'FileNotFoundError'",
         "assert failure(open, '/etc/passwd') == 'FileNotFoundError'",
-        "assert os.listdir('/tmp') == os.listdir('.') == os.listdir('/proc') == []",
+        f"assert os.listdir('/tmp') == {BELOW_TMP} and os.listdir('.') == os.listdir('/proc') == []",
         "assert set(os.listdir('/dev')) == {'null', 'zero', 'random', 'urandom'}",
         "assert failure(open, '/usr/x', 'w') == failure(open, '/x', 'w') == 'OSError'",
         f"assert failure(os.chmod, {os.__file__!r}, 0o777) == 'OSError'",
@@ -105,7 +102,7 @@ def test_nothing_outside_can_be_reached(code, tmp_path):
         f"assert [{LIBC}.ptrace(16, 1, None, None), ctypes.get_errno()] == [-1, 1]",
         f"assert [{LIBC}.mount(b'x', b'/tmp', b'tmpfs', 0, None), ctypes.get_errno()] == [-1, 1]",
         f"assert [{LIBC}.syscall(435, None, 0), ctypes.get_errno()] == [-1, 38]  # clone3",
-        "open('/tmp/ebft_left_behind', 'w').write('x')",
+        f"open('{'.' if BELOW_TMP else '/tmp'}/ebft_left_behind', 'w').write('x')",
         "import numpy; assert numpy.arange(4) @ numpy.ones(4) == 6",
     ]
     for line, verdict in zip(lines, code.verify([({"tests": line}, FAILURE) for line in lines])):
@@ -136,7 +133,7 @@ def test_there_is_no_network_without_the_filter_either(code, tmp_path):
         script = NO_FILTER.format(address=listener.getsockname(), failure=FAILURE, folder=str(tmp_path))
         run = subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
                              check=True)
-    assert run.stdout == 3 * "Verdict(score=1.0, is_right=True, reason='')\n"
+    assert run.stdout == 3 * "Verdict(score=1.0, is_right=True, reason='', failed=False)\n"
 
 
 BOMBS = (
@@ -147,8 +144,8 @@ BOMBS = (
     ("def f(): return bytearray(1 << 31)", "MemoryError"),
     ("import os, time\ndef f():\n for _ in range(5):\n  if not os.fork():\n   x = bytearray(b'x') * (250 << 20)\n"
      "   time.sleep(60)\n time.sleep(60)", "more than 1024 MiB of memory"),
-    ("def f():\n with open('/tmp/x', 'wb') as file:\n  while True: file.write(bytes(1 << 20))", "OSError: [Errno 27]"),
-    ("def f():\n for i in range(10):\n  with open(f'/tmp/{i}', 'wb') as file: file.write(bytes(1 << 23))",
+    ("def f():\n with open('x', 'wb') as file:\n  while True: file.write(bytes(1 << 20))", "OSError: [Errno 27]"),
+    ("def f():\n for i in range(10):\n  with open(f'{i}', 'wb') as file: file.write(bytes(1 << 23))",
      "OSError: [Errno 28]"),
     ("import os\ndef f():\n while True:\n  for file in range(3, 99):\n   try: os.write(file, b'x' * 1000)\n"
      "   except OSError: pass", "xxx"),
@@ -201,18 +198,18 @@ def test_programs_end_with_those_who_started_them(code, victim):
     program = NAME.format("ebft_orphan") + "import time\ntime.sleep(60)"
     run = subprocess.Popen([sys.executable, "-c", ONE_VERIFIER.format(program)], env=ENVIRONMENT, text=True,
                            stdout=subprocess.PIPE)
-    end = time.monotonic() + 30
+    end = time.monotonic() + 300
     while not named("ebft_orphan"):
         assert time.monotonic() < end and run.poll() is None
         time.sleep(0.02)
     worker = int(Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text())
     os.kill(run.pid if victim == "verifier" else worker, signal.SIGKILL)
     until_none("ebft_orphan")
-    assert ("killed by SIGKILL" in run.communicate(timeout=30)[0]) == (victim == "worker")
+    assert ("killed by SIGKILL" in run.communicate(timeout=300)[0]) == (victim == "worker")
 
 
 WITHOUT_NAMESPACES = """
-import os, sys
+import contextlib, os, sys
 from pathlib import Path
 from megatron_ebft.verifiers import linux
 from megatron_ebft.verifiers.build import build_verifier
@@ -224,11 +221,15 @@ try:
 except ValueError as error:
     print(error)
 tests = {"tests": "assert f() == 1"}
-verifier = build_verifier("code", timeout=1, workers=1, unsafe_code=True)
+verifier = build_verifier("code", timeout=60, workers=1, unsafe_code=True)
+with contextlib.redirect_stdout(None):
+    impatient = build_verifier("code", timeout=1, workers=1, unsafe_code=True)
 for body in ("return 1", "return 2", "while True: pass", "return bytearray(1 << 31)",
              "return __import__('os').getcwd()"):
-    print(*verifier.verify([(tests, f"def f():\\n {body}")]))
+    judge = impatient if body.startswith("while") else verifier
+    print(*judge.verify([(tests, f"def f():\\n {body}")]))
 verifier.close()
+impatient.close()
 """
 
 
@@ -236,12 +237,12 @@ def test_where_the_kernel_forbids_it(code):
     """In a user namespace that may have none below it."""
     run = subprocess.Popen([sys.executable, "-c", WITHOUT_NAMESPACES], env=ENVIRONMENT, text=True,
                            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    own, end = os.readlink("/proc/self/ns/user"), time.monotonic() + 30
+    own, end = os.readlink("/proc/self/ns/user"), time.monotonic() + 300
     while os.readlink(f"/proc/{run.pid}/ns/user") == own:
         assert time.monotonic() < end and run.poll() is None
         time.sleep(0.02)
     Path(f"/proc/{run.pid}/uid_map").write_text(f"0 {os.geteuid()} 1\n")
-    refused, warning, *verdicts = run.communicate("x", timeout=60)[0].splitlines()
+    refused, warning, *verdicts = run.communicate("x", timeout=300)[0].splitlines()
     assert refused.startswith("--ebft-verifier code: ") and "[Errno 28] unshare" in refused
     assert "sysctl -w user.max_user_namespaces" in refused and "--ebft-unsafe-code" in refused
     assert warning.startswith("warning: --ebft-verifier code: there is no sandbox")

@@ -111,6 +111,8 @@ def _check_questions(args) -> None:
     if args.training_mode != "rlvr" and args.ebft_questions:
         raise ValueError(f"--ebft-questions {args.ebft_questions}: needs --training-mode rlvr; evaluation reads "
                          "--ebft-eval-questions")
+    if "" in (args.ebft_stop or ()):
+        raise ValueError("--ebft-stop '': an empty text is in every completion; leave it out")
     _check_eval_questions(args)
     if args.training_mode != "rlvr":
         return

@@ -19,6 +19,10 @@ EVALUATION = Group("evaluation and logging", (
     Flag("--ebft-pass-at", int, "values of k for pass@k", many=True, valid=at_least(1),
          default_text="1 and --ebft-eval-samples"),
     Flag("--ebft-eval-temperature", float, "temperature of --ebft-eval-samples", default=1.0, valid=above(0)),
+    Flag("--ebft-eval-top-p", float, "draw --ebft-eval-samples from the most likely tokens whose probabilities add up "
+         "to this (1: all)", default=1.0, valid=above(0, at_most=1)),
+    Flag("--ebft-eval-top-k", int, "draw --ebft-eval-samples from the N most likely tokens (0: all)", default=0,
+         valid=at_least(0)),
     Flag("--ebft-track-kl", bool, "measure KL to the start at evaluation. Keeps a frozen copy of the start in memory, "
          "as --ebft-kl-coef does", default=True),
 ))

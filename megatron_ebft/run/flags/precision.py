@@ -2,6 +2,8 @@
 
 from megatron_ebft.run.flags.flag import Flag, Group, at_least
 
+COMPLETIONS = 64
+"""Completions that decode together on a rank without --ebft-rollout-rows."""
 PRECISION = Group("precision, kernels and memory", (
     Flag("--bf16", bool, "weights and activations in bfloat16; the optimizer and sampling stay in float32",
          default=False),
@@ -25,9 +27,10 @@ PRECISION = Group("precision, kernels and memory", (
          "pass together (0: all). A smaller value saves memory for long rows; the result is the same. In a fused step "
          "each such part also samples by itself, and repeats the pass over the gold tokens", default=0,
          valid=at_least(0)),
-    Flag("--ebft-rollout-rows", int, "number of rows (in rlvr, of completions) that a rank decodes together (0: all; "
-         "with pipeline stages, one group of rows per stage). A smaller value saves key-value cache; the result is the "
-         "same. A fused step decodes the rows of a micro-batch together", default=0, valid=at_least(0)),
+    Flag("--ebft-rollout-rows", int, "number of rows that a rank decodes together (0: all; with pipeline stages, one "
+         "group of rows per stage); of completions in rlvr and for --ebft-eval-questions (0: "
+         f"{COMPLETIONS}). A smaller value saves key-value cache; the result is the same. A fused step decodes the "
+         "rows of a micro-batch together", default=0, valid=at_least(0)),
     Flag("--ebft-skip-duplicates", bool, "compute identical rollouts of a block once, in the encoder and in a training "
          "pass of its own (--ebft-step separate), and skip rollouts that cannot change the gradient: those of blocks "
          "that do not count and, without a KL term and in separate passes, those with zero advantage. Loss and "
