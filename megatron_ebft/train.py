@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     from megatron_ebft.run.folders import claim_folders
     from megatron_ebft.run.logger import Logger
     from megatron_ebft.run.loop import train
+    from megatron_ebft.run.sinks.build import build_sinks
     from megatron_ebft.run.watchdog import PATIENCE, Watchdog
 
     start = time.perf_counter()
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
             at_end.callback(judged.verification.close)
         for model in filter(None, (*run.policy, run.encoder, run.start)):
             model.register_forward_pre_hook(watchdog.move)
-        log = Logger(args.tensorboard_dir, run.state.iteration, args.train_iters,
+        log = Logger(build_sinks(args, run.state.iteration), args.train_iters,
                      args.global_batch_size * args.seq_length, args.ebft_rollout_length, run.tokenizer)
         at_end.callback(log.flush)
         log.print(describe(run))

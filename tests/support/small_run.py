@@ -22,6 +22,7 @@ from megatron_ebft.model.build import build_start
 from megatron_ebft.model.weights import unwrap
 from megatron_ebft.run.build import build_run
 from megatron_ebft.run.logger import Logger
+from megatron_ebft.run.sinks.build import build_sinks
 
 VOCAB = 64
 TOKENIZER = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(VOCAB)]
@@ -56,7 +57,7 @@ def start(args) -> tuple:
     run = build_run(args)
     while any(f".{int(time.time())}." in file.name for file in Path(args.tensorboard_dir).glob("events*")):
         time.sleep(0.05)
-    return run, Logger(args.tensorboard_dir, run.state.iteration, args.train_iters, 48, args.ebft_rollout_length,
+    return run, Logger(build_sinks(args, run.state.iteration), args.train_iters, 48, args.ebft_rollout_length,
                        run.tokenizer)
 
 

@@ -35,6 +35,7 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
     _check_questions(args)
     _check_dumped_steps(args)
     _check_step(args)
+    _check_logging(args)
     if args.use_checkpoint_args and not (args.load or args.pretrained_checkpoint):
         raise ValueError("--use-checkpoint-args: needs --load or --pretrained-checkpoint to take them from")
     return args
@@ -150,6 +151,18 @@ def _check_dumped_steps(args) -> None:
     if args.ebft_dump_steps and args.ebft_dump_steps == args.ebft_replay_steps:
         raise ValueError(f"--ebft-dump-steps {args.ebft_dump_steps}: would overwrite the steps that "
                          "--ebft-replay-steps reads")
+
+
+def _check_logging(args) -> None:
+    for name in ("wandb_exp_name", "wandb_save_dir"):
+        if vars(args)[name] and not args.wandb_project:
+            raise ValueError(f"{FLAGS[name].name} {vars(args)[name]}: needs --wandb-project")
+    interval = args.ebft_save_hf_interval
+    if interval and not args.save:
+        raise ValueError(f"--ebft-save-hf-interval {interval}: needs --save")
+    if interval % args.save_interval:
+        raise ValueError(f"--ebft-save-hf-interval {interval}: must be a multiple of --save-interval "
+                         f"{args.save_interval}")
 
 
 def why_separate(args: argparse.Namespace) -> str:
