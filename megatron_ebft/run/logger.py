@@ -49,7 +49,7 @@ class Logger:
         if self.is_main:
             print(line, flush=True)
 
-    def _record(self, iteration: int = 0, scalars: dict[str, float] | None = None,
+    def record(self, iteration: int = 0, scalars: dict[str, float] | None = None,
                 texts: dict[str, str | None] | None = None, flush: bool = False) -> None:
         """Write to TensorBoard. On a full disk values are lost with a warning, and the run goes on."""
         try:
@@ -91,7 +91,7 @@ class Logger:
         self.durations = [*self.durations[-19:], duration]
         left = (self.train_iters - iteration) * sum(self.durations) / len(self.durations)
         tokens = metrics.get("tokens", self.tokens_per_step)
-        self._record(iteration, {
+        self.record(iteration, {
             **{f"train/{name}": value for name, value in metrics.items()},
             **{f"seconds/{name}": value for name, value in seconds.items()},
             **{f"run/{name}": value for name, value in totals.items()},
@@ -114,12 +114,8 @@ class Logger:
         """
         if not self.is_main:
             return
-        for name in ("cfm", "cfm_biased", "alignment"):
-            at_length = f"{name}_length/{self.rollout_length:02d}"
-            if at_length in metrics:
-                metrics[name] = metrics[at_length]
         texts = {"rollouts": None if shown is None else self._rollout_text(shown), "answers": answers}
-        self._record(iteration, {f"eval/{name}": value for name, value in metrics.items()}, texts, flush=True)
+        self.record(iteration, {f"eval/{name}": value for name, value in metrics.items()}, texts, flush=True)
         numbers = " ".join(form.format(metrics[name]) for name, form in EVALUATION.items() if name in metrics)
         numbers += "".join(f" {name.removeprefix('answers/')} {value:.4g}" for name, value in metrics.items()
                            if name.startswith(("answers/pass@", "answers/bleu", "answers/chrf")))
@@ -130,12 +126,7 @@ class Logger:
     def flush(self) -> None:
         """Write all values to disk: those before a checkpoint must not be lost with the process."""
         if self.is_main:
-            self._record(flush=True)
-
-    def saved(self, folder: str | None) -> None:
-        """Print that a checkpoint is complete, if one is."""
-        if folder is not None:
-            self.print(f"saved {folder}")
+            self.record(flush=True)
 
     def _rollout_text(self, shown: EvaluationRollouts) -> str:
         """Markdown of context, gold completion and rollouts, for a few blocks of the first row."""

@@ -14,6 +14,7 @@ from megatron_ebft.data.tokenizer import Tokenizer
 from megatron_ebft.method.config import EBFTConfig
 from megatron_ebft.model.decoder import Decoder
 from megatron_ebft.run.answers import EvalQuestions
+from megatron_ebft.run.callbacks.callback import Callbacks
 from megatron_ebft.run.counts import Shares
 from megatron_ebft.run.learning_rate import Schedule
 from megatron_ebft.run.rlvr import RLVR
@@ -55,5 +56,6 @@ class Run:
     """Small files to keep in every checkpoint, by name."""
     stopper: Stopper = field(default_factory=Stopper)
     watchdog: Watchdog = field(default_factory=Watchdog)
+    callbacks: Callbacks = field(default_factory=Callbacks)
     lock: FolderLock | None = None
     """Of --save, on rank 0."""
