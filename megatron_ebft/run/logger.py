@@ -3,6 +3,7 @@
 Rank 0 writes; on other ranks every call does nothing.
 """
 
+import contextlib
 import time
 from collections.abc import Iterator
 
@@ -61,27 +62,28 @@ class Logger:
         values = Values(iteration=iteration, scalars=scalars or {}, texts=texts, histograms=histograms or {},
                         images=images or {})
         for sink in self.sinks:
-            try:
+            with self._going_on(sink):
                 sink.write(values)
                 if flush:
                     sink.flush()
                 self.failing.discard(sink)
-            except OSError as error:
-                self._warn(sink, error)
 
     def flush(self) -> None:
         """Write all values to disk: those before a checkpoint must not be lost with the process."""
         for sink in self.sinks:
-            try:
+            with self._going_on(sink):
                 sink.flush()
-            except OSError as error:
-                self._warn(sink, error)
 
-    def _warn(self, sink: Sink, error: OSError) -> None:
-        if sink not in self.failing:
-            self.print(f"warning: {sink.where}: cannot be written ({error}); values are lost until that is possible "
-                       "again. Training goes on")
-        self.failing.add(sink)
+    @contextlib.contextmanager
+    def _going_on(self, sink: Sink):
+        """Warn, once, where a sink cannot be written."""
+        try:
+            yield
+        except OSError as error:
+            if sink not in self.failing:
+                self.print(f"warning: {sink.where}: cannot be written ({error}); values are lost until that is "
+                           "possible again. Training goes on")
+            self.failing.add(sink)
 
     def progress(self, what: str, items: list) -> Iterator:
         """Iterate over the items, and print a line with the time left every 10 seconds."""
@@ -127,10 +129,6 @@ class Logger:
         """
         if not self.is_main:
             return
-        for name in ("cfm", "cfm_biased", "alignment"):
-            at_length = f"{name}_length/{self.rollout_length:02d}"
-            if at_length in metrics:
-                metrics[name] = metrics[at_length]
         texts = {"rollouts": None if shown is None else self._rollout_text(shown), "answers": answers}
         self.record(iteration, {f"eval/{name}": value for name, value in metrics.items()}, texts, flush=True)
         numbers = " ".join(form.format(metrics[name]) for name, form in EVALUATION.items() if name in metrics)
@@ -139,11 +137,6 @@ class Logger:
         if shown is not None and "alignment" not in metrics:
             numbers = f"no block counts at {self.rollout_length} tokens | {numbers}"
         self.print(f"eval {iteration}/{self.train_iters} | {numbers} | {clock(seconds)}")
-
-    def saved(self, folder: str | None) -> None:
-        """Print that a checkpoint is complete, if one is."""
-        if folder is not None:
-            self.print(f"saved {folder}")
 
     def _rollout_text(self, shown: EvaluationRollouts) -> str:
         """Markdown of context, gold completion and rollouts with their rewards, for a few blocks of the first row."""
@@ -171,8 +164,6 @@ class Logger:
             start: time.perf_counter() at the start of the run.
         """
         for sink in self.sinks:
-            try:
+            with self._going_on(sink):
                 sink.close()
-            except OSError as error:
-                self._warn(sink, error)
         self.print(f"{'done' if is_done else 'stopped'} in {clock(time.perf_counter() - start)}")
