@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import sys
 import time
@@ -23,6 +24,7 @@ from megatron_ebft.model.weights import unwrap
 from megatron_ebft.run.build import build_run
 from megatron_ebft.run.logger import Logger
 from megatron_ebft.run.sinks.build import build_sinks
+from megatron_ebft.run.sinks.page import page_of
 
 VOCAB = 64
 TOKENIZER = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(VOCAB)]
@@ -141,6 +143,13 @@ def scalars(folder) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def empty_charts(args) -> list[str]:
+    """Charts of the run's page that find no values."""
+    tags = scalars(args.tensorboard_dir)
+    return [title for charts in page_of(args).values() for title, patterns in charts.items()
+            if not all(any(re.match(pattern, tag) for tag in tags) for pattern in patterns)]
 
 
 def weights(folder) -> dict[str, torch.Tensor]:

@@ -43,7 +43,7 @@ class WeightsAndBiases(Sink):
             os.makedirs(folder, exist_ok=True)
             settings = wandb.Settings(console="off")  # standard output stays as it is (common/console.py)
             with shielded():  # its process uploads until this one ends
-                self._run = wandb.init(project=project, name=name, dir=folder, id=_run_id(folder, iteration),
+                self._run = wandb.init(project=project, name=name, dir=folder, id=run_id(folder, iteration),
                                        resume="allow", config=flags, settings=settings)
         except (wandb.Error, OSError) as error:
             raise ValueError(f"{self.where}: Weights & Biases does not start ({error}); run `wandb login`, or set "
@@ -61,15 +61,15 @@ class WeightsAndBiases(Sink):
             self._run.finish()
 
 
-def _run_id(folder: str, iteration: int) -> str:
+def run_id(folder: str, iteration: int) -> str:
     """The run that a resumed run continues; else a new one, which is written down."""
     path = os.path.join(folder, RUN_ID)
     if iteration and file_mode(path):
         return read_bytes(path).decode().strip()
-    run_id = secrets.token_hex(4)
+    new = secrets.token_hex(4)
     with open(path, "w") as file:
-        file.write(run_id + "\n")
-    return run_id
+        file.write(new + "\n")
+    return new
 
 
 @contextlib.contextmanager
