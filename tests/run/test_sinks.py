@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_run import MODEL, SMALL, empty_charts, scalars, start
+from small_run import MODEL, SMALL, by_tag, empty_charts, lines, scalars, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard import FileWriter
@@ -38,18 +38,6 @@ def run(data, tmp_path_factory, one_rank):
         assert train(begun, log)
         log.close(0.0)
     return args
-
-
-def lines(folder) -> list[dict]:
-    return [json.loads(line) for line in open(f"{folder}/metrics.jsonl")]
-
-
-def by_tag(rows: list[dict]) -> dict[str, list[tuple[int, float]]]:
-    values: dict[str, list] = {}
-    for row in rows:
-        for name in row.keys() - {"iteration", "time"}:
-            values.setdefault(name, []).append((row["iteration"], row[name]))
-    return values
 
 
 def test_json_lines_have_the_values_of_tensorboard(run):

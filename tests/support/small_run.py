@@ -145,6 +145,23 @@ def scalars(folder) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
+def lines(folder) -> list[dict]:
+    """Of `metrics.jsonl`, one for each step."""
+    with open(f"{folder}/metrics.jsonl") as file:
+        rows = [json.loads(line) for line in file]
+    assert all(a["iteration"] < b["iteration"] for a, b in zip(rows, rows[1:]))
+    return rows
+
+
+def by_tag(rows: list[dict]) -> dict[str, list[tuple[int, float]]]:
+    """Steps and values of every scalar in lines."""
+    values: dict[str, list] = {}
+    for row in rows:
+        for name in row.keys() - {"iteration", "time"}:
+            values.setdefault(name, []).append((row["iteration"], row[name]))
+    return values
+
+
 def empty_charts(args) -> list[str]:
     """Charts of the run's page that find no values."""
     tags = scalars(args.tensorboard_dir)

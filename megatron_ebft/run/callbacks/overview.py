@@ -76,7 +76,7 @@ def flags(run: Run) -> str:
     values = vars(run.args)
     changed = {name: values[name] for name, flag in FLAGS.items()
                if values[name] is not None and values[name] != flag.default}
-    command = " \\\n    ".join(map(shlex.quote, as_argv(changed)))
+    command = " \\\n".join(shlex.join(as_argv({name: value})) for name, value in changed.items())
     tables = [f"### {group.title}\n\n" + table(["flag", "value"], [
         (flag.name, "" if values[flag.dest] is None else f"{values[flag.dest]}") for flag in group.flags])
         for group in GROUPS]

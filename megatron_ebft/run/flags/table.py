@@ -27,6 +27,6 @@ ESSENTIALS = Group("the flags to start with", tuple(FLAGS[dest] for dest in (
 STEP = frozenset(dest for group in (MODEL, METHOD, OPTIMIZER, PARALLELISM, PRECISION, FP8) for dest in group.dests) | {
     "train_iters", "micro_batch_size", "global_batch_size", "seed", "seq_length", "vocab_size"}
 """Attributes that one EBFT step on random weights and random rows reads."""
-COMPARED = ("training_mode", "train_iters", "global_batch_size", "seq_length", "seed", "bf16", "pretrained_checkpoint",
-            "ebft_encoder_load", "ebft_document_mask", "ebft_answer_only", *METHOD.dests, *RLVR.dests, *OPTIMIZER.dests)
+COMPARED = ("training_mode", "train_iters", "global_batch_size", "seq_length", "seed", "lr", "lr_decay_style",
+            "weight_decay", "pretrained_checkpoint", "ebft_encoder_load", *METHOD.dests, *RLVR.dests)
 """Attributes that tell runs apart, for comparisons."""

@@ -9,6 +9,7 @@ from megatron_ebft.run.sinks.json_lines import JsonLines
 from megatron_ebft.run.sinks.page import page_of, results_of
 from megatron_ebft.run.sinks.sink import Sink
 from megatron_ebft.run.sinks.tensorboard import TensorBoard
+from megatron_ebft.run.sinks.weights_and_biases import WeightsAndBiases
 
 
 def build_sinks(args, iteration: int) -> list[Sink]:
@@ -25,8 +26,6 @@ def build_sinks(args, iteration: int) -> list[Sink]:
             if args.ebft_json_lines:
                 sinks.append(JsonLines(folder, iteration))
             if args.wandb_project:
-                from megatron_ebft.run.sinks.weights_and_biases import WeightsAndBiases
-
                 sinks.append(WeightsAndBiases(args.wandb_project, args.wandb_exp_name, wandb_folder(args), iteration,
                                               vars(args)))
     return sinks

@@ -12,7 +12,7 @@ Charts = dict[str, list[str]]
 
 def page_of(args) -> dict[str, Charts]:
     """The charts of a run with these flags, by section."""
-    method = {"ebft": _ebft, "sft": _sft, "rlvr": _rlvr}[args.training_mode](args) | _held_out_features(args)
+    method = _held_out_features(args) | {"ebft": _ebft, "sft": _sft, "rlvr": _rlvr}[args.training_mode](args)
     if args.ebft_eval_questions:
         method["answers to held-out questions"] = [r"eval/answers/accuracy$",
                                                    *_if(args.ebft_eval_samples, r"eval/answers/pass@\d+$")]
@@ -49,7 +49,8 @@ def _held_out_features(args) -> Charts:
 
 
 def _ebft(args) -> Charts:
-    return {"reward and its parts": [r"train/reward$", r"train/alignment$", r"train/diversity$"],
+    return {"reward": [r"train/reward$"], "its parts: alignment and diversity": [r"train/alignment$",
+                                                                                 r"train/diversity$"],
             "CFM of training rows": [r"train/cfm$", r"train/cfm_biased$"],
             "CFM of training rows, by eighth of the row": [r"train/cfm_position/\d$"],
             "cross entropy": [*_if(args.ebft_ce_coef, r"train/ce_loss$"), *_if(args.eval_interval, r"eval/ce_loss$")],

@@ -24,8 +24,7 @@ def import_wandb(project: str):
 class WeightsAndBiases(Sink):
     """A run at Weights & Biases. With WANDB_MODE=offline it stays in the folder until `wandb sync`.
 
-    A resumed run logs steps again that an interrupted one had logged after the checkpoint. They have the same values,
-    and the service keeps the first.
+    A resumed run logs steps again that an interrupted one had logged after the checkpoint. They have the same values.
 
     Args:
         name: of the run; None: the service makes one up.
