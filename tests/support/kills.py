@@ -78,7 +78,7 @@ def interrupt(ranks: list, kind: int, last: int, pace, generator: random.Random)
 
 
 def compare(whole: Path, broken: Path) -> int:
-    """Number of TensorBoard values that are equal, each there once, as those in JSON Lines; AssertionError where anything
+    """Number of TensorBoard values that are equal, each there once, as in JSON Lines; AssertionError where anything
     differs."""
     from small_run import TIMED, by_tag, lines, scalars
 
