@@ -5,9 +5,16 @@ import argparse
 from megatron_ebft.run.callbacks.callback import Callbacks
 from megatron_ebft.run.callbacks.console import Console
 from megatron_ebft.run.callbacks.health import Health
+from megatron_ebft.run.callbacks.profile import Profile, profile_folder
+from megatron_ebft.run.callbacks.throughput import Throughput
 from megatron_ebft.run.callbacks.watch import Watch
 
 
 def build_callbacks(args: argparse.Namespace) -> Callbacks:
     """The callbacks that the flags ask for, in the order of their calls."""
-    return Callbacks((Watch(), Console(), Health()))
+    callbacks = [Watch(), Console(), Health(tuple(args.ebft_stop_on_warning or ()))]
+    if args.log_throughput:
+        callbacks.append(Throughput())
+    if args.profile:
+        callbacks.append(Profile(args, profile_folder(args)))
+    return Callbacks(tuple(callbacks))

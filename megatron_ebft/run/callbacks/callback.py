@@ -40,7 +40,7 @@ class Callback:
         """The step of this number begins."""
 
     def phase(self, name: str) -> None:
-        """A phase of the step begins or goes on. It ends where the next one begins, or the step ends."""
+        """A phase of the step begins or goes on; "": the last one has ended, and none goes on."""
 
     def step_end(self, run: Run, log: Logger, step: StepEnd) -> None:
         """The weights have changed, and run.state counts the step."""
