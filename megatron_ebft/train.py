@@ -6,6 +6,7 @@ Imports wait until `main`: a signal that arrives while torch is imported must no
 """
 
 import contextlib
+import os
 import signal
 import sys
 import time
@@ -25,6 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module=r"megatron\.|torch")
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     from megatron_ebft.parallel.groups import init_parallel, shut_down
+    from megatron_ebft.run import flight_recorder
     from megatron_ebft.run.build import build_run
     from megatron_ebft.run.configs import parallel_sizes
     from megatron_ebft.run.describe import describe
@@ -35,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     from megatron_ebft.run.watchdog import PATIENCE, Watchdog
 
     start = time.perf_counter()
-    watchdog = Watchdog(0.9 * 60 * args.distributed_timeout_minutes)
+    watchdog = Watchdog(0.9 * 60 * args.distributed_timeout_minutes, os.path.join(args.save or ".", "hang"))
+    flight_recorder.keep()
     init_parallel(**{**parallel_sizes(args), "timeout_minutes": PATIENCE * args.distributed_timeout_minutes})
     with contextlib.ExitStack() as at_end:  # finished, stopped or failed
         watchdog.watch()

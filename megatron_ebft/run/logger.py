@@ -58,6 +58,8 @@ class Logger:
             iteration: of these values, at least that of the last ones.
             texts, histograms, images: as in `Values`; a text of None is none.
         """
+        if not (scalars or texts or histograms or images):
+            return
         texts = {name: text for name, text in (texts or {}).items() if text is not None}
         values = Values(iteration=iteration, scalars=scalars or {}, texts=texts, histograms=histograms or {},
                         images=images or {})

@@ -42,7 +42,7 @@ class Callback:
         """The step of this number begins."""
 
     def phase(self, name: str) -> None:
-        """A phase of the step begins or goes on. It ends where the next one begins, or the step ends."""
+        """A phase of the step begins or goes on; "": the last one has ended, and none goes on."""
 
     def computed(self, run: Run, gold: GoldBatch, computed: Computed) -> None:
         """A step of EBFT has its gradient, and the weights are as they were. Keep little of it: it holds memory."""

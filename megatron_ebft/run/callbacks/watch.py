@@ -11,4 +11,5 @@ class Watch(Callback):
         self.watchdog, self.iteration = run.watchdog, iteration
 
     def phase(self, name):
-        self.watchdog.enter(f"{name} of step {self.iteration}", PATIENCE if name == "verify" else 1)
+        if name:
+            self.watchdog.enter(f"{name} of step {self.iteration}", PATIENCE if name == "verify" else 1)

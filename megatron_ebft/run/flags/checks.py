@@ -36,6 +36,7 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
     _check_dumped_steps(args)
     _check_step(args)
     _check_logging(args)
+    _check_profile(args)
     if args.use_checkpoint_args and not (args.load or args.pretrained_checkpoint):
         raise ValueError("--use-checkpoint-args: needs --load or --pretrained-checkpoint to take them from")
     return args
@@ -180,6 +181,15 @@ def why_separate(args: argparse.Namespace) -> str:
 def _check_step(args) -> None:
     if args.ebft_step == "fused" and args.training_mode == "ebft" and why_separate(args):
         raise ValueError(f"--ebft-step fused: not with {why_separate(args)}; use auto or separate")
+
+
+def _check_profile(args) -> None:
+    for name in ("use_pytorch_profiler", "record_memory_history"):
+        if vars(args)[name] and not args.profile:
+            raise ValueError(f"{FLAGS[name].name}: needs --profile")
+    if args.profile and args.profile_step_end <= args.profile_step_start:
+        raise ValueError(f"--profile-step-end {args.profile_step_end}: must be above --profile-step-start "
+                         f"{args.profile_step_start}")
 
 
 def fp8_recipes(args: argparse.Namespace) -> dict[str, str]:

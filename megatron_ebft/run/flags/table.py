@@ -10,6 +10,7 @@ from megatron_ebft.run.flags.fp8 import FP8
 from megatron_ebft.run.flags.logging import LOGGING
 from megatron_ebft.run.flags.method import METHOD
 from megatron_ebft.run.flags.model import MODEL
+from megatron_ebft.run.flags.observing import OBSERVING
 from megatron_ebft.run.flags.optimizer import OPTIMIZER
 from megatron_ebft.run.flags.parallelism import PARALLELISM
 from megatron_ebft.run.flags.precision import PRECISION
@@ -17,7 +18,7 @@ from megatron_ebft.run.flags.rlvr import RLVR
 from megatron_ebft.run.flags.verifiers import VERIFIERS
 
 GROUPS = (RUN, MODEL, DATA, METHOD, RLVR, VERIFIERS, OPTIMIZER, PARALLELISM, PRECISION, FP8, CHECKPOINTS, EVALUATION,
-          LOGGING, DUMPED_STEPS)
+          LOGGING, OBSERVING, DUMPED_STEPS)
 FLAGS: dict[str, Flag] = {flag.dest: flag for group in GROUPS for flag in group.flags}
 """By attribute name."""
 ESSENTIALS = Group("the flags to start with", tuple(FLAGS[dest] for dest in (

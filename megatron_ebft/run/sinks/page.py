@@ -16,7 +16,7 @@ def page_of(args) -> dict[str, Charts]:
     if args.ebft_eval_questions:
         method["answers to held-out questions"] = [r"eval/answers/accuracy$",
                                                    *_if(args.ebft_eval_samples, r"eval/answers/pass@\d+$")]
-    return {"method": method, "health": _health(args), "throughput": _throughput()}
+    return {"method": method, "health": _health(args), "throughput": _throughput(args)}
 
 
 def results_of(args) -> list[str]:
@@ -85,7 +85,17 @@ def _health(args) -> Charts:
     return charts
 
 
-def _throughput() -> Charts:
-    return {"tokens a second": [r"train/tokens_per_second$"],
+def _throughput(args) -> Charts:
+    charts = {"tokens a second": [r"train/tokens_per_second$"],
             "seconds of a step": [r"seconds/step$"], "seconds by phase": [r"seconds/(?!step$)\w+$"],
             "seconds lost to saves and restarts": [r"run/lost_to_\w+$"], "restarts": [r"run/restarts$"]}
+    if args.log_throughput:
+        if args.training_mode != "rlvr":
+            charts |= {"TFLOP/s of a GPU": [r"throughput/tflops_per_gpu$"], "MFU": [r"throughput/mfu$"],
+                       "GB over the network, by phase": [r"throughput/network_gb_\w+$"]}
+        charts |= {"tokens a second of a GPU": [r"throughput/(gold_)?tokens_per_second_per_gpu$"],
+                   "share of a step by phase": [r"throughput/share_\w+$"],
+                   "GiB at the peak, of the rank with the most": [r"memory/\w+_gib$"],
+                   "own seconds of the slowest and the fastest rank": [r"ranks/own_seconds_(max|min)$"],
+                   "slowest rank, over the others of its stage": [r"ranks/slowest_ratio$"]}
+    return charts
