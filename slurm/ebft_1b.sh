@@ -38,5 +38,5 @@ train_until_done \
   --use-checkpoint-args --pretrained-checkpoint "$BASE" --ebft-encoder-load "$ENCODER" --save "$RUN" --load "$RUN" \
   --data-path "$DATA" --train-iters 10000 --global-batch-size 16 --seq-length 1024 \
   --save-interval 100 --async-save --ebft-keep-checkpoints 2 --eval-interval 500 \
-  --bf16 --recompute-granularity full --overlap-grad-reduce \
+  --bf16 --recompute-granularity full --overlap-grad-reduce --log-throughput \
   "$@"

@@ -40,5 +40,5 @@ train_until_done \
   --data-path "$DATA" --train-iters 10000 --global-batch-size 16 --seq-length 1024 \
   --save-interval 10 --async-save --ebft-keep-checkpoints 2 --eval-interval 150 \
   --tensor-model-parallel-size 8 --sequence-parallel --pipeline-model-parallel-size 4 \
-  --bf16 --recompute-granularity full --overlap-grad-reduce \
+  --bf16 --recompute-granularity full --overlap-grad-reduce --log-throughput \
   "$@"

@@ -39,4 +39,5 @@ train_until_done \
   --data-path "$DATA" --train-iters 10000 --global-batch-size 16 --seq-length 1024 \
   --save-interval 20 --async-save --ebft-keep-checkpoints 2 --eval-interval 250 \
   --tensor-model-parallel-size 2 --sequence-parallel --bf16 --recompute-granularity full --overlap-grad-reduce \
+  --log-throughput \
   "$@"

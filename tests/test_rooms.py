@@ -5,7 +5,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "megatron_ebft"
 BELOW = {
-    "run": {"method", "rollout", "verifiers", "checkpointing", "data", "model", "layout", "parallel", "common"},
+    "run": {"hf", "method", "rollout", "verifiers", "checkpointing", "data", "model", "layout", "parallel", "common"},
     "hf": {"checkpointing", "data", "model", "parallel", "common"},
     "method": {"rollout", "verifiers", "data", "model", "layout", "parallel", "common"},
     "rollout": {"data", "model", "layout", "parallel", "common"},

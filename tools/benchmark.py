@@ -36,7 +36,6 @@ import time
 import warnings
 from pathlib import Path
 
-import attention_flops  # noqa: F401 (registers formulas)
 import plan
 import torch
 from benchmark_report import (
@@ -46,17 +45,18 @@ from benchmark_report import (
     SEPARATE,
     WHOLE,
     attention_share,
-    peak_tflops,
     table,
     time_of,
 )
 from torch.utils import flop_counter
 
+from megatron_ebft.common.device import matmul_rate, peak_tflops
 from megatron_ebft.run.flags.checks import check_args
 from megatron_ebft.run.flags.data import DATA
 from megatron_ebft.run.flags.flag import Flag, Group, at_least
 from megatron_ebft.run.flags.parser import Parser, as_argv
 from megatron_ebft.run.flags.table import FLAGS, STEP
+from megatron_ebft.run.plan import attention_flops  # noqa: F401 (registers formulas)
 
 SHAPE = dict(num_layers=8, hidden_size=256, ffn_hidden_size=768, num_attention_heads=8, num_query_groups=4,
              seq_length=512, vocab_size=8192, micro_batch_size=2, global_batch_size=2, ebft_track_kl=False,
@@ -146,21 +146,6 @@ def count_flops(run, gold) -> dict[str, float]:
 
         train_step(run, gold, phase, check=False)
     return {name: float(count) for name, count in counts.items()}
-
-
-def matmul_rate(dtype: torch.dtype, size: int, repeats: int = 5) -> float:
-    """FLOP/s of the best of a few size³ matrix products: what this device reaches on large ones."""
-    from megatron_ebft.common.device import device, synchronize
-
-    a, b = (torch.randn(size, size, device=device(), dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(repeats + 1):
-        synchronize()
-        start = time.perf_counter()
-        a @ b
-        synchronize()
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
 
 
 def plan_of(flags: list[str]) -> dict[str, dict]:
@@ -282,7 +267,7 @@ def profile_gpu(runs: dict, gold, peaks: dict[str, int], planned_peaks: dict[str
     """What only a GPU has: kernels of one step of each kind, and memory."""
     profiles = {name: profiled_step(kind, gold) for name, kind in runs.items()}
     config = runs["ebft"].policy[0].config
-    figures = {"peak_tflops": peak_tflops(torch.cuda.get_device_name()), "peak_bytes": peaks,
+    figures = {"peak_tflops": peak_tflops(torch.cuda.get_device_name(), "bf16"), "peak_bytes": peaks,
                "planned_peak_bytes": planned_peaks, "layers": config.transformer_impl,
                "attention": config.attention_kernel, "kernels": profiles,
                "attention_share": {name: attention_share(phases) for name, phases in profiles.items()}}

@@ -3,8 +3,6 @@
 import re
 
 PHASES = ("rollout", "features", "train", "optimizer")
-PEAKS = {"H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0, "A100": 312.0}
-"""Dense bfloat16 TFLOP/s by a part of the GPU's name."""
 ATTENTION = re.compile("flash|fmha|attention|triton_tem", re.I)
 """Names of attention kernels. Compiled templates are FlexAttention's; there are no others."""
 MATRIX_PRODUCT = re.compile("gemm|nvjet|xmma|cutlass", re.I)
@@ -90,8 +88,3 @@ def attention_share(phases: dict[str, list]) -> float:
     """Attention's share of the time of all kernels. phases: as `profiled_step` returns them."""
     kernels = [(name, time) for kernels in phases.values() for name, time, _ in kernels]
     return time_of(ATTENTION, kernels) / sum(time for _, time in kernels)
-
-
-def peak_tflops(name: str) -> float | None:
-    """Dense bfloat16 TFLOP/s of a GPU, or None for an unknown name."""
-    return next((peak for part, peak in PEAKS.items() if part in name), None)

@@ -12,31 +12,24 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
 from megatron_ebft.layout.packed_row import RowLayout, split_blocks
+from megatron_ebft.layout.picture import COLORS, KINDS, cells
 from megatron_ebft.layout.strided import StridedLayout
-from megatron_ebft.layout.visible_keys import strided
 
 CELL, GAP = 17, 1.5
 """Pixels from cell to cell, and between two cells."""
 LEFT, TOP, RIGHT, BOTTOM = 132, 128, 224, 96
 """Margins, in pixels."""
-COLORS = {"gold": "#e3a72f", "context": "#4a86d8", "own": "#2f9e7a"}
 MEANINGS = {"gold": "a gold token sees gold tokens up to itself",
             "context": "a rollout token sees the gold tokens before its anchor",
             "own": "and the tokens of its own rollout up to itself: nothing else"}
-INK, FAINT, HIDDEN = "#24292f", "#6e7781", "#f1f2f4"
+INK, FAINT, HIDDEN = "#24292f", "#6e7781", COLORS["hidden"]
 
 
-def visible_cells(row: RowLayout) -> dict[str, list[tuple[int, int]]]:
+def visible_cells(row: RowLayout) -> dict[str, list[list[int]]]:
     """(query, key) pairs of the row, both as places in it: gold → gold, rollout → gold context, rollout → itself."""
-    cells = {kind: [] for kind in MEANINGS}
-    gold = row.layout.seq_length
-    visible = strided(row, None, batch=1).sees(torch.arange(row.end))[0]
-    for query, key in visible.nonzero().tolist():
-        cells["gold" if query < gold else "context" if key < gold else "own"].append((query, key))
-    return cells
+    kind_of = cells(row)
+    return {kind: (kind_of == KINDS.index(kind)).nonzero().tolist() for kind in MEANINGS}
 
 
 def place(index: int, margin: int) -> int:
@@ -55,12 +48,12 @@ def line(x1: float, y1: float, x2: float, y2: float, color: str, width: float) -
     return f'<line x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}" stroke="{color}" stroke-width="{width:g}"/>'
 
 
-def squares(kind: str, cells: list[tuple[int, int]]) -> list[str]:
+def squares(kind: str, places: list[list[int]]) -> list[str]:
     """One group of squares, whose id is the kind."""
     side = CELL - GAP
     return [f'<g id="{kind}" fill="{COLORS[kind]}">',
             *(f'<rect x="{place(key, LEFT)}" y="{place(query, TOP)}" width="{side:g}" height="{side:g}" rx="2"/>'
-              for query, key in cells), "</g>"]
+              for query, key in places), "</g>"]
 
 
 def bars(start: int, count: int, depth: int, color: str, words: str, size: int) -> list[str]:
@@ -122,8 +115,8 @@ def draw(layout: StridedLayout) -> str:
              text(LEFT, 50, f"T = {layout.seq_length}, c = {layout.context_length}, s = {layout.stride}, "
                   f"G = {layout.rollout_length}, n = {layout.num_samples}. The small numbers are position ids.",
                   color=FAINT, anchor="start")]
-    for kind, cells in visible_cells(row).items():
-        parts += squares(kind, cells)
+    for kind, places in visible_cells(row).items():
+        parts += squares(kind, places)
     parts += separators(row) + labels(row)
     for number, (kind, meaning) in enumerate(MEANINGS.items()):
         y = place(row.end, TOP) + 18 + 22 * number

@@ -8,8 +8,8 @@
     405B                126         16384             53248                   128  --untie-embeddings-and-output-weights
 
 1. The first, a middle and the last pipeline stage each run as one rank of the real code: one `train_step` on tensors
-   without data, among ranks that do not exist (simulate.py). There is no second model of the code, so memory,
-   operations and messages are those of the code (meter.py, collectives.py).
+   without data, among ranks that do not exist (megatron_ebft/run/plan). There is no second model of the code, so
+   memory, operations and messages are those of the code.
 2. The plan skips no rollouts (--ebft-skip-duplicates is off), since savings depend on the policy. It plans nothing in
    FP8, which needs a GPU. FP8 pads rows a little; the weights of a rollout or encoder pass in FP8 take half as much
    again during the pass, and with --fp8-format the policy's weights take twice as much all the time.
@@ -30,12 +30,9 @@ import math
 import multiprocessing
 import os
 import sys
-import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from unittest import mock
 
 from megatron_ebft.run.flags.checks import check_args
 from megatron_ebft.run.flags.flag import Flag, Group, above, at_least, spelled
@@ -93,126 +90,24 @@ class Cluster:
 GPUS = {"h100": Cluster(79.0, 989.0, 3350.0, 450.0, 50.0), "h200": Cluster(139.0, 989.0, 4800.0, 450.0, 50.0)}
 
 
-def build(args, meter):
-    """The parts of a run on random weights, each under its kind, and this rank's rows of a global batch."""
-    import torch
-
-    from megatron_ebft.common.device import device
-    from megatron_ebft.data.micro_batches import GoldBatch
-    from megatron_ebft.parallel.groups import document_size
-    from megatron_ebft.run.configs import ebft_config, model_args
-    from megatron_ebft.run.models import build_models, build_optimizer
-    from megatron_ebft.run.state import Run
-
-    def unchanged(model) -> None:
-        """Weights have no values to copy."""
-
-    is_ebft = args.training_mode == "ebft"
-    config = ebft_config(args, args.num_layers) if is_ebft else None
-    kinds = {"policy": "weights", "encoder": "encoder", "start": "start"}
-    models = build_models(args, model_args(args, args.vocab_size), config, encoder_from=unchanged,
-                          start_from=unchanged, has_start=is_ebft and bool(args.ebft_kl_coef or args.ebft_track_kl),
-                          part=lambda name: meter.kind(kinds[name]))
-    for chunk in models.policy:
-        for buffer in chunk.buffers:
-            meter.label(buffer.grad_data, "gradients")
-    with meter.kind("optimizer"):
-        optimizer, scheduler = build_optimizer(args, models.policy)
-        optimizer.prepare_grads()
-        optimizer.step()  # makes its moments
-    run = Run(mode=args.training_mode, policy=models.policy, encoder=models.encoder, start=models.start,
-              optimizer=optimizer, scheduler=scheduler, config=config, args=args)
-    with meter.kind("data"):
-        shape = (args.global_batch_size // document_size(), args.seq_length)
-        gold = GoldBatch(torch.zeros(shape, dtype=torch.int64, device=device()), torch.arange(shape[0]).to(device()),
-                         torch.zeros(shape, dtype=torch.int64, device=device()) if args.ebft_document_mask else None,
-                         torch.ones(shape, dtype=torch.bool, device=device()) if args.ebft_answer_only else None)
-    return run, gold
-
-
-def measure(args, cluster: Cluster) -> dict:
-    """Figures of one step of this rank, JSON-able. Works on real and on fake tensors."""
-    import torch
-    from exchange import feature_exchange
-    from meter import Meter
-
-    from megatron_ebft.model.decoding import PrefillPattern
-    from megatron_ebft.run.configs import model_args
-    from megatron_ebft.run.loop import train_step
-
-    meter = Meter(model_args(args, args.vocab_size).padded_vocab_size // args.tensor_model_parallel_size,
-                  cluster.operation)
-    attend = PrefillPattern.attend
-
-    def attend_and_label(self, layer_number, *args):
-        out = attend(self, layer_number, *args)
-        kept = self.cache.buffers or self.cache.gold
-        for tensor in kept[layer_number] if not torch.is_grad_enabled() else ():
-            meter.label(tensor, "caches")  # with gradient they are activations
-        return out
-
-    with meter, mock.patch.object(PrefillPattern, "attend", attend_and_label):
-        run, gold = build(args, meter)
-        held = dict(meter.bytes)
-        with meter("between phases"):
-            train_step(run, gold, meter, check=False)
-    phases = {}
-    for name, phase in meter.phases.items():
-        flows = [[*key, flow.calls, flow.bytes, cluster.collective(key[0], flow.calls, flow.bytes,
-                                                                   phase.traffic.ranks[key[1]])]
-                 for key, flow in sorted(phase.traffic.flows.items())]
-        phases[name] = {"flops": phase.flops, "seconds": phase.seconds, "peak": phase.peak, "flows": flows}
-    return {"parameters": sum(p.numel() for chunk in run.policy for p in chunk.parameters()), "held": held,
-            "phases": phases, "idle": idle(args, run, gold),
-            "rewards": asdict(feature_exchange(args, run.config, args.hidden_size)) if run.config else {}}
-
-
-def idle(args, run, gold) -> dict[str, float]:
-    """Fraction of each phase in which this stage waits for others."""
-    from megatron_ebft.method.batches import training_rows
-    from megatron_ebft.rollout.sampler import Rollouts
-    from megatron_ebft.rollout.schedule import idle_fraction, row_groups
-
-    stages, virtual = args.pipeline_model_parallel_size, args.num_virtual_stages_per_pipeline_rank
-    rows, shares = len(gold.tokens_BT), {}
-    micro_batches = rows // args.micro_batch_size
-    if run.config is not None:
-        micro_batches = len(training_rows(gold, Rollouts(gold.tokens_BT, None, None), run.config))
-        groups = len(row_groups(rows, stages, args.ebft_rollout_rows))
-        shares["rollout"] = idle_fraction(groups, stages, run.config.layout.rollout_length, virtual)
-        shares["features"] = shares["start_scores"] = (stages - 1) / (micro_batches + stages - 1)
-    shares["train"] = (stages - 1) / (micro_batches * virtual + stages - 1)
-    return shares
-
-
 def measure_rank(argv: list[str], rank: int, like_gpu: bool = True) -> dict:
-    """`measure` for a rank that does not exist, in its own process."""
+    """`measure.measure_rank` for these flags, in its own process. The last figure of each flow becomes its seconds."""
     warnings.filterwarnings("ignore")
     args, cluster = parse(argv)
-    from simulate import fake_tensors, gpu_operations, simulated_rank
+    from megatron_ebft.run.plan import measure
 
-    from megatron_ebft.parallel.groups import init_parallel, shut_down
-    from megatron_ebft.run.build import check_batch
-    from megatron_ebft.run.configs import parallel_sizes
-
-    start = time.perf_counter()
-    with simulated_rank(rank, args.world_size):
-        init_parallel(**parallel_sizes(args))
-        check_batch(args)
-        with gpu_operations() if like_gpu else nullcontext(), fake_tensors():
-            figures = measure(args, cluster)
-        shut_down()
-    return {**figures, "rank": rank, "took": time.perf_counter() - start}
+    figures = measure.measure_rank(args, rank, args.world_size, cluster.operation, like_gpu)
+    for phase in figures["phases"].values():
+        phase["flows"] = [[operation, group, calls, size, cluster.collective(operation, calls, size, ranks)]
+                          for operation, group, calls, size, ranks in phase["flows"]]
+    return figures
 
 
 def stage_ranks(args) -> dict[str, int]:
-    """The ranks to plan, by the name of their pipeline stage: the first rank of each."""
-    stages = args.pipeline_model_parallel_size
-    per_stage = args.world_size // stages
-    if stages == 1:
-        return {"every rank": 0}
-    middle = {"middle stages": per_stage} if stages > 2 else {}
-    return {"first stage": 0, **middle, "last stage": (stages - 1) * per_stage}
+    """The ranks to plan, by the name of their pipeline stage."""
+    from megatron_ebft.run.plan import measure
+
+    return measure.stage_ranks(args.world_size, args.pipeline_model_parallel_size)
 
 
 def plan(argv: list[str], ranks: dict[str, int], pool) -> dict[str, dict]:

@@ -154,9 +154,8 @@ def rank_zero(world_size: int, sizes: dict):
     Args:
         sizes: arguments of init_parallel, which may refuse them with a ValueError.
     """
-    from simulate import simulated_rank
-
     from megatron_ebft.parallel.groups import init_parallel, shut_down
+    from megatron_ebft.run.plan.simulate import simulated_rank
 
     with simulated_rank(0, world_size):
         try:

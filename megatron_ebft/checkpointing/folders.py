@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Collection
 
 from megatron_ebft.common.disk import file_mode, is_folder, names_in, read_bytes, sync
 
@@ -119,8 +120,9 @@ def publish(directory: str, temporary: str, iteration: int) -> None:
     shutil.rmtree(folder + ".old", ignore_errors=True)
 
 
-def drop_old(directory: str, keep: int, retain_interval: int) -> None:
-    """Keep the `keep` newest checkpoints (0: keep all) and every `retain_interval`-th one; remove the others.
+def drop_old(directory: str, keep: int, retain_interval: int, in_use: Collection[int] = ()) -> None:
+    """Keep the `keep` newest checkpoints (0: keep all), every `retain_interval`-th one and those in use; remove the
+    others.
 
     A run that went back from a damaged checkpoint leaves later iterations behind. They are removed as well.
     """
@@ -128,7 +130,7 @@ def drop_old(directory: str, keep: int, retain_interval: int) -> None:
     kept = [iteration for iteration in complete if iteration <= latest][-keep:]
     for iteration in complete if keep else []:
         is_retained = retain_interval and iteration % retain_interval == 0 and iteration < latest
-        if iteration not in kept and not is_retained:
+        if iteration not in kept and iteration not in in_use and not is_retained:
             doomed = os.path.join(directory, temporary_name(iteration))
             os.rename(_resolve_iteration(directory, iteration), doomed)  # no longer a checkpoint, even if killed here
             shutil.rmtree(doomed, ignore_errors=True)

@@ -33,6 +33,8 @@ class TrainState:
     """Seconds from `reached` to the first step of the next process, over all restarts."""
     lost_to_saves: float = 0.0
     """Seconds in which training waited for checkpoints."""
+    lost_to_evaluation: float = 0.0
+    """Seconds that evaluations took."""
     longest_save: float = 0.0
     """Seconds that the slowest save took, from its beginning until the checkpoint was whole."""
 

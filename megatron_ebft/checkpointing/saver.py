@@ -15,6 +15,7 @@ import os
 import pickle
 import queue
 import tempfile
+from collections.abc import Collection
 from dataclasses import asdict
 from inspect import signature
 
@@ -127,16 +128,19 @@ class Saver:
         folder, self._finished = self._finished, None
         return folder
 
-    def drop_old(self) -> None:
+    def drop_old(self, in_use: Collection[int] = ()) -> None:
         """Remove the checkpoints that need not stay, once a step from the newest was finite: finite weights are not
         yet good ones. Rank 0 does it; the others need not call.
+
+        Args:
+            in_use: iterations that stay in any case.
 
         Raises:
             ValueError: on rank 0: they cannot be removed.
         """
         if dist.get_rank() == 0:
             with writing(self.directory, self.flag):
-                drop_old(self.directory, self.keep, self.retain_interval)
+                drop_old(self.directory, self.keep, self.retain_interval, in_use)
 
     def _settle(self, wait: bool) -> None:
         if self._queue.get_num_unfinalized_calls():

@@ -12,6 +12,7 @@ those entry points by their CPU counterparts, so that every other module is writ
 
 import functools
 import os
+import resource
 import time
 
 import torch
@@ -21,6 +22,13 @@ CPU = torch.device("cpu")
 MAKERS = ("arange", "as_tensor", "empty", "empty_like", "eye", "full", "full_like", "linspace", "ones", "ones_like",
           "rand", "rand_like", "randint", "randn", "randn_like", "randperm", "tensor", "zeros", "zeros_like")
 """Functions of torch that take a device and make a tensor there."""
+
+PEAKS = {name: dict(zip(("bf16", "fp32", "fp8"), peaks)) for name, peaks in {
+    "B200": (2250.0, 75.0, 4500.0), "H200": (989.0, 67.0, 1979.0), "GH200": (989.0, 67.0, 1979.0),
+    "H100 PCIe": (756.0, 51.0, 1513.0), "H100 NVL": (835.0, 60.0, 1671.0), "H100": (989.0, 67.0, 1979.0),
+    "H800": (989.0, 67.0, 1979.0), "A100": (312.0, 19.5, None), "A800": (312.0, 19.5, None),
+    "L40S": (362.0, 91.6, 733.0)}.items()}
+"""TFLOP/s without sparsity by a part of the GPU's name, from NVIDIA's data sheets. The first match counts."""
 
 
 def have_gpu() -> bool:
@@ -43,6 +51,36 @@ def memory_bytes() -> int:
     if have_gpu():
         return torch.cuda.get_device_properties(device()).total_memory
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_memory() -> tuple[int, int]:
+    """Largest number of bytes that this process had in use, and that it held, since the last call. Without a GPU, both
+    are its largest resident set since it began."""
+    if not have_gpu():
+        resident = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return resident, resident
+    peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    return peaks
+
+
+def peak_tflops(name: str, precision: str) -> float | None:
+    """Dense TFLOP/s of a GPU in `bf16`, `fp32` (without TF32) or `fp8`; None where unknown."""
+    return next((peaks[precision] for part, peaks in PEAKS.items() if part in name), None)
+
+
+def matmul_rate(dtype: torch.dtype, size: int, repeats: int = 5) -> float:
+    """FLOP/s of the best of a few size³ matrix products: what this device reaches on large ones."""
+    generator = torch.Generator(device()).manual_seed(0)  # the run's random state stays as it is
+    a, b = (torch.randn(size, size, device=device(), generator=generator).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(repeats + 1):
+        synchronize()
+        start = time.perf_counter()
+        a @ b
+        synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
 
 
 def temporary_elements() -> int:

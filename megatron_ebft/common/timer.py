@@ -11,7 +11,7 @@ class PhaseTimer:
     """Wall-clock seconds of the phases of a step. A phase within another one interrupts it.
 
     Args:
-        on_enter: called with the name of each phase when it begins or goes on.
+        on_enter: called with the name of each phase when it begins or goes on, and with "" when none does.
     """
 
     def __init__(self, on_enter=lambda phase: None):
@@ -28,8 +28,7 @@ class PhaseTimer:
         yield
         self._switch()
         self._running.pop()
-        if self._running:
-            self.on_enter(self._running[-1])
+        self.on_enter(self._running[-1] if self._running else "")
 
     def _switch(self) -> None:
         """Count the time since the last switch for the phase that is running."""

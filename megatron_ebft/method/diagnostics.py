@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from megatron_ebft.layout.strided import StridedLayout
 from megatron_ebft.method import energy
 from megatron_ebft.method.config import EBFTConfig
 from megatron_ebft.method.gradient import Scores
@@ -14,6 +15,10 @@ from megatron_ebft.rollout.sampler import Rollouts
 
 NO_SPREAD = 1e-6
 """A group whose rewards have a smaller standard deviation counts as one without a spread."""
+
+
+PARTS = 8
+"""CFM is also measured by eighth of the row, to see whether matching depends on the position."""
 
 
 def measure_rewards(gram: Tensor, rewards: Rewards, valid_BK: Tensor, config: EBFTConfig, means: Means) -> None:
@@ -34,7 +39,17 @@ def measure_rewards(gram: Tensor, rewards: Rewards, valid_BK: Tensor, config: EB
     means.add_masked("cfm_biased", biased, valid_BK)
     if config.num_samples > 1:
         means.add_masked("cfm", unbiased, valid_BK)
+        measure_positions(unbiased, valid_BK, config.layout, means)
     means.add_masked("valid_blocks", valid_BK.float(), torch.ones_like(valid_BK))
+
+
+def measure_positions(cfm_BK: Tensor, valid_BK: Tensor, layout: StridedLayout, means: Means) -> None:
+    """CFM of the blocks whose anchors are in each eighth of the row, `cfm_position/1` to `cfm_position/8`."""
+    first_tokens = torch.arange(PARTS + 1)[:, None] * layout.seq_length
+    ends = (layout.anchors() * PARTS < first_tokens).sum(1).tolist()
+    for part, blocks in enumerate(map(slice, ends, ends[1:]), 1):
+        if blocks.start < blocks.stop:
+            means.add_masked(f"cfm_position/{part}", cfm_BK[:, blocks], valid_BK[:, blocks])
 
 
 def measure_mismatch(rollouts: Rollouts, scores: Scores, start_BKNG: Tensor | None, valid_BK: Tensor, cap: float,

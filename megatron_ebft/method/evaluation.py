@@ -17,13 +17,14 @@ from megatron_ebft.layout.strided import StridedLayout
 from megatron_ebft.method import energy
 from megatron_ebft.method.batches import encoder_rows
 from megatron_ebft.method.config import EBFTConfig
+from megatron_ebft.method.diagnostics import measure_positions
 from megatron_ebft.method.features import block_grams
 from megatron_ebft.method.gradient import score
 from megatron_ebft.method.losses import kl_estimate
 from megatron_ebft.method.means import Means
 from megatron_ebft.method.sft import cross_entropy_pass
 from megatron_ebft.model.fp8 import FP8
-from megatron_ebft.parallel.groups import pp_group
+from megatron_ebft.parallel.groups import pp_group, sample_rank, sample_size
 from megatron_ebft.rollout.sampler import Rollouts, sample_rollouts
 from megatron_ebft.rollout.schedule import row_groups
 
@@ -38,6 +39,8 @@ class EvaluationRollouts:
     gold: GoldBatch
     layout: StridedLayout
     rollouts: Rollouts
+    reward_BKN: Tensor
+    """Rewards of their first G tokens, without whitening."""
 
 
 def evaluation_config(config: EBFTConfig, longest: int, rows: int) -> tuple[EBFTConfig, list[int]]:
@@ -87,8 +90,8 @@ def evaluate(policy: list, encoder, start, batches: Iterable[GoldBatch], config:
         for gold in batches:
             cross_entropy_pass(policy, gold, micro_batch_size, means, forward_only=True)
             if encoder is not None:
-                rollouts, layout = _measure_rollouts(policy, encoder, start, gold, config, longest, means)
-                shown = shown or EvaluationRollouts(gold, layout, rollouts)
+                measured = _measure_rollouts(policy, encoder, start, gold, config, longest, means)
+                shown = shown or measured
     for chunk in policy:
         chunk.train(was_training)
     metrics = means.reduce()
@@ -97,7 +100,8 @@ def evaluate(policy: list, encoder, start, batches: Iterable[GoldBatch], config:
     return metrics, shown
 
 
-def _measure_rollouts(policy, encoder, start, gold, config, longest, means) -> tuple[Rollouts, StridedLayout]:
+def _measure_rollouts(policy, encoder, start, gold, config, longest, means) -> EvaluationRollouts:
+    training_length = config.layout.rollout_length
     config, lengths = evaluation_config(config, longest, len(gold.tokens_BT))
     layout = config.layout
     rollouts = sample_rollouts(policy, gold, layout, config.sampling, EVALUATION_ITERATION, config.rollout_rows)
@@ -106,11 +110,13 @@ def _measure_rollouts(policy, encoder, start, gold, config, longest, means) -> t
     rows = encoder_rows(gold, rollouts, config, needed_BKN)
     gram_BKLMM = block_grams(encoder, config.feature_map, rows, lengths)
     biased, unbiased = energy.cfm(gram_BKLMM)
-    alignment, _ = energy.rewards(gram_BKLMM, "none")
+    alignment, diversity = energy.rewards(gram_BKLMM, "none")
     for i, length in enumerate(lengths):
         valid_BK = gold.valid_blocks(replace(layout, rollout_length=length))[:, : layout.num_blocks]
         if config.num_samples > 1:
             means.add_masked(f"cfm_length/{length:02d}", unbiased[:, :, i], valid_BK)
+            if length == training_length:
+                measure_positions(unbiased[:, :, i], valid_BK, layout, means)
         means.add_masked(f"cfm_biased_length/{length:02d}", biased[:, :, i], valid_BK)
         means.add_masked(f"alignment_length/{length:02d}", alignment[:, :, i].mean(-1), valid_BK)
     means.add_masked("entropy", rollouts.entropy_BKNG, valid_BKNG)
@@ -118,7 +124,9 @@ def _measure_rollouts(policy, encoder, start, gold, config, longest, means) -> t
         start_BKNG = score(start, gold, rollouts, config, needed_BKN).rollout_BKNG
         # The sampler's log-probabilities are the policy's own; k3 has the lowest variance.
         means.add_masked("kl_to_start", kl_estimate(rollouts.log_probs_BKNG, start_BKNG, "k3"), valid_BKNG)
-    return rollouts, layout
+    reward_BKLn = config.alignment_coef * alignment - config.diversity_coef * diversity
+    reward_BKN = reward_BKLn[:, :, lengths.index(training_length)].chunk(sample_size(), dim=-1)[sample_rank()]
+    return EvaluationRollouts(gold, layout, rollouts, reward_BKN)
 
 
 def _valid_tokens(gold: GoldBatch, layout: StridedLayout) -> Tensor:

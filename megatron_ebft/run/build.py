@@ -13,6 +13,7 @@ from megatron_ebft.method.config import EBFTConfig
 from megatron_ebft.model.architecture import ModelArgs
 from megatron_ebft.parallel.groups import document_size
 from megatron_ebft.run.answers import build_eval_questions
+from megatron_ebft.run.callbacks.build import build_callbacks
 from megatron_ebft.run.configs import (
     check_memory,
     check_rollouts,
@@ -96,7 +97,7 @@ def build_run(args: argparse.Namespace) -> Run:
                optimizer=optimizer, scheduler=scheduler, config=config, rlvr=rlvr, eval_questions=eval_questions,
                train_data=train_data, valid_data=valid_data, counted=counted, tokenizer=tokenizer, args=args,
                metadata=metadata, state=state, companions=companions,
-               stopper=Stopper(args.exit_duration_in_mins, args.ebft_stop_file))
+               stopper=Stopper(args.exit_duration_in_mins, args.ebft_stop_file), callbacks=build_callbacks(args))
 
 
 def data_hashes(args, rlvr: RLVR | None) -> dict[str, str]:

@@ -10,6 +10,7 @@ from megatron_ebft.checkpointing.errors import writing
 from megatron_ebft.checkpointing.lock import FolderLock
 from megatron_ebft.common.disk import check_writable
 from megatron_ebft.parallel.errors import collective_errors
+from megatron_ebft.run.sinks.weights_and_biases import import_wandb
 
 
 def tensorboard_folder(args) -> str:
@@ -17,14 +18,23 @@ def tensorboard_folder(args) -> str:
     return args.tensorboard_dir or os.path.join(args.save or ".", "tensorboard")
 
 
+def wandb_folder(args) -> str:
+    """The folder of --wandb-save-dir, or its default."""
+    return args.wandb_save_dir or os.path.join(args.save or ".", "wandb")
+
+
 def check_folders(args) -> None:
-    """ValueError, naming the flag, unless the folders that rank 0 writes into can be written."""
+    """ValueError, naming the flag, unless the folders that rank 0 writes into can be written, and the package of
+    --wandb-project is there."""
     if args.save:
         check_writable(args.save, "--save")
     if args.tensorboard_dir or not args.save:
         check_writable(tensorboard_folder(args), "--tensorboard-dir")
     if args.ebft_dump_steps:
         check_writable(args.ebft_dump_steps, "--ebft-dump-steps")
+    if args.wandb_project:
+        import_wandb(args.wandb_project)
+        check_writable(wandb_folder(args), "--wandb-save-dir")
 
 
 def claim_folders(args) -> FolderLock | None:

@@ -1,4 +1,4 @@
-"""The log of a run: one console line per step, TensorBoard, and samples of rollouts beside gold text.
+"""The log of a run: one console line per step, values for the sinks, and samples of rollouts beside gold text.
 
 Rank 0 writes; on other ranks every call does nothing.
 """
@@ -8,10 +8,11 @@ import time
 from collections.abc import Iterator
 
 import torch.distributed as dist
-from torch.utils.tensorboard import SummaryWriter
+from torch import Tensor
 
 from megatron_ebft.common.progress import Progress, clock
 from megatron_ebft.method.evaluation import EvaluationRollouts
+from megatron_ebft.run.sinks.sink import Sink, Values
 
 CONSOLE = {"loss": "loss {:.4f}", "ce_loss": "ce {:.4f}", "reward": "reward {:+.4f}", "alignment": "align {:.4f}",
            "diversity": "div {:.4f}", "cfm": "cfm {:.4f}", "entropy": "H {:.2f}", "grad_norm": "grad {:.3f}",
@@ -26,49 +27,65 @@ SHOWN_BLOCKS, SHOWN_CONTEXT = 3, 32
 
 
 class Logger:
-    """Console and TensorBoard log of one run.
+    """Console and sinks of one run.
 
     Args:
-        directory: folder for TensorBoard. Values that an interrupted run wrote after `iteration` are dropped.
+        sinks: where values go (sinks/build.py); none on other ranks than 0.
         tokens_per_step: gold tokens of a global batch. In rlvr, a step says how many tokens it has drawn.
         rollout_length: G. Evaluations report CFM and alignment at this completion length.
     """
 
-    def __init__(self, directory: str, iteration: int, train_iters: int, tokens_per_step: int, rollout_length: int,
-                 tokenizer):
+    def __init__(self, sinks: list[Sink], train_iters: int, tokens_per_step: int, rollout_length: int, tokenizer):
         self.is_main = dist.get_rank() == 0
+        self.sinks, self.failing = sinks, set()
         self.train_iters, self.tokens_per_step = train_iters, tokens_per_step
         self.rollout_length, self.tokenizer = rollout_length, tokenizer
         self.durations: list[float] = []
-        self.directory, self.is_warned = directory, False
-        self.writer, self._purge_step = None, iteration + 1 if iteration else 0
-        self.flush()  # opens it
+        self.flush()  # opens their files
 
     def print(self, line: str) -> None:
         """Print a line on rank 0's console."""
         if self.is_main:
             print(line, flush=True)
 
-    def _record(self, iteration: int = 0, scalars: dict[str, float] | None = None,
-                texts: dict[str, str | None] | None = None, flush: bool = False) -> None:
-        """Write to TensorBoard. On a full disk values are lost with a warning, and the run goes on."""
+    def record(self, iteration: int, scalars: dict[str, float] | None = None,
+               texts: dict[str, str | None] | None = None, histograms: dict[str, Tensor] | None = None,
+               images: dict[str, Tensor] | None = None, flush: bool = False) -> None:
+        """Give values to every sink. Values of a sink that cannot be written are lost with a warning, and the run goes
+        on.
+
+        Args:
+            iteration: of these values, at least that of the last ones.
+            texts, histograms, images: as in `Values`; a text of None is none.
+        """
+        if not (scalars or texts or histograms or images):
+            return
+        texts = {name: text for name, text in (texts or {}).items() if text is not None}
+        values = Values(iteration=iteration, scalars=scalars or {}, texts=texts, histograms=histograms or {},
+                        images=images or {})
+        for sink in self.sinks:
+            with self._going_on(sink):
+                sink.write(values)
+                if flush:
+                    sink.flush()
+                self.failing.discard(sink)
+
+    def flush(self) -> None:
+        """Write all values to disk: those before a checkpoint must not be lost with the process."""
+        for sink in self.sinks:
+            with self._going_on(sink):
+                sink.flush()
+
+    @contextlib.contextmanager
+    def _going_on(self, sink: Sink):
+        """Warn, once, where a sink cannot be written."""
         try:
-            if self.writer is None:
-                self.writer = SummaryWriter(self.directory, purge_step=self._purge_step)
-                self._purge_step = None  # of the first file alone
-            for name, value in (scalars or {}).items():
-                self.writer.add_scalar(name, value, iteration)
-            for name, text in (texts or {}).items():
-                if text is not None:
-                    self.writer.add_text(name, text, iteration)
-            if flush:
-                self.writer.flush()
-            self.is_warned = False
+            yield
         except OSError as error:
-            if not self.is_warned:
-                self.print(f"warning: --tensorboard-dir {self.directory}: cannot be written ({error}); values are "
-                           "lost until there is room again. Training goes on")
-            self.is_warned, self.writer = True, None
+            if sink not in self.failing:
+                self.print(f"warning: {sink.where}: cannot be written ({error}); values are lost until that is "
+                           "possible again. Training goes on")
+            self.failing.add(sink)
 
     def progress(self, what: str, items: list) -> Iterator:
         """Iterate over the items, and print a line with the time left every 10 seconds."""
@@ -91,7 +108,7 @@ class Logger:
         self.durations = [*self.durations[-19:], duration]
         left = (self.train_iters - iteration) * sum(self.durations) / len(self.durations)
         tokens = metrics.get("tokens", self.tokens_per_step)
-        self._record(iteration, {
+        self.record(iteration, {
             **{f"train/{name}": value for name, value in metrics.items()},
             **{f"seconds/{name}": value for name, value in seconds.items()},
             **{f"run/{name}": value for name, value in totals.items()},
@@ -114,12 +131,8 @@ class Logger:
         """
         if not self.is_main:
             return
-        for name in ("cfm", "cfm_biased", "alignment"):
-            at_length = f"{name}_length/{self.rollout_length:02d}"
-            if at_length in metrics:
-                metrics[name] = metrics[at_length]
         texts = {"rollouts": None if shown is None else self._rollout_text(shown), "answers": answers}
-        self._record(iteration, {f"eval/{name}": value for name, value in metrics.items()}, texts, flush=True)
+        self.record(iteration, {f"eval/{name}": value for name, value in metrics.items()}, texts, flush=True)
         numbers = " ".join(form.format(metrics[name]) for name, form in EVALUATION.items() if name in metrics)
         numbers += "".join(f" {name.removeprefix('answers/')} {value:.4g}" for name, value in metrics.items()
                            if name.startswith(("answers/pass@", "answers/bleu", "answers/chrf")))
@@ -127,28 +140,20 @@ class Logger:
             numbers = f"no block counts at {self.rollout_length} tokens | {numbers}"
         self.print(f"eval {iteration}/{self.train_iters} | {numbers} | {clock(seconds)}")
 
-    def flush(self) -> None:
-        """Write all values to disk: those before a checkpoint must not be lost with the process."""
-        if self.is_main:
-            self._record(flush=True)
-
-    def saved(self, folder: str | None) -> None:
-        """Print that a checkpoint is complete, if one is."""
-        if folder is not None:
-            self.print(f"saved {folder}")
-
     def _rollout_text(self, shown: EvaluationRollouts) -> str:
-        """Markdown of context, gold completion and rollouts, for a few blocks of the first row."""
+        """Markdown of context, gold completion and rollouts with their rewards, for a few blocks of the first row."""
         layout, tokens = shown.layout, shown.gold.tokens_BT[0]
         blocks = range(0, layout.num_blocks, max(1, layout.num_blocks // SHOWN_BLOCKS))
         completions = layout.completion_index()
         sections = []
         for block in list(blocks)[:SHOWN_BLOCKS]:
-            anchor = int(completions[block, 0])
+            anchor, rewards = int(completions[block, 0]), shown.reward_BKN[0, block].tolist()
+            sections.append(f"### Block {block}, from token {anchor} on")
             sections.append(f"**context** …{self._code(tokens[max(0, anchor - SHOWN_CONTEXT):anchor])}")
-            sections.append(f"**gold** {self._code(tokens[completions[block].to(tokens.device)])}")
-            for sample in shown.rollouts.tokens_BKNG[0, block]:
-                sections.append(f"**rollout** {self._code(sample)}")
+            sections.append(f"**gold**{self._code(tokens[completions[block].to(tokens.device)])}")
+            for reward, sample in zip(rewards, shown.rollouts.tokens_BKNG[0, block], strict=True):
+                sections.append(f"**rollout**, reward {reward:+.4f} at {self.rollout_length} tokens"
+                                f"{self._code(sample)}")
         return "\n\n".join(sections)
 
     def _code(self, ids) -> str:
@@ -160,8 +165,7 @@ class Logger:
         Args:
             start: time.perf_counter() at the start of the run.
         """
-        if self.is_main:
-            if self.writer is not None:
-                with contextlib.suppress(OSError):  # it was reported before
-                    self.writer.close()
-            self.print(f"{'done' if is_done else 'stopped'} in {clock(time.perf_counter() - start)}")
+        for sink in self.sinks:
+            with self._going_on(sink):
+                sink.close()
+        self.print(f"{'done' if is_done else 'stopped'} in {clock(time.perf_counter() - start)}")

@@ -19,16 +19,13 @@ from megatron_ebft.parallel.errors import collective_errors
 from megatron_ebft.parallel.groups import document_rank, document_size
 from megatron_ebft.rollout.sampler import Rollouts
 from megatron_ebft.run.answers import metrics_of, text_of
+from megatron_ebft.run.callbacks.callback import StepEnd
 from megatron_ebft.run.saves import RunCheckpoints
 from megatron_ebft.run.self_check import check_completions, self_check
 from megatron_ebft.run.state import Run
 from megatron_ebft.run.step_dump import StepDump, replayed_step
 from megatron_ebft.run.stopping import CannotGoOn, StopAsked
-from megatron_ebft.run.verification import Verification
 from megatron_ebft.run.watchdog import PATIENCE
-
-HEALTHY_MISMATCH = 1.05
-"""mean exp |Δ log-probability| between sampler and trainer up to which training is reported to go well."""
 
 
 def train(run: Run, log) -> bool:
@@ -38,23 +35,24 @@ def train(run: Run, log) -> bool:
         whether the run is complete, with its last evaluation; False: it was asked to stop (stopping.py) and has saved
         what it did.
     """
-    args, state = run.args, run.state
+    args, state, callbacks = run.args, run.state, run.callbacks
     batches = eval_batches(run)
     evaluates = bool(batches) or run.eval_questions is not None
     saves, stopped_by = RunCheckpoints(run, log) if args.save else None, None
     if state.iteration:
         state.restarts += 1
         state.lost_to_restarts += time.time() - state.reached
+    callbacks.train_start(run, log)
     try:
         if evaluates and state.evaluated < state.iteration and is_due(state.iteration, args.eval_interval, args):
             run_evaluation(run, batches, log)
             if saves is not None and state.iteration:  # another restart must not evaluate this step again
                 saves.save()
-        unchecked = is_healthy = has_counted = True
+        unchecked = True
         while state.iteration < args.train_iters:
             start = time.perf_counter()
-            timer = PhaseTimer(on_enter=lambda phase: run.watchdog.enter(
-                f"{phase} of step {state.iteration + 1}", PATIENCE if phase == "verify" else 1))
+            callbacks.step_start(run, log, state.iteration + 1)
+            timer = PhaseTimer(callbacks.phase)
             with timer("data"):
                 batch, rollouts = next_batch(run)
             try:
@@ -66,13 +64,9 @@ def train(run: Run, log) -> bool:
             state.consumed_samples += args.global_batch_size
             state.reached, duration = time.time(), time.perf_counter() - start
             run.stopper.longest_step = max(run.stopper.longest_step, duration)
-            if is_due(state.iteration, args.log_interval, args):
-                log.step(state.iteration, metrics, timer.seconds, duration, {
-                    "restarts": state.restarts, "lost_to_restarts": state.lost_to_restarts,
-                    "lost_to_saves": state.lost_to_saves})
-            warn_of_failures(run.rlvr and run.rlvr.verification, f"step {state.iteration}", log)
-            is_healthy = warn_of_mismatch(metrics.get("mismatch_ratio", 1.0), is_healthy, state.iteration, log)
-            has_counted = warn_of_nothing(metrics, has_counted, state.iteration, log)
+            callbacks.step_end(run, log, StepEnd(
+                iteration=state.iteration, metrics=metrics, seconds=timer.seconds, duration=duration,
+                is_logged=is_due(state.iteration, args.log_interval, args)))
             if evaluates and is_due(state.iteration, args.eval_interval, args):
                 run_evaluation(run, batches, log)
             if saves is not None:
@@ -88,9 +82,11 @@ def train(run: Run, log) -> bool:
         raise
     if saves is not None:
         saves.finish()
+    is_done = state.iteration == args.train_iters and (not evaluates or state.evaluated == state.iteration)
+    callbacks.train_end(run, log, is_done)
     if isinstance(stopped_by, CannotGoOn):
         raise stopped_by
-    return state.iteration == args.train_iters and (not evaluates or state.evaluated == state.iteration)
+    return is_done
 
 
 def train_step(run: Run, batch: GoldBatch | list[Question], phase, check: bool,
@@ -125,6 +121,7 @@ def train_step(run: Run, batch: GoldBatch | list[Question], phase, check: bool,
                     dump.hold(batch, computed, means)
                     if check:
                         self_check(run, batch, computed, means)
+                    run.callbacks.computed(run, batch, computed)
 
                 metrics = ebft_step(
                     policy=run.policy, encoder=run.encoder, start=run.start if run.config.kl_coef or check else None,
@@ -190,50 +187,19 @@ def run_evaluation(run: Run, batches: list[GoldBatch], log) -> None:
 
     metrics, shown = evaluate(run.policy, run.encoder, run.start, checked(), run.config, run.args.ebft_eval_length,
                               run.args.micro_batch_size)
+    for name in ("cfm", "cfm_biased", "alignment"):
+        at_length = f"{name}_length/{run.args.ebft_rollout_length:02d}"
+        if at_length in metrics:
+            metrics[name] = metrics[at_length]
     answers = None
     if run.eval_questions is not None:
         asked, verification = run.eval_questions, run.eval_questions.verification
         answered = evaluate_answers(run.policy, asked.questions, verification.verify, asked.config,
                                     verification.corpus_score, between=run.stopper.check)
         verification.judged(answered.failures)
-        warn_of_failures(verification, f"evaluation after step {iteration}", log)
         metrics |= metrics_of(answered)
         answers = text_of(answered, asked, run.tokenizer)
-    run.state.evaluated = iteration
-    log.evaluation(iteration, metrics, shown, time.perf_counter() - start, answers)
-
-
-def warn_of_failures(verification: Verification | None, where: str, log) -> None:
-    """Warn, once, of answers that the verifier could not judge."""
-    if verification is None or verification.is_warned or not verification.failures.count:
-        return
-    failures, verification.is_warned = verification.failures, True
-    log.print(f"warning: {where}: {verification.name} could not judge {failures.count} of {failures.total} answers, "
-              f"which count as wrong. The first reason: {failures.reason}")
-
-
-def warn_of_mismatch(ratio: float, was_healthy: bool, iteration: int, log) -> bool:
-    """Whether the sampler is near enough to the training pass; warns when it ceases to be."""
-    is_healthy = ratio <= HEALTHY_MISMATCH
-    if was_healthy and not is_healthy:
-        log.print(f"warning: step {iteration}: sampler and training pass differ by a factor of {ratio:.3f} a token "
-                  f"(mean exp|Δ log p|; healthy up to {HEALTHY_MISMATCH}): look at train/mismatch_kl and "
-                  "train/importance_truncated, and at --ebft-rollout-fp8 and --fp8-format")
-    return is_healthy
-
-
-def warn_of_nothing(metrics: dict[str, float], had_counted: bool, iteration: int, log) -> bool:
-    """Whether a block of the step counts; in SFT a token, in RLVR a completion. Warns at the first step of those where
-    none does."""
-    is_rlvr = "success" in metrics
-    has_counted = bool(metrics.get("valid_blocks", ("mismatch" if is_rlvr else "loss") in metrics))
-    if had_counted and not has_counted and is_rlvr:
-        log.print(f"warning: step {iteration}: the completions of each question have equal rewards, so nothing is "
-                  f"learnt; {metrics['success']:.0%} are right: look at --ebft-questions (too hard, too easy, or in "
-                  "another form than --ebft-verifier reads), --ebft-rlvr-num-samples and --global-batch-size")
-    elif had_counted and not has_counted:
-        what = "block" if "valid_blocks" in metrics else "token"
-        log.print(f"warning: step {iteration}: no {what} of its rows counts, so nothing is learnt from "
-                  f"{'rollouts' if what == 'block' else 'them'}: look at the share that counts, in the first lines, at "
-                  "--global-batch-size, --ebft-answer-only and --ebft-document-mask")
-    return has_counted
+    run.state.evaluated, seconds = iteration, time.perf_counter() - start
+    run.state.lost_to_evaluation += seconds
+    run.callbacks.evaluated(run, log, iteration, metrics, seconds)
+    log.evaluation(iteration, metrics, shown, seconds, answers)

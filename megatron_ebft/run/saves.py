@@ -65,8 +65,8 @@ class RunCheckpoints:
         """Report a checkpoint that has become complete."""
         with self._attempt():
             folder = self.saver.finished(wait)
-            self.log.saved(folder)
             if folder is not None:  # for a save in the background this includes the writing
+                self.run.callbacks.saved(self.run, self.log, folder)
                 self.unproven = self.last[0]
                 longest = max(self.run.state.longest_save, time.perf_counter() - self.begun)
                 self.run.state.longest_save = self.run.stopper.longest_save = longest
@@ -74,7 +74,7 @@ class RunCheckpoints:
             self.unproven = None
             self.run.watchdog.enter("removing older checkpoints", PATIENCE)  # the others wait for rank 0
             try:
-                self.saver.drop_old()
+                self.saver.drop_old(self.run.in_use)
             except ValueError as error:
                 self.log.print(f"warning: {error}")
 

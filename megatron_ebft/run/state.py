@@ -14,6 +14,7 @@ from megatron_ebft.data.tokenizer import Tokenizer
 from megatron_ebft.method.config import EBFTConfig
 from megatron_ebft.model.decoder import Decoder
 from megatron_ebft.run.answers import EvalQuestions
+from megatron_ebft.run.callbacks.callback import Callbacks
 from megatron_ebft.run.counts import Shares
 from megatron_ebft.run.learning_rate import Schedule
 from megatron_ebft.run.rlvr import RLVR
@@ -55,5 +56,8 @@ class Run:
     """Small files to keep in every checkpoint, by name."""
     stopper: Stopper = field(default_factory=Stopper)
     watchdog: Watchdog = field(default_factory=Watchdog)
+    callbacks: Callbacks = field(default_factory=Callbacks)
+    in_use: set[int] = field(default_factory=set)
+    """Iterations of checkpoints that something reads, on rank 0. They are not removed meanwhile."""
     lock: FolderLock | None = None
     """Of --save, on rank 0."""

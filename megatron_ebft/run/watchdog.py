@@ -23,8 +23,12 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from megatron_ebft.parallel import waiting
+from megatron_ebft.run import flight_recorder
 from megatron_ebft.run.stopping import EXIT_HUNG
 
+CLOCK = waiting.__file__
+"""Its functions stand around collectives."""
 PATIENCE = 6
 """How many times longer than in a step a rank may stand still while it starts or saves."""
 
@@ -52,11 +56,12 @@ class Watchdog(threading.Thread):
 
     Args:
         timeout: seconds without a move, within a step, after which a rank counts as hanging.
+        folder: for what NCCL has recorded, if a rank hangs.
     """
 
-    def __init__(self, timeout: float = math.inf):
+    def __init__(self, timeout: float = math.inf, folder: str = "hang"):
         super().__init__(name="watchdog", daemon=True)
-        self.timeout, self.period = timeout, min(5.0, timeout / 8)
+        self.timeout, self.period, self.folder = timeout, min(5.0, timeout / 8), folder
         self._number, self._phase, self._moved, self._limit = 0, "start", time.monotonic(), PATIENCE * timeout
         self._reports = 0
         self._is_over = threading.Event()
@@ -128,6 +133,7 @@ class Watchdog(threading.Thread):
             text, speaker = f"rank 0, which keeps the store of all ranks, does not answer ({error})", self.rank
         if self._moved != moved:  # the whole job had been suspended, and goes on
             return
+        threading.Thread(target=flight_recorder.write, args=[self.folder], daemon=True).start()  # a disk may hang, too
         if self.rank == speaker:
             print(f"error: no progress for {limit:.0f} s: {text}", file=sys.stderr, flush=True)
         time.sleep(2 * self.period)  # the speaker prints first, and rank 0 keeps the store for those who look later
@@ -135,9 +141,9 @@ class Watchdog(threading.Thread):
 
 
 def _main_thread() -> tuple[str, bool]:
-    """Innermost line of the main thread outside of libraries, and whether it waits in torch.distributed."""
+    """Innermost line of the main thread outside of libraries and clocks, and whether it waits in torch.distributed."""
     stack = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident])
-    own = [frame for frame in stack if "site-packages" not in frame.filename] or stack
+    own = [frame for frame in stack if "site-packages" not in frame.filename and frame.filename != CLOCK] or stack
     where = f"{os.path.basename(own[-1].filename)}:{own[-1].lineno} {own[-1].name}"
     return where, any(os.path.join("torch", "distributed") in frame.filename for frame in stack)
 

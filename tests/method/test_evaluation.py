@@ -44,6 +44,14 @@ def test_every_completion_length_is_brute_force():
         for name, values in (("cfm", [equations.cfm_unbiased(X, y) for X, y in blocks]), ("alignment", alignment),
                              ("cfm_biased", [equations.cfm_biased(X, y) for X, y in blocks])):
             assert metrics[f"{name}_length/{length:02d}"] == pytest.approx(torch.stack(values).mean().item(), abs=1e-6)
+        if length == settings.geometry.rollout_length:
+            cfm_BK = torch.stack([equations.cfm_unbiased(X, y) for X, y in blocks]).unflatten(0, (2, -1))
+            positions = {f"cfm_position/{anchor * 8 // 29 + 1}": cfm_BK[:, k].mean().item()
+                         for k, anchor in enumerate((3, 11, 19))}
+            measured = {name: value for name, value in metrics.items() if name.startswith("cfm_position/")}
+            assert measured == pytest.approx(positions, abs=1e-6)
+            rewards = torch.stack([equations.rewards(X, y, settings.alpha)[2] for X, y in blocks])
+            assert torch.allclose(shown.reward_BKN.flatten(0, 1), rewards, atol=1e-6)
     gold_log_probs = bf.gold_log_probs(weights, config, docs)
     assert metrics["ce_loss"] == pytest.approx(-gold_log_probs.mean().item(), abs=1e-6)
     assert metrics["perplexity"] == pytest.approx((-gold_log_probs.mean()).exp().item())

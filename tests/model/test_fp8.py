@@ -19,6 +19,7 @@ from megatron_ebft.model import fp8
 from megatron_ebft.model.fp8 import FP8, quantised
 from megatron_ebft.rollout.sampler import Rollouts, sample_rollouts
 from megatron_ebft.run import loop, self_check
+from megatron_ebft.run.callbacks import health
 from megatron_ebft.run.flags import method_flags
 
 BLOCKWISE, TENSORWISE = FP8("blockwise", emulate=True), FP8("tensorwise", emulate=True)
@@ -135,7 +136,7 @@ def test_training(arguments, tmp_path, one_rank, monkeypatch, capsys):
     assert all(1.001 < value < 2 for _, value in logged["train/mismatch_ratio"])
     assert all(0 < value < 0.1 for _, value in logged["train/mismatch_kl"]) and "train/importance_truncated" in logged
     capsys.readouterr()
-    monkeypatch.setattr(loop, "HEALTHY_MISMATCH", 1.001)
+    monkeypatch.setattr(health, "HEALTHY_MISMATCH", 1.001)
     run, log = start(arguments(*flags))
     loop.train(run, log)
     assert capsys.readouterr().out.count("warning: step 1: sampler and training pass differ by a factor of 1.") == 1

@@ -19,7 +19,6 @@ import plain_llama
 import pytest
 import torch
 import torch.distributed as dist
-from exchange import exchange_bytes
 from golden import GOLDEN, STEPS, by_sample, load_golden
 from models import largest_difference, relative_error
 from ranks import enter_world, run_ranks
@@ -36,6 +35,7 @@ from megatron_ebft.model.weights import local_layers
 from megatron_ebft.parallel import groups
 from megatron_ebft.rollout import sampler, schedule
 from megatron_ebft.rollout.sampler import Rollouts
+from megatron_ebft.run.plan.exchange import exchange_bytes
 
 VOCAB, ROWS, T, BLOCKS, HIDDEN = 251, 2, 20, 5, 32
 SETTINGS = bf.Settings(bf.Geometry(4, 3, 3, 6), temperature=0.8, norm="joint", pooling="last_token", ce_coef=0.3)

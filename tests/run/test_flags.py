@@ -24,7 +24,9 @@ SWITCHES_AT_FIRST = {
     "sequence_parallel": False, "bf16": False, "deterministic_mode": False, "overlap_grad_reduce": False,
     "async_save": False, "override_opt_param_scheduler": False, "use_checkpoint_opt_param_scheduler": False,
     "use_checkpoint_args": False, "ebft_track_kl": True, "ebft_fp8_emulate": False, "first_last_layers_bf16": False,
-    "ebft_skip_duplicates": True, "ebft_allow_changed_data": False, "ebft_unsafe_code": False}
+    "ebft_skip_duplicates": True, "ebft_allow_changed_data": False, "ebft_unsafe_code": False,
+    "log_throughput": False, "profile": False, "use_pytorch_profiler": False, "record_memory_history": False,
+    "ebft_json_lines": True}
 VALUES_AT_FIRST = {
     "train_iters": None, "micro_batch_size": 1, "global_batch_size": 16, "seed": 1234, "rotary_base": 10000.0,
     "rotary_percent": 1.0, "rope_scaling_factor": 8.0, "rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0,
@@ -41,7 +43,8 @@ VALUES_AT_FIRST = {
     "ebft_rl_coef": 1.0, "ebft_ce_coef": 0.03, "ebft_kl_coef": 0.0, "ebft_importance_cap": 2.0, "ebft_dump_interval": 1,
     "ebft_rlvr_num_samples": 8, "ebft_rlvr_temperature": 1.0, "ebft_max_new_tokens": 1024,
     "ebft_eval_samples": 0, "ebft_eval_temperature": 1.0, "ebft_eval_top_p": 1.0, "ebft_eval_top_k": 0,
-    "ebft_verifier_timeout": 10.0, "ebft_verifier_workers": 4}
+    "ebft_verifier_timeout": 10.0, "ebft_verifier_workers": 4, "profile_step_start": 10, "profile_step_end": 12,
+    "profile_ranks": [0], "ebft_histogram_interval": 10, "ebft_save_hf_interval": 0}
 CHOICES_AT_FIRST = {
     "training_mode": ("ebft", ("ebft", "sft", "rlvr")),
     "position_embedding_type": ("rope", ("rope", "learned_absolute", "none")),
@@ -56,14 +59,17 @@ CHOICES_AT_FIRST = {
     "fp8_recipe": ("blockwise", ("blockwise", "tensorwise")), "ebft_feature_norm": ("joint", ("joint", "layer")),
     "ebft_feature_pooling": ("last_token", ("last_token", "mean")),
     "ebft_whitening": ("none", ("none", "paper", "released")),
-    "ebft_advantage": ("rloo", ("rloo", "reinforce", "group_norm")), "ebft_kl_estimator": ("k2", ("k1", "k2", "k3"))}
+    "ebft_advantage": ("rloo", ("rloo", "reinforce", "group_norm")), "ebft_kl_estimator": ("k2", ("k1", "k2", "k3")),
+    "ebft_stop_on_warning": (None, ("mismatch", "nothing-counts", "reward-flat", "entropy", "zero-spread",
+                                    "gradient-spikes", "overoptimised", "duplicates"))}
 NONE_AT_FIRST = {
     "exit_duration_in_mins", "ebft_stop_file", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads",
     "num_query_groups", "kv_channels", "max_position_embeddings", "data_path", "split", "train_data_path",
     "valid_data_path", "data_cache_path", "tokenizer_model", "vocab_size", "decoder_first_pipeline_num_layers",
     "decoder_last_pipeline_num_layers", "save", "load", "pretrained_checkpoint", "ebft_encoder_load",
     "tensorboard_dir", "ebft_dump_steps", "ebft_replay_steps", "ebft_questions", "ebft_verifier", "ebft_stop",
-    "ebft_eval_questions", "ebft_pass_at"}
+    "ebft_eval_questions", "ebft_pass_at", "ebft_peak_tflops", "wandb_project",
+    "wandb_exp_name", "wandb_save_dir"}
 REFUSED_AT_FIRST = {
     "context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size", "num_experts",
     "multi_latent_attention", "mtp_num_layers", "use_megatron_fsdp", "use_torch_fsdp2",
@@ -88,7 +94,7 @@ def test_names_defaults_and_choices_stay():
 
 
 def test_every_flag_is_well_made():
-    assert sum(len(flags) for flags in (SWITCHES_AT_FIRST, VALUES_AT_FIRST, CHOICES_AT_FIRST, NONE_AT_FIRST)) == 132
+    assert sum(len(flags) for flags in (SWITCHES_AT_FIRST, VALUES_AT_FIRST, CHOICES_AT_FIRST, NONE_AT_FIRST)) == 147
     for name, flag in FLAGS.items():
         assert flag.name == f"--{name.replace('_', '-')}" and flag.help and not flag.help.endswith((".", " ")), name
         assert flag.type in (int, float, str, bool) and (not flag.choices or flag.type is str), name
@@ -139,6 +145,9 @@ def test_values_that_kernels_cannot_hold_are_refused_by_name(flag, value, messag
     (["--lr", "1e38"], "--lr 1e[+]38: a step of AdamW, --lr / .1 − --adam-beta1., is beyond float32"),
     (["--lr", "1e30", "--weight-decay", "1e9"], "--lr 1e[+]30: a step of AdamW, --lr × --weight-decay"),
     (["--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"], "--override-opt.* one of the two"),
+    (["--wandb-exp-name", "x"], "--wandb-exp-name x: needs --wandb-project"),
+    (["--ebft-save-hf-interval", "100"], "--ebft-save-hf-interval 100: needs --save"),
+    (["--ebft-save-hf-interval", "150", "--save", "x"], "--ebft-save-hf-interval 150: must be a multiple of"),
 ])
 def test_contradictions_are_named(flags, message):
     with pytest.raises(ValueError, match=f"^{message}"):

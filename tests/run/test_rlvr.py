@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from paced import Pace
-from small_run import MODEL, TIMED, TOKENIZER, finish, save, scalars, start, start_ranks, weights
+from small_run import MODEL, TIMED, TOKENIZER, empty_charts, finish, save, scalars, start, start_ranks, weights
 
 from megatron_ebft.method import rlvr
 from megatron_ebft.model.fp8 import FP8
@@ -61,6 +61,7 @@ def test_a_run_learns_to_answer(built, tmp_path, capsys):
     assert train(run, log)
     log.close(0.0)
     logged = scalars(tmp_path / "tensorboard")
+    assert empty_charts(run.args) == []
     success = [value for _, value in logged["train/success"]]
     assert success[0] < 0.3 and min(success[-3:]) > 0.9, success
     assert [value for _, value in logged["train/reward"]] == success

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 from paced import Pace
-from small_run import MODEL, SMALL, TIMED, VOCAB, finish, save, scalars, start, start_ranks, weights
+from small_run import MODEL, SMALL, TIMED, VOCAB, empty_charts, finish, save, scalars, start, start_ranks, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_ebft.common.timer import PhaseTimer
@@ -134,7 +134,7 @@ def test_sft_then_ebft_from_its_checkpoint(arguments, tmp_path, one_rank):
     run, log = start(sft)
     train(run, log)
     losses = [value for _, value in scalars(tmp_path / "sft" / "tensorboard")["eval/ce_loss"]]
-    assert losses[-1] < losses[0]
+    assert losses[-1] < losses[0] and empty_charts(sft) == []
     flags = ["--use-checkpoint-args", "--pretrained-checkpoint", str(tmp_path / "sft"),
              "--save", str(tmp_path / "ebft"), "--load", str(tmp_path / "ebft")]
     args = arguments(*flags)

@@ -78,8 +78,9 @@ def interrupt(ranks: list, kind: int, last: int, pace, generator: random.Random)
 
 
 def compare(whole: Path, broken: Path) -> int:
-    """Number of TensorBoard values that are equal, each there once; AssertionError where anything differs."""
-    from small_run import TIMED, scalars
+    """Number of TensorBoard values that are equal, each there once, as in JSON Lines; AssertionError where anything
+    differs."""
+    from small_run import TIMED, by_tag, lines, scalars
 
     from megatron_ebft.checkpointing.reader import CheckpointReader
 
@@ -87,6 +88,8 @@ def compare(whole: Path, broken: Path) -> int:
     tags = [tag for tag in expected if not tag.startswith(TIMED)]
     for tag in tags:
         assert actual[tag] == expected[tag], (tag, actual[tag], expected[tag])
+    expected_lines, actual_lines = (by_tag(lines(folder / "tensorboard")) for folder in (whole, broken))
+    assert {tag: actual_lines[tag] for tag in tags} == {tag: expected_lines[tag] for tag in tags}
     readers = [CheckpointReader(str(folder), "--load") for folder in (whole, broken)]
     assert readers[0].shapes == readers[1].shapes
     for key in readers[0].shapes:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import sys
 import time
@@ -22,6 +23,8 @@ from megatron_ebft.model.build import build_start
 from megatron_ebft.model.weights import unwrap
 from megatron_ebft.run.build import build_run
 from megatron_ebft.run.logger import Logger
+from megatron_ebft.run.sinks.build import build_sinks
+from megatron_ebft.run.sinks.page import page_of
 
 VOCAB = 64
 TOKENIZER = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(VOCAB)]
@@ -56,7 +59,7 @@ def start(args) -> tuple:
     run = build_run(args)
     while any(f".{int(time.time())}." in file.name for file in Path(args.tensorboard_dir).glob("events*")):
         time.sleep(0.05)
-    return run, Logger(args.tensorboard_dir, run.state.iteration, args.train_iters, 48, args.ebft_rollout_length,
+    return run, Logger(build_sinks(args, run.state.iteration), args.train_iters, 48, args.ebft_rollout_length,
                        run.tokenizer)
 
 
@@ -140,6 +143,30 @@ def scalars(folder) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def lines(folder) -> list[dict]:
+    """Of `metrics.jsonl`, one for each step."""
+    with open(f"{folder}/metrics.jsonl") as file:
+        rows = [json.loads(line) for line in file]
+    assert all(a["iteration"] < b["iteration"] for a, b in zip(rows, rows[1:]))
+    return rows
+
+
+def by_tag(rows: list[dict]) -> dict[str, list[tuple[int, float]]]:
+    """Steps and values of every scalar in lines."""
+    values: dict[str, list] = {}
+    for row in rows:
+        for name in row.keys() - {"iteration", "time"}:
+            values.setdefault(name, []).append((row["iteration"], row[name]))
+    return values
+
+
+def empty_charts(args) -> list[str]:
+    """Charts of the run's page that find no values."""
+    tags = scalars(args.tensorboard_dir)
+    return [title for charts in page_of(args).values() for title, patterns in charts.items()
+            if not all(any(re.match(pattern, tag) for tag in tags) for pattern in patterns)]
 
 
 def weights(folder) -> dict[str, torch.Tensor]:

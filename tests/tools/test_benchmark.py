@@ -9,6 +9,7 @@ import plan
 import pytest
 import torch
 
+from megatron_ebft.common.device import peak_tflops
 from megatron_ebft.run.flags.parser import as_argv
 
 
@@ -24,7 +25,7 @@ def result(gpu: dict) -> dict:
 
 
 def test_table_of_a_gpu():
-    gpu = {"peak_tflops": benchmark_report.peak_tflops("NVIDIA H200"), "layers": "local", "attention": "flex",
+    gpu = {"peak_tflops": peak_tflops("NVIDIA H200", "bf16"), "layers": "local", "attention": "flex",
            "attention_share": {"sft": 0.02, "ebft": 0.09}, "peak_bytes": {"sft": 2**35, "ebft": 3 * 2**34},
            "planned_peak_bytes": {"sft": 2**35, "ebft": 2**35}, "kernels": {"ebft": {
                "train": [("nvjet_tst_128x256", 200.0, 400), ("triton_tem_fused_flex", 100.5, 8)]}}}
@@ -40,7 +41,7 @@ def test_table_of_a_gpu():
 
 def test_peaks_and_kernels_by_name():
     names = ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA H200", "Some GPU")
-    assert [benchmark_report.peak_tflops(name) for name in names] == [989.0, 756.0, 989.0, None]
+    assert [peak_tflops(name, "bf16") for name in names] == [989.0, 756.0, 989.0, None]
     kernels = [("triton_tem_fused_flex_attention_0", 2.0), ("nvjet_tst_128x256_64x4_TNT", 5.0), (
         "void pytorch_flash::flash_fwd_kernel<...>", 1.0), ("triton_poi_fused_silu_mul_1", 2.0)]
     assert benchmark_report.attention_share({"train": [(*kernel, 1) for kernel in kernels]}) == pytest.approx(0.3)

@@ -44,7 +44,7 @@ class Counters:
 
     @contextlib.contextmanager
     def __call__(self, phase: str):
-        from collectives import Traffic
+        from megatron_ebft.run.plan.collectives import Traffic
 
         inside = sum(self.flops.values())
         with FlopCounterMode(display=False) as flops, Traffic() as traffic:
@@ -79,16 +79,16 @@ def real_steps(layouts: list[str]) -> list[dict]:
 
 
 def real_step(argv: list[str]) -> dict:
-    from meter import Meter
-
     from megatron_ebft.common.timer import PhaseTimer
     from megatron_ebft.parallel.groups import init_parallel, shut_down
     from megatron_ebft.run.configs import parallel_sizes
     from megatron_ebft.run.loop import train_step
+    from megatron_ebft.run.plan.measure import build
+    from megatron_ebft.run.plan.meter import Meter
 
     args, _ = plan.parse(argv)
     init_parallel(**parallel_sizes(args))
-    run, gold = plan.build(args, Meter(0))
+    run, gold = build(args, Meter(0))
     models = [[[*module.parameters(), *vars(module).values()] for module in model.modules()]
               for model in (*run.policy, run.encoder, run.start) if model is not None]
     buffers = [[buffer.grad_data, buffer.param_data] for chunk in run.policy for buffer in chunk.buffers]

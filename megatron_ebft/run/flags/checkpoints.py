@@ -12,6 +12,8 @@ CHECKPOINTS = Group("checkpoints", (
          "resumed from an earlier step are removed, too", default=0, valid=at_least(0)),
     Flag("--save-retain-interval", int, "with --ebft-keep-checkpoints, also keep the checkpoints of every Nth step "
          "(0: none)", default=0, valid=at_least(0)),
+    Flag("--ebft-save-hf-interval", int, "also write every checkpoint whose step is a multiple of N as a Hugging Face "
+         "model, to hf/iter_0000100 in --save, while training goes on (0: none)", default=0, valid=at_least(0)),
     Flag("--load", str, "checkpoint folder to resume from, until --save has a checkpoint. If it is also --save and "
          "holds no checkpoint, the run starts afresh. If it holds only weights (from tools/convert), the run starts "
          "from them", metavar="DIR"),

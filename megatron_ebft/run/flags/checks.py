@@ -35,6 +35,8 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
     _check_questions(args)
     _check_dumped_steps(args)
     _check_step(args)
+    _check_logging(args)
+    _check_profile(args)
     if args.use_checkpoint_args and not (args.load or args.pretrained_checkpoint):
         raise ValueError("--use-checkpoint-args: needs --load or --pretrained-checkpoint to take them from")
     return args
@@ -152,6 +154,18 @@ def _check_dumped_steps(args) -> None:
                          "--ebft-replay-steps reads")
 
 
+def _check_logging(args) -> None:
+    for name in ("wandb_exp_name", "wandb_save_dir"):
+        if vars(args)[name] and not args.wandb_project:
+            raise ValueError(f"{FLAGS[name].name} {vars(args)[name]}: needs --wandb-project")
+    interval = args.ebft_save_hf_interval
+    if interval and not args.save:
+        raise ValueError(f"--ebft-save-hf-interval {interval}: needs --save")
+    if interval % args.save_interval:
+        raise ValueError(f"--ebft-save-hf-interval {interval}: must be a multiple of --save-interval "
+                         f"{args.save_interval}")
+
+
 def why_separate(args: argparse.Namespace) -> str:
     """Which flag keeps a step from being fused (--ebft-step), or ""."""
     recipes = {flag: recipe for flag, recipe in fp8_recipes(args).items() if flag != "--ebft-encoder-fp8"}
@@ -167,6 +181,15 @@ def why_separate(args: argparse.Namespace) -> str:
 def _check_step(args) -> None:
     if args.ebft_step == "fused" and args.training_mode == "ebft" and why_separate(args):
         raise ValueError(f"--ebft-step fused: not with {why_separate(args)}; use auto or separate")
+
+
+def _check_profile(args) -> None:
+    for name in ("use_pytorch_profiler", "record_memory_history"):
+        if vars(args)[name] and not args.profile:
+            raise ValueError(f"{FLAGS[name].name}: needs --profile")
+    if args.profile and args.profile_step_end <= args.profile_step_start:
+        raise ValueError(f"--profile-step-end {args.profile_step_end}: must be above --profile-step-start "
+                         f"{args.profile_step_start}")
 
 
 def fp8_recipes(args: argparse.Namespace) -> dict[str, str]:

@@ -15,13 +15,14 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import attention_flops  # noqa: F401 (registers formulas)
 import torch
-from collectives import Traffic
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from megatron_ebft.run.plan import attention_flops  # noqa: F401 (registers formulas)
+from megatron_ebft.run.plan.collectives import Traffic
 
 
 @dataclass

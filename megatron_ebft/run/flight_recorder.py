@@ -1,0 +1,41 @@
+"""NCCL's flight recorder: the last collectives of this rank, with sizes, groups and states, written when a rank hangs.
+
+`torchfrtrace FOLDER --prefix nccl_trace_rank_` compares the files of all ranks and names the collective that one of
+them has not joined.
+"""
+
+import os
+
+import torch.distributed as dist
+
+COLLECTIVES = 2000
+
+
+def keep() -> None:
+    """Have NCCL keep records. Call before the process groups start."""
+    os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", str(COLLECTIVES))
+
+
+def records() -> bytes | None:
+    """What NCCL has recorded on this rank; None without NCCL."""
+    if not (dist.is_nccl_available() and dist.get_backend() == "nccl"):
+        return None
+    from torch._C._distributed_c10d import _dump_nccl_trace  # a torch without CUDA lacks it
+
+    return _dump_nccl_trace()
+
+
+def write(folder: str) -> None:
+    """Write this rank's records to `nccl_trace_rank_N`, if there are any. Errors of the disk are nobody's concern now.
+    """
+    recorded = records()
+    if recorded is None:
+        return
+    path = os.path.join(folder, f"nccl_trace_rank_{dist.get_rank()}")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with open(f"{path}.new", "wb") as file:
+            file.write(recorded)
+        os.replace(f"{path}.new", path)
+    except OSError:
+        return
