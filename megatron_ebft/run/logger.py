@@ -52,6 +52,8 @@ class Logger:
     def record(self, iteration: int = 0, scalars: dict[str, float] | None = None,
                 texts: dict[str, str | None] | None = None, flush: bool = False) -> None:
         """Write to TensorBoard. On a full disk values are lost with a warning, and the run goes on."""
+        if not self.is_main:
+            return
         try:
             if self.writer is None:
                 self.writer = SummaryWriter(self.directory, purge_step=self._purge_step)
