@@ -1,6 +1,7 @@
 """Throughput: the slow one of four ranks is named; MFU is operations over time and peak; the plan counts as they do."""
 
 import contextlib
+import os
 import time
 from types import SimpleNamespace
 from unittest import mock
@@ -53,10 +54,13 @@ def runs_with_a_straggler(flags: list[str], folder: str) -> list[dict]:
             run, log = start(args)
             if dist.get_rank() == SLOW:
                 run.policy[0].register_forward_pre_hook(lambda *_: time.sleep(NAP))
-            logged, lines = [], []
-            log.record = lambda iteration, scalars=None, **_: logged.append(scalars)
+            logged, lines, record = [], [], log.record
+            log.record = lambda iteration=0, scalars=None, *rest, **more: (
+                logged.append(scalars), record(iteration, scalars, *rest, **more))
             log.print = lines.append
             assert train(run, log)
+        log.flush()
+        assert len(os.listdir(args.tensorboard_dir)) == 1, "ranks other than the first write, too"
         results.append({"logged": [x for x in logged if x and "ranks/slowest" in x], "lines": lines})
         groups.shut_down()
     return results
