@@ -173,23 +173,19 @@ class Experiment:
 
         return max(ways.LEARNING_RATES, key=quality)
 
-    def choose(self) -> list[Run]:
-        """Runs that choose learning rates: those of SFT first, which another way continues."""
-        runs = [Run(self.task, way, lr, ways.CHOICE_SEED) for way in ways.COMPARED for lr in ways.LEARNING_RATES]
-        self.train(runs)
-        return runs
+    def choose(self) -> None:
+        """Try the learning rates."""
+        self.train([Run(self.task, way, lr, ways.CHOICE_SEED) for way in ways.COMPARED if not way.lr_of
+                    for lr in ways.LEARNING_RATES])
 
-    def compare(self) -> list[Run]:
-        runs = [Run(self.task, way, self.rate(way), seed) for seed in ways.SEEDS for way in ways.COMPARED]
-        self.train(runs)
-        return runs
+    def compare(self, seeds: tuple[int, ...]) -> None:
+        """The ways of the main table."""
+        self.train([Run(self.task, way, self.rate(way), seed) for seed in seeds for way in ways.COMPARED])
 
-    def ask(self) -> list[Run]:
+    def ask(self, seeds: tuple[int, ...]) -> None:
         """The open questions, all with one seed before the next."""
         asked = [way for group in ways.QUESTIONS.values() for way in group if self.task in way.tasks]
-        runs = [Run(self.task, way, self.rate(way), seed) for seed in ways.QUESTION_SEEDS for way in asked]
-        self.train(runs)
-        return runs
+        self.train([Run(self.task, way, self.rate(way), seed) for seed in seeds for way in asked])
 
 
 def collect(output: Path) -> None:
@@ -214,11 +210,15 @@ def main() -> None:
     experiments = [Experiment(task, options.output.resolve(), pool) for task in options.tasks]
     for experiment in experiments:
         experiment.prepare()
-    for stage in ((Experiment.choose, Experiment.compare), (Experiment.ask,)):
+    for experiment in experiments:
+        experiment.choose()
+        experiment.compare(ways.SEEDS[:3])
+        collect(experiment.output)
+    for seed in ways.QUESTION_SEEDS:  # what matters less comes later
         for experiment in experiments:
-            for part in stage:
-                part(experiment)
-                collect(experiment.output)
+            experiment.ask((seed,))
+            experiment.compare(ways.SEEDS)
+            collect(experiment.output)
 
 
 if __name__ == "__main__":
