@@ -178,14 +178,16 @@ class Experiment:
         self.train([Run(self.task, way, lr, ways.CHOICE_SEED) for way in ways.COMPARED if not way.lr_of
                     for lr in ways.LEARNING_RATES])
 
-    def compare(self, seeds: tuple[int, ...]) -> None:
-        """The ways of the main table."""
-        self.train([Run(self.task, way, self.rate(way), seed) for seed in seeds for way in ways.COMPARED])
+    def compare(self) -> None:
+        """The ways of the main table, all with one seed before the next."""
+        for seed in ways.SEEDS:
+            self.train([Run(self.task, way, self.rate(way), seed) for way in ways.COMPARED])
 
-    def ask(self, seeds: tuple[int, ...]) -> None:
-        """The open questions, all with one seed before the next."""
+    def ask(self) -> None:
+        """The open questions, likewise."""
         asked = [way for group in ways.QUESTIONS.values() for way in group if self.task in way.tasks]
-        self.train([Run(self.task, way, self.rate(way), seed) for seed in seeds for way in asked])
+        for seed in ways.QUESTION_SEEDS:
+            self.train([Run(self.task, way, self.rate(way), seed) for way in asked])
 
 
 def collect(output: Path) -> None:
@@ -212,13 +214,11 @@ def main() -> None:
         experiment.prepare()
     for experiment in experiments:
         experiment.choose()
-        experiment.compare(ways.SEEDS[:3])
+        experiment.compare()
         collect(experiment.output)
-    for seed in ways.QUESTION_SEEDS:  # what matters less comes later
-        for experiment in experiments:
-            experiment.ask((seed,))
-            experiment.compare(ways.SEEDS)
-            collect(experiment.output)
+    for experiment in experiments:
+        experiment.ask()
+        collect(experiment.output)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,7 @@ FEW = 150
 def code(folder: Path) -> dict[str, list[dict]]:
     """The questions of three_ways_data.py, which also writes the tokenizer into the folder."""
     three_ways_data.main(folder)
-    lines = {split: [json.loads(line) for line in (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
-             for split in ("pretrain", "train", "valid")}
+    lines = read(folder, "pretrain", "train", "valid")
     return {"start": lines["pretrain"], "train": lines["train"][:-CHOICE], "choice": lines["train"][-CHOICE:],
             "valid": lines["valid"]}
 
@@ -39,9 +38,15 @@ def dates(folder: Path) -> dict[str, list[dict]]:
     quickstart_data.main(folder)
     lines = {split: [{"prompt": document["prompt"], "completion": document["answer"], "answer": [document["answer"]]}
                      for document in documents]
-             for split, documents in quickstart_data.documents().items()}
+             for split, documents in read(folder, "start", "finetune", "valid").items()}
     return {"start": lines["start"], "train": lines["finetune"], "choice": lines["valid"][:CHOICE],
             "valid": lines["valid"][CHOICE:]}
+
+
+def read(folder: Path, *splits: str) -> dict[str, list[dict]]:
+    """The lines of each split."""
+    return {split: [json.loads(line) for line in (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+            for split in splits}
 
 
 def make(task: str, folder: Path) -> None:

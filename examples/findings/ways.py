@@ -7,7 +7,7 @@ from pathlib import Path
 STEPS = 25
 SFT_RATIO = 6
 """Steps of SFT that take the processor time of one EBFT step: 0.77 s / 0.12 s, measured before the runs."""
-LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 """Tried on CHOICE_SEED for each way to train, except those that take the rate of another way."""
 CHOICE_SEED = 101
 SEEDS = (1, 2, 3, 4, 5)
