@@ -37,7 +37,7 @@ def measure(task: str, folder: Path, data: Path, start: Path, split: str, cold: 
     text = [*ways.ROW_FLAGS, *ways.LAYOUT, "--text-data", data / f"{split}_text_document", "--text-rows", ways.ROWS,
             "--data-cache-path", data / "cache", "--micro-batch-size", 16]
     if split == VALID:
-        text += ["--ebft-encoder-load", start, "--ebft-eval-length", 16]
+        text += ["--ebft-encoder-load", start, "--ebft-eval-length", 8]
     results = run_evaluate(folder, split, [*flags, *text])
     lines = answers(folder, split)
     scores = answer_scores(results, lines) | {name: value for name, value in results["text"].items() if name != "rows"}

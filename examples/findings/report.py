@@ -31,7 +31,7 @@ COLUMNS = {"pass@1": "pass@1", "pass@4": "pass@4", "greedy": "greedy", "greedy c
 """Scores of the main table."""
 COMPARED = {"pass@1": "pass@1", "pass@4": "pass@4", "ce_loss": "CE", "cfm_length/08": "CFM", "L_FM/08": "L_FM"}
 """Scores of the tables of differences."""
-LENGTHS = ("01", "02", "04", "08", "16")
+LENGTHS = ("01", "02", "04", "08")
 PANELS = {"pass@1": "pass@1: higher is better", "ce_loss": "cross entropy: lower is better",
           "cfm_length/08": "CFM, 8 tokens: lower is better"}
 COLORS = {"sft": "tab:orange", "ebft": "tab:blue", "rlvr": "tab:red"}
@@ -117,7 +117,7 @@ def main_table(results: Results) -> str:
 
 def lengths_table(results: Results) -> str:
     """CFM by completion length."""
-    rows = [["CFM of a completion of", *(f"{int(length)} tokens" for length in LENGTHS)],
+    rows = [["CFM by tokens of the completion", *(str(int(length)) for length in LENGTHS)],
             ["start", *(Interval.of([results.start["scores"][f"cfm_length/{length}"]]).text() for length in LENGTHS)]]
     rows += [[way.name, *(shown(results.interval(way.name, f"cfm_length/{length}")) for length in LENGTHS)]
              for way in ways.COMPARED if way.name in results.by_way]
@@ -180,6 +180,17 @@ def choice_table(results: Results) -> str:
     return table(rows, "markdown")
 
 
+def noise_table(folder: Path) -> str:
+    """variances.json: how noisy the parts of the reward are."""
+    recorded = json.loads((folder / "variances.json").read_text(encoding="utf-8"))["variances"]
+    rows = [["n", "alignment", "diversity", "noise in it", "alignment / diversity", "alignment / noise", "advantage"]]
+    for n, x in recorded.items():
+        rows.append([n, f"{x['alignment']:.3f}", f"{x['diversity']:.3f}", f"{x['noise']:.3f}",
+                     f"{x['alignment'] / x['diversity']:.1f}", f"{x['alignment'] / x['noise']:.1f}",
+                     f"{x['advantage']:.3f}"])
+    return table(rows, "markdown")
+
+
 def report(folder: Path) -> str:
     """All tables as Markdown."""
     parts = []
@@ -196,6 +207,8 @@ def report(folder: Path) -> str:
         if any(name in results.by_way for name, _ in asked):
             parts += [f"### {task}: one setting changed", differences_table(results, asked), cold_table(results)]
         parts += [f"### {task}: learning rates tried", choice_table(results)]
+    if (folder / "variances.json").exists():
+        parts += ["### code: variances of the parts of the reward, by the number of rollouts", noise_table(folder)]
     return "\n\n".join(parts) + "\n"
 
 

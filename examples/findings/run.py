@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 
 sys.path.extend(map(str, (Path(__file__).parents[2], Path(__file__).parents[2] / "tools")))
@@ -26,29 +26,42 @@ MODULES = ["megatron_ebft.run.loop", "megatron_ebft.run.build", "torch.utils.ten
 
 
 class Pool:
-    """Calls functions in processes of their own, several at a time; skips what is done."""
+    """Calls functions in processes of their own, several at a time."""
 
     def __init__(self, jobs: int):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(MODULES)
         self.executor = ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1)
+        self.calls: list[Future] = []
 
-    def call(self, function, *arguments: tuple) -> None:
-        """Call the function once for each tuple of arguments, and wait for all.
+    def submit(self, log: Path, function, *arguments) -> Future:
+        """Call the function when its turn comes; what it prints goes to a file, the line it returns to the console."""
+        call = self.executor.submit(logged, log, function, *arguments)
+        call.add_done_callback(say)
+        self.calls.append(call)
+        return call
+
+    def wait(self) -> None:
+        """Wait for all calls.
 
         Raises:
-            Exception: the first call that fails; those that have not begun are given up.
+            Exception: the first that failed; those that have not begun are given up.
         """
-        calls = [self.executor.submit(logged, function, *each) for each in arguments]
         try:
-            for number, call in enumerate(calls, 1):
-                print(f"{time.strftime('%H:%M:%S')} {number}/{len(calls)} {call.result()}", flush=True)
+            for call in self.calls:
+                call.result()
         except BaseException:
             self.executor.shutdown(wait=False, cancel_futures=True)
             raise
+        self.calls = []
 
 
-def logged(function, log: Path, *arguments) -> str:
+def say(call: Future) -> None:
+    if not call.cancelled() and call.exception() is None:
+        print(f"{time.strftime('%H:%M:%S')} {call.result()}", flush=True)
+
+
+def logged(log: Path, function, *arguments) -> str:
     """Call the function; what it prints goes to a file."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a") as file:
@@ -142,18 +155,22 @@ class Experiment:
     def prepare(self) -> None:
         """Data and start."""
         folder = self.output / self.task
-        self.pool.call(preprocess, (folder / "data.log", self.task, folder / "data"))
+        self.pool.submit(folder / "data.log", preprocess, self.task, folder / "data").result()
         if not (self.start / "record.json").exists():
-            self.pool.call(train_start, (folder / "start.log", self.task, self.output))
+            self.pool.submit(folder / "start.log", train_start, self.task, self.output)
+        self.pool.wait()
 
     def train(self, runs: list[Run]) -> None:
-        """Those runs that are not done; first those that start from the start."""
-        todo = [run for run in runs if not (run.folder(self.output) / "record.json").exists()]
-        for later in (False, True):
-            self.pool.call(train_run, *(
-                (run.folder(self.output) / "log.txt", run, self.of_way(run.way.after, run.seed) if later else None,
-                 self.of_way(run.way.encoder, ways.SEEDS[0]) or self.start, self.output)
-                for run in todo if bool(run.way.after) == later))
+        """Those runs that are not done."""
+        calls = {}
+        for run in runs:
+            own, before = run.folder(self.output), self.of_way(run.way.after, run.seed)
+            if before in calls:
+                calls[before].result()  # this run continues it
+            if not (own / "record.json").exists():
+                encoder = self.of_way(run.way.encoder, ways.SEEDS[0]) or self.start
+                calls[own] = self.pool.submit(own / "log.txt", train_run, run, before, encoder, self.output)
+        self.pool.wait()
 
     def of_way(self, name: str, seed: int) -> Path | None:
         """The folder of another way, at its learning rate."""
@@ -180,14 +197,12 @@ class Experiment:
 
     def compare(self) -> None:
         """The ways of the main table, all with one seed before the next."""
-        for seed in ways.SEEDS:
-            self.train([Run(self.task, way, self.rate(way), seed) for way in ways.COMPARED])
+        self.train([Run(self.task, way, self.rate(way), seed) for seed in ways.SEEDS for way in ways.COMPARED])
 
     def ask(self) -> None:
         """The open questions, likewise."""
         asked = [way for group in ways.QUESTIONS.values() for way in group if self.task in way.tasks]
-        for seed in ways.QUESTION_SEEDS:
-            self.train([Run(self.task, way, self.rate(way), seed) for way in asked])
+        self.train([Run(self.task, way, self.rate(way), seed) for seed in ways.QUESTION_SEEDS for way in asked])
 
 
 def collect(output: Path) -> None:

@@ -20,7 +20,7 @@ SAMPLES = 4
 """Sampled answers of each question."""
 ASKED = 100
 """Held-out questions that are answered."""
-ROWS = 32
+ROWS = 100
 """Held-out rows for cross entropy and CFM."""
 LONGEST = 40
 """Tokens of an answer. A right one has fewer."""

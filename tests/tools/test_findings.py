@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import statistics
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import measure
 import plain_llama
 import pytest
 import report
+import run as driver
 import tasks
 import torch
 import variances
@@ -106,6 +108,53 @@ def test_t_quantiles():
         values = [scale * (1 + (i * width) ** 2 / degrees) ** (-(degrees + 1) / 2) for i in range(2001)]
         area = width / 3 * (values[0] + values[-1] + 4 * sum(values[1:-1:2]) + 2 * sum(values[2:-1:2]))
         assert 0.5 + area == pytest.approx(0.975, abs=2e-6), degrees
+
+
+class Calls:
+    """Stands in for the pool: what is submitted is done at once."""
+
+    def __init__(self):
+        self.runs, self.before = [], {}
+
+    def submit(self, log: Path, function, run: ways.Run, before: Path | None, encoder: Path, output: Path) -> Future:
+        self.runs.append(run)
+        self.before[run] = before
+        call = Future()
+        call.set_result("done")
+        return call
+
+    def wait(self) -> None:
+        pass
+
+
+def test_the_driver_chooses_rates_and_skips_what_is_done(tmp_path):
+    """Of equal pass@1, the lower cross entropy wins. EBFT after SFT continues SFT of its seed."""
+    calls = Calls()
+    experiment = driver.Experiment("dates", tmp_path, calls)
+    experiment.choose()
+    tried = {(run.way.name, run.lr, run.seed) for run in calls.runs}
+    own = [way.name for way in ways.COMPARED if not way.lr_of]
+    assert tried == set(itertools.product(own, ways.LEARNING_RATES, [ways.CHOICE_SEED])) and len(own) == 6
+    for run in calls.runs:
+        best = 2 if run.way.name == "SFT" else 1
+        scores = {"pass@1": 0.5 if run.lr >= ways.LEARNING_RATES[1] else 0.4,
+                  "ce_loss": abs(ways.LEARNING_RATES.index(run.lr) - best)}
+        run.folder(tmp_path).mkdir(parents=True)
+        driver.write_record(run.folder(tmp_path), {"seconds": 1.0}, scores)
+    calls.runs.clear()
+    experiment.choose()
+    assert not calls.runs
+    experiment.compare()
+    assert len(calls.runs) == len(ways.COMPARED) * len(ways.SEEDS)
+    for run in calls.runs:
+        assert run.lr == ways.LEARNING_RATES[2 if run.way.mode == "sft" and run.way.name == "SFT" else 1]
+        before = calls.before[run]
+        if run.way.after:
+            sft = next(other for other in calls.runs if other.way.name == "SFT" and other.seed == run.seed)
+            assert before == sft.folder(tmp_path) and calls.runs.index(sft) < calls.runs.index(run)
+        else:
+            assert before is None
+    assert len({run.folder(tmp_path) for run in calls.runs}) == len(calls.runs)
 
 
 def record(way: str, seed: int, **scores: float) -> dict:
