@@ -52,6 +52,7 @@ install() {
   export PATH="$venv/bin:$PATH"
   export OMP_NUM_THREADS=1       # one core per rank
   export CUDA_VISIBLE_DEVICES="" # CPU only: the models are small, and two ranks need two GPUs
+  export TORCH_COMPILE_DISABLE=1 # a CPU compiles nothing here, and the compiler takes 2 s to import
   export PYTHONWARNINGS=ignore   # Megatron-Core warns about optional accelerators
 }
 

@@ -218,10 +218,10 @@ def plot(runs: list[Run], references: dict[str, str], path: Path) -> None:
 def write_samples(axis, shown: list[tuple[str, str, dict[str, list[str]]]]) -> None:
     """Write a column for each question, with a sample in a line each."""
     width = 1 / len(shown)
-    for i, (prompt, reference, samples) in enumerate(shown):
+    axis.set_title("Answers, sampled before fine-tuning (gray) and after", fontsize=11)
+    for i, (prompt, _, samples) in enumerate(shown):
         left, top = i * width, 0.97
-        axis.text(left, top, textwrap.shorten(f"{prompt.strip()} {reference}", 44), fontsize=10, weight="bold",
-                  va="top")
+        axis.text(left, top, textwrap.shorten(prompt, 32, placeholder=" …"), fontsize=10, weight="bold", va="top")
         for label, texts in samples.items():
             for text in texts:
                 top -= 0.072
