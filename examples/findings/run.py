@@ -51,7 +51,7 @@ class Pool:
             for call in self.calls:
                 call.result()
         except BaseException:
-            self.executor.shutdown(wait=False, cancel_futures=True)
+            self.executor.shutdown(cancel_futures=True)
             raise
         self.calls = []
 
@@ -62,7 +62,10 @@ def say(call: Future) -> None:
 
 
 def logged(log: Path, function, *arguments) -> str:
-    """Call the function; what it prints goes to a file."""
+    """Call the function; what it prints goes to a file. It ends when the driver is killed."""
+    from megatron_ebft.common.signals import end_with_parent
+
+    end_with_parent()
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a") as file:
         for stream in (1, 2):
