@@ -11,7 +11,7 @@
 #   --hf-model  Hugging Face folder of the model, for example of HuggingFaceTB/SmolLM2-135M-Instruct
 #   --smoke     a few steps of everything on 64 tokens, on the CPU: shows that it runs, not that it learns
 #   --seeds     train each way once for each seed (default: "1 2 3" on a GPU, else "1")
-#   --steps     steps of EBFT; SFT takes five times as many, in about the same time (default: 200 on a GPU, else 20)
+#   --steps     steps of EBFT; SFT takes five times as many, about as many operations (default: 200 on a GPU, else 20)
 #   --output    folder for data, checkpoints, Hugging Face exports, TensorBoard files (tensorboard --logdir DIR),
 #               table.txt, results.json and curves.png (default: outputs/smollm2 at the repository's root; with --smoke:
 #               outputs/smollm2-smoke)

@@ -88,11 +88,14 @@ def renamed(source: str) -> str:
     return re.sub(rf"\b({'|'.join(names)})\b", r"\1_too", source)
 
 
-def code(source: str) -> tuple:
+def code(source: str) -> str:
     """What a function's bytecode computes: the same for any names of variables."""
+    def contents(part) -> tuple:
+        return part.co_code, part.co_names, [contents(x) if hasattr(x, "co_code") else x for x in part.co_consts
+                                             if x != part.co_qualname and not str(x).startswith(f"{part.co_name}.")]
+
     module = compile(source, "module", "exec", optimize=2)  # without docstrings
-    function = next(x for x in module.co_consts if hasattr(x, "co_code"))
-    return function.co_code, function.co_names, repr([x for x in function.co_consts if not hasattr(x, "co_code")])
+    return repr(contents(next(x for x in module.co_consts if hasattr(x, "co_code"))))
 
 
 @pytest.fixture(scope="module")
