@@ -64,7 +64,10 @@ install() {
   export PATH="$venv/bin:$PATH"
   export OMP_NUM_THREADS=1     # one core per rank
   export PYTHONWARNINGS=ignore # Megatron-Core warns about optional accelerators
-  $use_gpu || export CUDA_VISIBLE_DEVICES="" # most models here are small, and two ranks need two GPUs
+  if ! $use_gpu; then
+    export CUDA_VISIBLE_DEVICES="" # most models here are small, and two ranks need two GPUs
+    export TORCH_COMPILE_DISABLE=1 # a CPU compiles nothing here, and the compiler takes 2 s to import
+  fi
 }
 
 # make_data SCRIPT: text and tokenizer, by a Python script of this folder. Its last file is tokenizer.model.

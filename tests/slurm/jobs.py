@@ -30,6 +30,8 @@ RUN = [*SMALL, "--split", "80,20,0", "--train-iters", str(STEPS), "--save-interv
        "--distributed-timeout-minutes", "10"]
 UNDER_WAY = ("PENDING", "RUNNING", "SIGNALING", "COMPLETING", "CONFIGURING", "PREEMPTED")
 NODES = ["--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1", "--gpus-per-node=0"]
+ONE_RANK_EACH = ["--nodes=2", "--ntasks-per-node=1", *NODES[2:]]
+"""Of the jobs that are interrupted: each start of a rank costs 10 s of a processor. test_sweep has two ranks a node."""
 
 
 class Cluster:
@@ -218,7 +220,7 @@ def start(cluster):
 def whole(cluster, start):
     """A job that nothing interrupts; says how long the way to its first step took."""
     last, parts = time.monotonic(), []
-    job = cluster.submit("whole", *RUN)
+    job = cluster.submit("whole", *RUN, options=ONE_RANK_EACH)
     for part, line in (("queue", "attempt 1"), ("checks", "starting the ranks"),
                        ("imports and build", "M parameters on a"), ("evaluation", "eval 0/"), ("step", "step 1/")):
         job.until(line)
@@ -262,7 +264,7 @@ def test_every_interruption(cluster, whole, paced):
     signal at the very end."""
     environment, pace = paced
     pace.allow(2)
-    job = cluster.submit("interrupted", *RUN, **environment)
+    job = cluster.submit("interrupted", *RUN, options=ONE_RANK_EACH, **environment)
 
     def come_to(step: int, start: str) -> None:
         job.until(start)  # earlier ones must not take the step
@@ -274,8 +276,8 @@ def test_every_interruption(cluster, whole, paced):
     come_to(3, "start 2")
     cluster.run("scancel", "--signal=TERM", job.number)
     come_to(5, "start 3")
-    cluster.run("kill", "-KILL", processes(cluster, "RANK=3")[0])  # the others are its children
-    pace.allow(6)  # in which the other ranks miss this one
+    cluster.run("kill", "-KILL", processes(cluster, "RANK=1")[0])  # the others are its children
+    pace.allow(6)  # in which rank 0 misses it
     come_to(6, "attempt 2")
     cluster.run("scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=test")
     cluster.run("bash", "-c", "scontrol update NodeName=node2 State=RESUME || "  # it may have come back by itself
@@ -292,22 +294,21 @@ def test_every_interruption(cluster, whole, paced):
     assert job.text().count("attempt 1") >= 6 and job.text().count("crash 1") == 1
     assert_same(job, whole)
     for attempt in (job.run / "logs").glob("*.*.*"):
-        assert {log.name for log in attempt.glob("rank-*.log")} == {f"rank-{rank}.log" for rank in (1, 2, 3)}, attempt
+        assert [log.name for log in attempt.glob("rank-*.log")] == ["rank-1.log"], attempt
 
 
 def test_sweep(cluster, start):
-    """Four points of the grid as an array, then side by side."""
+    """Three points of the grid as an array, then side by side."""
     sweep = cluster.folder / "sweep"
     flags = [flag if flag != str(STEPS) else "4" for flag in RUN]
     array = cluster.submit("point", *flags, script=REPO / "slurm/sweep.sh", SWEEP=str(sweep),
-                           options=["--array=0,4,13,26", "--nodes=1", *NODES[1:]])
-    for task in ("0", "4", "13", "26"):
+                           options=["--array=0,4,26", "--nodes=1", *NODES[1:]])
+    for task in ("0", "4", "26"):
         job = Job(cluster, f"{array.number}_{task}", Path(str(array.output).replace("%a", task)), sweep)
         assert job.ends() == "COMPLETED 0", job.text()
     table = subprocess.run([sys.executable, "tools/compare_runs.py", str(sweep), "--format", "csv", "--output",
                             str(sweep / "curves.png")], check=True, cwd=REPO, text=True, stdout=subprocess.PIPE).stdout
     head, *rows = csv.reader(table.splitlines())
     assert head == [*COLUMNS] and (sweep / "curves.png").stat().st_size > 10_000
-    assert [row[0] for row in rows] == ["ce0-diversity0-none", "ce0.03-diversity0.5-none",
-                                        "ce0.03-diversity0.5-paper", "ce0.1-diversity1-released"]
+    assert [row[0] for row in rows] == ["ce0-diversity0-none", "ce0.03-diversity0.5-none", "ce0.1-diversity1-released"]
     assert all(row[1] == "4" and row[2] == "0" and "" not in row for row in rows)
