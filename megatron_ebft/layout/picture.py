@@ -26,7 +26,8 @@ def cells(row: RowLayout) -> Tensor:
 def picture(layout: StridedLayout) -> Tensor:
     """The mask of the first blocks of an encoder row: uint8 [side, side, 3]."""
     blocks, samples, length = min(BLOCKS, layout.num_blocks), min(SAMPLES, layout.num_samples), layout.rollout_length
-    few = replace(layout, seq_length=layout.context_length + (blocks - 1) * layout.stride + length, num_samples=samples)
+    few = replace(layout, seq_length=layout.context_length + (blocks - 1) * layout.stride + length, num_samples=samples,
+                  pad_to=1)
     drawn = cells(split_blocks(few, 0, length)[0])
     pixels = -(-SIDE // len(drawn))
     colors = torch.tensor([[int(COLORS[kind][i:i + 2], 16) for i in (1, 3, 5)] for kind in KINDS], dtype=torch.uint8)

@@ -6,6 +6,7 @@ from xml.etree import ElementTree
 import draw_mask
 import pytest
 
+from megatron_ebft.layout.picture import COLORS, picture
 from megatron_ebft.layout.strided import StridedLayout
 
 PICTURE = Path(__file__).parents[2] / "megatron_ebft" / "layout" / "packed_row.svg"
@@ -36,6 +37,17 @@ def rule(seq_length: int, context: int, stride: int, length: int, samples: int) 
 @pytest.mark.parametrize("geometry", [(12, 3, 3, 3, 2), (16, 4, 2, 5, 3), (9, 1, 3, 1, 1)])
 def test_cells_follow_the_rule(geometry):
     assert drawn(draw_mask.draw(StridedLayout(*geometry))) == rule(*geometry)
+
+
+def test_pixels_follow_the_rule():
+    """TensorBoard's picture: the first four blocks and samples of a row, also where rows are padded for FP8."""
+    pixels, expected = picture(StridedLayout(48, 4, 4, 4, 8, pad_to=16)), rule(20, 4, 4, 4, 4)
+    expected["hidden"] = {(y, x) for y in range(84) for x in range(84)} - set().union(*expected.values())
+    size = len(pixels) // 84
+    assert len(pixels) == 84 * size
+    for kind, cells in expected.items():
+        for y, x in cells:
+            assert pixels[y * size, x * size].tolist() == [int(COLORS[kind][i:i + 2], 16) for i in (1, 3, 5)]
 
 
 def test_committed_picture_is_todays(tmp_path):
