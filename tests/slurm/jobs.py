@@ -30,8 +30,9 @@ RUN = [*SMALL, "--split", "80,20,0", "--train-iters", str(STEPS), "--save-interv
        "--distributed-timeout-minutes", "10"]
 UNDER_WAY = ("PENDING", "RUNNING", "SIGNALING", "COMPLETING", "CONFIGURING", "PREEMPTED")
 NODES = ["--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1", "--gpus-per-node=0"]
-ONE_RANK_EACH = ["--nodes=2", "--ntasks-per-node=1", *NODES[2:]]
-"""Of the jobs that are interrupted: each start of a rank costs 10 s of a processor. test_sweep has two ranks a node."""
+ONE_RANK_EACH, UNPLANNED = ["--nodes=2", "--ntasks-per-node=1", *NODES[2:]], [*RUN, "--no-log-throughput"]
+"""Of the jobs that are interrupted: each start of a rank costs 10 s of a processor, and as much to plan its step.
+test_sweep has two ranks a node, and plans."""
 
 
 class Cluster:
@@ -220,7 +221,7 @@ def start(cluster):
 def whole(cluster, start):
     """A job that nothing interrupts; says how long the way to its first step took."""
     last, parts = time.monotonic(), []
-    job = cluster.submit("whole", *RUN, options=ONE_RANK_EACH)
+    job = cluster.submit("whole", *UNPLANNED, options=ONE_RANK_EACH)
     for part, line in (("queue", "attempt 1"), ("checks", "starting the ranks"),
                        ("imports and build", "M parameters on a"), ("evaluation", "eval 0/"), ("step", "step 1/")):
         job.until(line)
@@ -264,7 +265,7 @@ def test_every_interruption(cluster, whole, paced):
     signal at the very end."""
     environment, pace = paced
     pace.allow(2)
-    job = cluster.submit("interrupted", *RUN, options=ONE_RANK_EACH, **environment)
+    job = cluster.submit("interrupted", *UNPLANNED, options=ONE_RANK_EACH, **environment)
 
     def come_to(step: int, start: str) -> None:
         job.until(start)  # earlier ones must not take the step

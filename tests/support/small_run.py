@@ -32,7 +32,7 @@ MODEL = ["--num-layers", "4", "--hidden-size", "32", "--num-attention-heads", "4
 SMALL = ["--seq-length", "24", "--micro-batch-size", "1", "--global-batch-size", "2", "--lr", "1e-2", "--eval-iters",
          "1", "--ebft-rollout-length", "4", "--ebft-stride", "4", "--ebft-context-length", "4", "--ebft-eval-length",
          "8", *TOKENIZER]
-TIMED = ("seconds/", "run/", "train/tokens_per_second", "train/distance_to_start")
+TIMED = ("seconds/", "run/", "throughput/", "ranks/", "memory/", "train/tokens_per_second", "train/distance_to_start")
 """Scalars that differ between equal runs, and the one that is measured at the first step of each process."""
 PATIENCE = 600
 """Seconds after which a process hangs. A step takes a tenth of a second; some machines are much slower."""
