@@ -9,9 +9,9 @@
 # examples/README.md tells what to expect.
 #
 #   --seeds   train each way once for each seed (default: "1 2 3")
-#   --smoke   a few steps of everything, in about a minute: shows that it runs, not that it learns
-#   --output  folder for the data, checkpoints, TensorBoard files (tensorboard --logdir DIR), report.txt, results.json and
-#             curves.png (default: outputs/quickstart at the repository's root; with --smoke: outputs/quickstart-smoke)
+#   --smoke   a few steps of everything, in a minute and a half: shows that it runs, not that it learns
+#   --output  folder for the data, checkpoints, TensorBoard files (tensorboard --logdir DIR), report.txt, results.json
+#             and curves.png (default: outputs/quickstart at the repository's root; with --smoke: outputs/quickstart-smoke)
 #
 # Run it again to continue where it stopped: it skips complete stages and resumes training.
 # To start over, or after you change a setting below, remove the output folder.
@@ -26,7 +26,7 @@ check_seeds "$seeds"
 
 if $smoke; then
   : "${output:=$REPO/outputs/quickstart-smoke}"
-  seeds="${seeds%% *}" ce_coefs=0.1 layers=4 hidden=64 heads=2 start_steps=6 steps=2 eval_iters=1 questions=8
+  ranks=1 seeds="${seeds%% *}" ce_coefs=0.1 layers=4 hidden=64 heads=2 start_steps=6 steps=2 eval_iters=1 questions=8
 else
   : "${output:=$REPO/outputs/quickstart}"
   ce_coefs="0 0.1" layers=4 hidden=128 heads=4 start_steps=400 steps=30 eval_iters=2 questions=100
@@ -68,7 +68,8 @@ finetune() {
     --pretrained-checkpoint "$output/start" --ebft-encoder-load "$output/start" --use-checkpoint-args \
     --ebft-rollout-length 8 --ebft-stride 4 --ebft-context-length 8 --ebft-num-samples 4 --ebft-temperature 1.0 \
     --lr 3e-4 --lr-decay-style constant --eval-interval "$((steps / 2))" --ebft-eval-length 8 --save-interval 15 \
-    --ebft-eval-questions "$data/questions.jsonl" --ebft-verifier exact --ebft-eval-samples 3 --ebft-max-new-tokens 40 "$@"
+    --ebft-eval-questions "$data/questions.jsonl" --ebft-verifier exact --ebft-eval-samples 3 \
+    --ebft-max-new-tokens 40 "$@"
 }
 folders=()
 for seed in $seeds; do
