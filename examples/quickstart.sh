@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Energy-Based Fine-Tuning from scratch on two CPU cores, beside SFT, in about 10 minutes:
+# Energy-Based Fine-Tuning from scratch on two CPU cores, beside SFT, in about 11 minutes:
 #
 #   bash examples/quickstart.sh [--seeds "1 2 3"] [--smoke] [--output DIR]
 #
