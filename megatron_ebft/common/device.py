@@ -12,6 +12,7 @@ those entry points by their CPU counterparts, so that every other module is writ
 
 import functools
 import os
+import re
 import resource
 import time
 
@@ -24,11 +25,12 @@ MAKERS = ("arange", "as_tensor", "empty", "empty_like", "eye", "full", "full_lik
 """Functions of torch that take a device and make a tensor there."""
 
 PEAKS = {name: dict(zip(("bf16", "fp32", "fp8"), peaks)) for name, peaks in {
-    "B200": (2250.0, 75.0, 4500.0), "H200": (989.0, 67.0, 1979.0), "GH200": (989.0, 67.0, 1979.0),
-    "H100 PCIe": (756.0, 51.0, 1513.0), "H100 NVL": (835.0, 60.0, 1671.0), "H100": (989.0, 67.0, 1979.0),
+    "GB200": (2500.0, 80.0, 5000.0), "B200": (2250.0, 75.0, 4500.0), "GH200": (989.0, 67.0, 1979.0),
+    "H200 NVL": (835.0, 60.0, 1671.0), "H200": (989.0, 67.0, 1979.0), "H100 PCIe": (756.0, 51.0, 1513.0),
+    "H100 NVL": (835.0, 60.0, 1671.0), "H100": (989.0, 67.0, 1979.0),
     "H800": (989.0, 67.0, 1979.0), "A100": (312.0, 19.5, None), "A800": (312.0, 19.5, None),
     "L40S": (362.0, 91.6, 733.0)}.items()}
-"""TFLOP/s without sparsity by a part of the GPU's name, from NVIDIA's data sheets. The first match counts."""
+"""TFLOP/s without sparsity by words of the GPU's name, from NVIDIA's data sheets. The first match counts."""
 
 
 def have_gpu() -> bool:
@@ -66,7 +68,7 @@ def peak_memory() -> tuple[int, int]:
 
 def peak_tflops(name: str, precision: str) -> float | None:
     """Dense TFLOP/s of a GPU in `bf16`, `fp32` (without TF32) or `fp8`; None where unknown."""
-    return next((peaks[precision] for part, peaks in PEAKS.items() if part in name), None)
+    return next((peaks[precision] for part, peaks in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
 def matmul_rate(dtype: torch.dtype, size: int, repeats: int = 5) -> float:
@@ -149,6 +151,7 @@ def _cuda_type(self, *args, **kwargs):
     """Tensor.type, which names a CPU's type as if it were CUDA's."""
     answer = _type(self, *args, **kwargs)
     return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+
 
 def be_deterministic() -> None:
     """Choose kernels that add up in a fixed order (--deterministic-mode). Call before the first product on the GPU.

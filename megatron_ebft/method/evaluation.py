@@ -41,6 +41,8 @@ class EvaluationRollouts:
     rollouts: Rollouts
     reward_BKN: Tensor
     """Rewards of their first G tokens, without whitening."""
+    valid_BK: Tensor
+    """Blocks that count at G tokens, bool."""
 
 
 def evaluation_config(config: EBFTConfig, longest: int, rows: int) -> tuple[EBFTConfig, list[int]]:
@@ -126,7 +128,8 @@ def _measure_rollouts(policy, encoder, start, gold, config, longest, means) -> E
         means.add_masked("kl_to_start", kl_estimate(rollouts.log_probs_BKNG, start_BKNG, "k3"), valid_BKNG)
     reward_BKLn = config.alignment_coef * alignment - config.diversity_coef * diversity
     reward_BKN = reward_BKLn[:, :, lengths.index(training_length)].chunk(sample_size(), dim=-1)[sample_rank()]
-    return EvaluationRollouts(gold, layout, rollouts, reward_BKN)
+    valid_BK = gold.valid_blocks(replace(layout, rollout_length=training_length))[:, : layout.num_blocks]
+    return EvaluationRollouts(gold, layout, rollouts, reward_BKN, valid_BK)
 
 
 def _valid_tokens(gold: GoldBatch, layout: StridedLayout) -> Tensor:

@@ -52,6 +52,7 @@ def build_run(args: argparse.Namespace) -> Run:
         ValueError: naming the flag that is wrong or the file that is missing or damaged.
     """
     check_batch(args)
+    callbacks = build_callbacks(args)  # refuses flags that do not suit the ranks, before data are read
     args.tensorboard_dir = tensorboard_folder(args)
     began = beginning(args)
     resume = newest_whole(args.load) if find_resume(args) else None
@@ -97,7 +98,7 @@ def build_run(args: argparse.Namespace) -> Run:
                optimizer=optimizer, scheduler=scheduler, config=config, rlvr=rlvr, eval_questions=eval_questions,
                train_data=train_data, valid_data=valid_data, counted=counted, tokenizer=tokenizer, args=args,
                metadata=metadata, state=state, companions=companions,
-               stopper=Stopper(args.exit_duration_in_mins, args.ebft_stop_file), callbacks=build_callbacks(args))
+               stopper=Stopper(args.exit_duration_in_mins, args.ebft_stop_file), callbacks=callbacks)
 
 
 def data_hashes(args, rlvr: RLVR | None) -> dict[str, str]:

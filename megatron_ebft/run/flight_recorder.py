@@ -13,7 +13,8 @@ COLLECTIVES = 2000
 
 def keep() -> None:
     """Have NCCL keep records. Call before the process groups start."""
-    os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", str(COLLECTIVES))
+    if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:  # its old name, of which torch warns
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(COLLECTIVES))
 
 
 def records() -> bytes | None:

@@ -148,7 +148,8 @@ class Logger:
         sections = []
         for block in list(blocks)[:SHOWN_BLOCKS]:
             anchor, rewards = int(completions[block, 0]), shown.reward_BKN[0, block].tolist()
-            sections.append(f"### Block {block}, from token {anchor} on")
+            counts = "" if shown.valid_BK[0, block] else f" (at {self.rollout_length} tokens it does not count)"
+            sections.append(f"### Block {block}, from token {anchor} on{counts}")
             sections.append(f"**context** …{self._code(tokens[max(0, anchor - SHOWN_CONTEXT):anchor])}")
             sections.append(f"**gold**{self._code(tokens[completions[block].to(tokens.device)])}")
             for reward, sample in zip(rewards, shown.rollouts.tokens_BKNG[0, block], strict=True):

@@ -201,5 +201,5 @@ def run_evaluation(run: Run, batches: list[GoldBatch], log) -> None:
         answers = text_of(answered, asked, run.tokenizer)
     run.state.evaluated, seconds = iteration, time.perf_counter() - start
     run.state.lost_to_evaluation += seconds
-    run.callbacks.evaluated(run, log, iteration, metrics, seconds)
     log.evaluation(iteration, metrics, shown, seconds, answers)
+    run.callbacks.evaluated(run, log, iteration, metrics, seconds)

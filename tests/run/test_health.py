@@ -10,7 +10,8 @@ from small_run import start
 from megatron_ebft.checkpointing.folders import latest_iteration
 from megatron_ebft.parallel import groups
 from megatron_ebft.run.callbacks import health
-from megatron_ebft.run.callbacks.health import CALM, CHECKS, LONG, SHORT, Health, History, copies, meaningless
+from megatron_ebft.run.callbacks.callback import Callback, Callbacks
+from megatron_ebft.run.callbacks.health import CALM, CHECKS, LONG, SHORT, Health, copies, meaningless
 from megatron_ebft.run.loop import train
 from megatron_ebft.run.stopping import CannotGoOn
 
@@ -40,11 +41,23 @@ class Listener:
         self.lines.append(line)
 
 
+def flags(**changed) -> SimpleNamespace:
+    """What health reads of a run's flags."""
+    usual = dict(training_mode="ebft", ebft_rl_coef=1.0, ebft_replay_steps=None, ebft_num_samples=4,
+                 ebft_skip_duplicates=True, ebft_stop_on_warning=None)
+    return SimpleNamespace(**usual | changed)
+
+
+def agree(steps: int, problem: ValueError | None) -> None:
+    """Stopper.check of one rank."""
+    if problem:
+        raise CannotGoOn(f"{problem}")
+
+
 def listen(curves: dict, noise: float = 0.02, stop_on: tuple[str, ...] = (), seed: int = 0) -> list[str]:
     """What health says of a run with these curves, each value with a noise of that share, evaluated every 100 steps."""
-    numbers, log, watched = random.Random(seed), Listener(), Health(stop_on)
-    watched.history, watched.checks = History(), set(CHECKS)
-    run = SimpleNamespace(rlvr=None, eval_questions=None, mode="made up")
+    numbers, log, watched = random.Random(seed), Listener(), Health(flags(ebft_stop_on_warning=stop_on))
+    run = SimpleNamespace(rlvr=None, eval_questions=None, mode="made up", stopper=SimpleNamespace(check=agree))
 
     def value(name: str, x: float) -> float:
         size = 0.05 if name == "reward" else noise * curves[name](x)
@@ -91,37 +104,61 @@ def test_a_decayed_learning_rate_explains_a_flat_reward():
     assert listen(flat | {"lr": lambda x: 1e-4 * (1 - x) ** 2 + 1e-6}) == []
 
 
-def test_copies_are_those_of_blocks_that_count():
-    """Half of the blocks count; of their 4 rollouts, 2 are computed."""
-    layout = SimpleNamespace(num_blocks=6, num_samples=4, rollout_length=5, seq_length=40)
-    whole = 40 + 6 * 4 * 5
-    saved = {"encoder_tokens_saved": (3 * 4 * 5 + 3 * 2 * 5) / whole, "valid_blocks": 0.5}
-    assert copies(saved, layout) == pytest.approx(2 / 3)
-    assert copies(saved | {"encoder_tokens_saved": (3 * 4 * 5 + 3 * 3 * 5) / whole}, layout) == pytest.approx(1)
-    assert copies({"valid_blocks": 0.0, "encoder_tokens_saved": 0.9}, layout) is None
+class Repetitions(Callback):
+    """By step, the share of rollouts that repeat one of their block: counted, and as health reads it from metrics."""
+
+    def __init__(self):
+        self.counted, self.read = [], []
+
+    def computed(self, run, gold, computed):
+        valid = gold.valid_blocks(run.config.layout)
+        kinds = [len(set(map(tuple, block))) for block in computed.rollouts.tokens_BKNG[valid].tolist()]
+        self.counted.append(sum(4 - kind for kind in kinds) / (3 * len(kinds)))
+
+    def step_end(self, run, log, step):
+        self.read.append(copies(step.metrics, run.config))
+
+
+@pytest.mark.parametrize("step", ["fused", "separate"])
+@pytest.mark.parametrize("parts", [0, 2])
+def test_repetitions_of_blocks_that_count(parts, step, arguments, tmp_path, one_rank):
+    """The encoder's rows have room for a few rollouts more than they need."""
+    run, log = start(arguments(
+        "--tensorboard-dir", str(tmp_path), "--ebft-document-mask", "--ebft-top-k", "2", "--ebft-rollout-length", "2",
+        "--ebft-context-length", "3", "--seed", "5", "--eval-interval", "0", "--ebft-step", step,
+        "--ebft-blocks-per-microbatch", str(parts)))
+    run.callbacks = Callbacks((repetitions := Repetitions(),))
+    assert train(run, log)
+    for counted, read in zip(repetitions.counted, repetitions.read, strict=True):
+        assert counted - 0.25 <= read <= counted + 1e-6
+    assert sum(repetitions.read) > 0.8 and len({round(share, 3) for share in repetitions.counted}) > 1
+    assert copies({"valid_blocks": 0.0, "encoder_tokens_saved": 0.9}, run.config) is None
 
 
 def test_settings_make_rules_meaningless():
-    def rules(mode="ebft", coef=1.0, replay=None, samples=4):
-        return meaningless(SimpleNamespace(mode=mode, args=SimpleNamespace(ebft_rl_coef=coef, ebft_replay_steps=replay),
-                                           config=SimpleNamespace(num_samples=samples)))
+    def rules(**changed):
+        return meaningless(flags(**changed))
 
-    assert rules() == rules("rlvr") == set()
-    assert rules("sft") == rules(coef=0.0) == {"reward-flat", "overoptimised"}
-    assert rules(samples=1) == {"zero-spread", "duplicates"}
-    assert rules(replay="there") >= {"entropy", "duplicates", "reward-flat"}
+    assert rules() == set()
+    assert rules(training_mode="rlvr") == rules(ebft_skip_duplicates=False) == {"duplicates"}
+    assert CHECKS.keys() - rules(training_mode="sft") == {"nothing-counts", "gradient-spikes"}
+    assert rules(ebft_rl_coef=0.0) == {"reward-flat", "overoptimised"}
+    assert rules(ebft_num_samples=1) == {"zero-spread", "duplicates"}
+    assert rules(ebft_replay_steps="there") >= {"entropy", "duplicates", "reward-flat"}
+    with pytest.raises(ValueError, match="^--ebft-stop-on-warning entropy: this run never hears this warning"):
+        Health(flags(training_mode="sft", ebft_stop_on_warning=["gradient-spikes", "entropy"]))
 
 
 def test_a_warning_stops_the_run_after_a_save(arguments, tmp_path, one_rank, monkeypatch, capsys):
     monkeypatch.setattr(health, "HEALTHY_MISMATCH", 0.5)
-    flags = ["--save", str(tmp_path), "--load", str(tmp_path), "--ebft-stop-on-warning", "mismatch", "--eval-interval",
+    given = ["--save", str(tmp_path), "--load", str(tmp_path), "--ebft-stop-on-warning", "mismatch", "--eval-interval",
              "0"]
     groups.set_seed(1234)  # weights of the encoder
-    run, log = start(arguments(*flags))
+    run, log = start(arguments(*given))
     with pytest.raises(CannotGoOn, match="^--ebft-stop-on-warning mismatch: step 1: sampler and training pass differ"):
         train(run, log)
     assert latest_iteration(str(tmp_path)) == 1 and "stopping after step 1/4: --ebft" in capsys.readouterr().out
     monkeypatch.undo()
     groups.set_seed(1234)  # weights of the encoder
-    run, log = start(arguments(*flags))
+    run, log = start(arguments(*given))
     assert train(run, log) and run.state.iteration == 4

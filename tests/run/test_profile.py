@@ -4,6 +4,7 @@
 import gzip
 import json
 import os
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -65,9 +66,19 @@ def test_a_disk_without_room_costs_a_warning(arguments, tmp_path, one_rank, caps
     assert train(run, log) and "could not be written" in capsys.readouterr().out
 
 
+def test_a_profile_of_no_step_or_rank(arguments, tmp_path, one_rank, capsys):
+    flags = ["--profile", "--use-pytorch-profiler", "--eval-interval", "0", "--tensorboard-dir", str(tmp_path)]
+    run, log = start(arguments(*flags))
+    assert train(run, log)
+    assert "note: --profile-step-start 10 --profile-step-end 12: this run has steps 1 to 4" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="^--profile-ranks 1: there are 1 ranks"):
+        start(arguments(*flags, "--profile-ranks", "0", "1"))
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--use-pytorch-profiler"], "--use-pytorch-profiler: needs --profile"),
     (["--record-memory-history"], "--record-memory-history: needs --profile"),
+    (["--ebft-peak-tflops", "989"], "--ebft-peak-tflops 989: needs --log-throughput"),
     (["--profile", "--profile-step-end", "3"], "--profile-step-end 3: must be above --profile-step-start 10")])
 def test_flags_that_do_nothing_are_refused(arguments, flags, message):
     with pytest.raises(ValueError, match=f"^{message}"):
@@ -83,5 +94,14 @@ def test_the_watchdog_writes_what_nccl_has_recorded(tmp_path, one_rank, monkeypa
     watchdog._give_up()
     assert codes == [70] and not (tmp_path / "hang").exists()  # gloo records nothing
     monkeypatch.setattr(flight_recorder, "records", lambda: b"records")
+    threads, thread = [], threading.Thread
+
+    def kept(*args, **options):
+        threads.append(thread(*args, **options))
+        return threads[-1]
+
+    monkeypatch.setattr(threading, "Thread", kept)
     watchdog._give_up()
+    for each in threads:
+        each.join()
     assert (tmp_path / "hang" / "nccl_trace_rank_0").read_bytes() == b"records"

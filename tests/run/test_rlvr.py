@@ -54,7 +54,7 @@ def built(tmp_path, one_rank):
 
 
 def test_a_run_learns_to_answer(built, tmp_path, capsys):
-    run, log = built("--train-iters", "35", "--num-layers", "1")
+    run, log = built("--train-iters", "35", "--num-layers", "1", "--log-throughput")
     described = describe(run)
     assert run.rlvr.config.generation.rows == 64 < 8 * 16  # of the step's 128 completions
     assert "8 questions of" in described and "× 16 completions of up to 2 tokens | rewards by exact" in described
@@ -68,6 +68,9 @@ def test_a_run_learns_to_answer(built, tmp_path, capsys):
     assert logged["train/finished"][-1][1] > 0.9 and logged["train/zero_spread"][-1][1] > 0.5
     assert all(value < 1e-4 for _, value in logged["train/mismatch"])
     assert {f"seconds/{name}" for name in ("rollout", "verify", "train", "optimizer")} <= logged.keys()
+    assert all(own < step - verify for (_, own), (_, step), (_, verify) in zip(
+        logged["ranks/own_seconds_max"], logged["seconds/step"], logged["seconds/verify"], strict=True))
+    assert "throughput/gold_tokens_per_second_per_gpu" not in logged
     console = capsys.readouterr().out
     assert all(word in console for word in ("| loss ", " right ", " no spread ", " length ", " finished "))
 

@@ -11,7 +11,9 @@ from small_run import start
 
 from megatron_ebft.checkpointing.folders import complete_iterations
 from megatron_ebft.run.callbacks import save_hf
+from megatron_ebft.run.callbacks.callback import Callback, Callbacks
 from megatron_ebft.run.loop import train
+from megatron_ebft.run.stopping import StopAsked
 
 
 def test_the_folder_is_that_of_the_tool(arguments, tmp_path, one_rank, capsys):
@@ -72,3 +74,30 @@ def test_a_checkpoint_stays_until_it_is_converted(arguments, tmp_path, one_rank,
     assert f"converted {folder}/hf/iter_0000004 in " in said
     assert "--ebft-save-hf-interval 2: not converted: steps 6, 8. tools/convert" in said
     assert held == [2, 4, 6]
+
+
+class StopAfter(Callback):
+    """Stops the run after a step."""
+
+    def __init__(self, iteration: int):
+        self.iteration = iteration
+
+    def step_end(self, run, log, step):
+        if step.iteration == self.iteration:
+            raise StopAsked("a test")
+
+
+def test_a_stopped_run_converts_when_it_goes_on(arguments, tmp_path, one_rank, held, capsys):
+    folder = tmp_path / "run"
+    flags = ["--eval-interval", "2", "--save", str(folder), "--load", str(folder), "--save-interval", "2",
+             "--ebft-save-hf-interval", "2", "--training-mode", "sft"]
+    run, log = start(arguments(*flags))
+    run.callbacks = Callbacks((*run.callbacks.callbacks, StopAfter(2)))
+    assert not train(run, log) and "not converted: steps 2" in capsys.readouterr().out
+    (folder / "hf" / "iter_0000002.tmp.dead").mkdir(parents=True)  # as a process leaves it that is killed
+    (tmp_path / "end2").write_text("")
+    (tmp_path / "end4").write_text("")
+    run, log = start(arguments(*flags))
+    assert train(run, log)  # its first evaluation is that of step 2, after which it saves again
+    assert sorted(os.listdir(folder / "hf")) == ["iter_0000002", "iter_0000004"] and held[0] == 2 and held[-1] == 4
+    assert run.state.evaluated == 4 and "not converted" not in capsys.readouterr().out

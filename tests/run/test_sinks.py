@@ -22,12 +22,14 @@ from megatron_ebft.run.sinks.json_lines import JsonLines
 from megatron_ebft.run.sinks.sink import Values
 from megatron_ebft.run.sinks.tensorboard import TensorBoard
 
-FLAGS = ["--train-iters", "4", "--eval-interval", "2", "--ebft-histogram-interval", "2", "--lr", "1e-3"]
+FLAGS = ["--train-iters", "4", "--eval-interval", "2", "--ebft-histogram-interval", "2", "--lr", "1e-3",
+         "--ebft-document-mask", "--ebft-context-length", "5", "--seed", "2"]
+"""In some of the rows of this seed, a document ends within a completion: one block of eight does not count."""
 
 
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory, one_rank):
-    """The arguments of a run that has ended, which had Weights & Biases if that is installed."""
+    """The arguments of a run that has ended, which had Weights & Biases, offline."""
     folder = tmp_path_factory.mktemp("logged")
     args = parse_args([*data, *MODEL, *SMALL, *FLAGS, "--tensorboard-dir", str(folder / "tensorboard"),
                        "--wandb-project", "tests", "--wandb-save-dir", str(folder / "wandb")])
@@ -76,7 +78,8 @@ def test_weights_and_biases_have_the_values_of_tensorboard(run):
     rows = [{tuple(item.nested_key): json.loads(item.value_json) for item in record.history.item}
             for record in records if record.HasField("history")]
     assert [row["_step",] for row in rows] == [0, 1, 2, 3, 4]
-    assert [sum(row["train/advantages", "values"]) for row in rows if ("train/advantages", "values") in row] == [40, 40]
+    assert [sum(row["train/advantages", "values"]) for row in rows if ("train/advantages", "values") in row] == [
+        32 * row["train/valid_blocks",] for row in rows if row["_step",] in (2, 4)]
     logged = by_tag([{"iteration": row["_step",], **{key[0]: value for key, value in row.items() if len(key) == 1}}
                      for row in rows])
     assert {tag: values for tag, values in logged.items() if tag[0] != "_"} == by_tag(lines(run.tensorboard_dir))
@@ -95,6 +98,8 @@ def test_a_missing_package_is_named_before_training(arguments, tmp_path, monkeyp
 def test_a_resumed_run_continues_its_run_at_weights_and_biases(tmp_path):
     new = weights_and_biases.run_id(str(tmp_path), 0)
     assert weights_and_biases.run_id(str(tmp_path), 7) == new != weights_and_biases.run_id(str(tmp_path), 0)
+    (tmp_path / weights_and_biases.RUN_ID).write_text("")  # as a full disk leaves it
+    assert weights_and_biases.run_id(str(tmp_path), 7)
 
 
 # ---------------------------------------------------------------- TensorBoard's page
@@ -112,7 +117,7 @@ def test_the_page(run):
     flags = events.Tensors("flags/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "--ebft-histogram-interval=2" in flags and "| --ebft-stride | 4 |" in flags
     sizes = events.Tensors("run/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert "| blocks of a row | 5 |" in sizes and "| tokens of an encoder row | 104 |" in sizes  # 24 + 5 · 4 · 4
+    assert "| blocks of a row | 4 |" in sizes and "| tokens of an encoder row | 88 |" in sizes  # 24 + 4 · 4 · 4
     data = HParamsPluginData.FromString(events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content)
     assert data.session_start_info.hparams["lr"].number_value == run.lr
     assert data.session_start_info.hparams["ebft_feature_layers"].string_value == "0.25 0.5 0.75"
@@ -127,8 +132,9 @@ def test_histograms_have_the_blocks_that_count(run):
     values = scalars(run.tensorboard_dir)
     cfm, advantages = events.Histograms("train/cfm_of_blocks"), events.Histograms("train/advantages")
     assert [event.step for event in cfm] == [event.step for event in advantages] == [2, 4]
+    assert min(share for _, share in values["train/valid_blocks"]) < 1
     for event, other in zip(cfm, advantages):
-        histogram, blocks = event.histogram_value, 2 * 5
+        histogram, blocks = event.histogram_value, 2 * 4 * dict(values["train/valid_blocks"])[event.step]
         assert (histogram.num, other.histogram_value.num) == (blocks, blocks * 4)
         mean = dict(values["train/cfm"])[event.step]
         assert histogram.sum / blocks == pytest.approx(mean, rel=1e-5)
@@ -166,8 +172,10 @@ def test_lines_after_the_checkpoint_are_dropped(tmp_path):
     rows = lines(tmp_path)
     assert [row["iteration"] for row in rows] == [1, 2, 3, 4] and (rows[2]["evaluated"], rows[3]["a"]) == (1, 44)
     whole = Path(first.path).read_bytes()
-    record(JsonLines(str(tmp_path), 0), 1, a=0)
-    assert len(lines(tmp_path)) == 1 and Path(f"{first.path}.before").read_bytes() == whole
+    for _ in range(2):
+        record(JsonLines(str(tmp_path), 0), 1, a=0)
+    assert len(lines(tmp_path)) == 1 and Path(f"{first.path}.before1").read_bytes() == whole
+    assert Path(f"{first.path}.before2").read_bytes().count(b"\n") == 1
 
 
 def test_a_full_disk_costs_values_and_one_warning(tmp_path, monkeypatch, capsys, one_rank):

@@ -166,7 +166,7 @@ def empty_charts(args) -> list[str]:
     """Charts of the run's page that find no values."""
     tags = scalars(args.tensorboard_dir)
     return [title for charts in page_of(args).values() for title, patterns in charts.items()
-            if not all(any(re.match(pattern, tag) for tag in tags) for pattern in patterns)]
+            if not patterns or not all(any(re.match(pattern, tag) for tag in tags) for pattern in patterns)]
 
 
 def weights(folder) -> dict[str, torch.Tensor]:

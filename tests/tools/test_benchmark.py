@@ -40,8 +40,9 @@ def test_table_of_a_gpu():
 
 
 def test_peaks_and_kernels_by_name():
-    names = ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA H200", "Some GPU")
-    assert [peak_tflops(name, "bf16") for name in names] == [989.0, 756.0, 989.0, None]
+    names = ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA H200", "NVIDIA GB200", "NVIDIA A100-SXM4-80GB",
+             "Some GPU")
+    assert [peak_tflops(name, "bf16") for name in names] == [989.0, 756.0, 989.0, 2500.0, 312.0, None]
     kernels = [("triton_tem_fused_flex_attention_0", 2.0), ("nvjet_tst_128x256_64x4_TNT", 5.0), (
         "void pytorch_flash::flash_fwd_kernel<...>", 1.0), ("triton_poi_fused_silu_mul_1", 2.0)]
     assert benchmark_report.attention_share({"train": [(*kernel, 1) for kernel in kernels]}) == pytest.approx(0.3)

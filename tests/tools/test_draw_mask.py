@@ -50,6 +50,14 @@ def test_pixels_follow_the_rule():
             assert pixels[y * size, x * size].tolist() == [int(COLORS[kind][i:i + 2], 16) for i in (1, 3, 5)]
 
 
+@pytest.mark.parametrize("length, stride, side", [
+    (100, 400, 4 + 400 + 100 * 9), (300, 300, 4 + 300 + 300 * 5), (700, 700, 4 + 700 * 2), (1500, 1, None)])
+def test_the_picture_has_a_size_limit(length, stride, side):
+    """Two blocks of four samples, two of two, one of one, none."""
+    pixels = picture(StridedLayout(8192, 4, stride, length, 8))
+    assert (None if pixels is None else len(pixels)) == side
+
+
 def test_committed_picture_is_todays(tmp_path):
     draw_mask.main(["--output", str(tmp_path / "mask.svg")])
     assert (tmp_path / "mask.svg").read_text(encoding="utf-8") == PICTURE.read_text(encoding="utf-8"), (

@@ -15,7 +15,7 @@ from megatron_ebft.run.callbacks.watch import Watch
 
 def build_callbacks(args: argparse.Namespace) -> Callbacks:
     """The callbacks that the flags ask for, in the order of their calls."""
-    callbacks = [Watch(), Overview(), Console(), Health(tuple(args.ebft_stop_on_warning or ()))]
+    callbacks = [Watch(), Overview(), Console(), Health(args)]
     if args.log_throughput:
         callbacks.append(Throughput())
     if args.profile:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class StepEnd:
-    """What a step has left."""
+    """The results of a step."""
 
     iteration: int
     """Number of the step; the first is 1."""
@@ -51,7 +51,7 @@ class Callback:
         """The weights have changed, and run.state counts the step."""
 
     def evaluated(self, run: Run, log: Logger, iteration: int, metrics: dict[str, float], seconds: float) -> None:
-        """An evaluation after this step is over and will be logged. Its metrics are the same on every rank."""
+        """An evaluation after this step has been logged. Its metrics are the same on every rank."""
 
     def saved(self, run: Run, log: Logger, folder: str) -> None:
         """A checkpoint has become complete. With --async-save, steps have gone by since it began."""

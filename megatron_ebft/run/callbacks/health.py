@@ -10,10 +10,10 @@ from collections import deque
 from collections.abc import Callable
 from statistics import fmean, median
 
+from megatron_ebft.layout.packed_row import split_blocks
+from megatron_ebft.method.config import EBFTConfig
 from megatron_ebft.run.callbacks.callback import Callback
 from megatron_ebft.run.flags.observing import RULES
-from megatron_ebft.run.state import Run
-from megatron_ebft.run.stopping import CannotGoOn
 from megatron_ebft.run.verification import Verification
 
 HEALTHY_MISMATCH = 1.05
@@ -120,10 +120,11 @@ def zero_spread(history: History) -> str | None:
 def gradient_spikes(history: History) -> str | None:
     """Three of the last 50 gradients are ten times as large as their median."""
     norms = history.last("grad_norm", 50)
-    spikes = [norm for norm in norms if norm > 10 * median(norms)]
+    usual = median(norms) if norms else 0.0
+    spikes = [norm for norm in norms if norm > 10 * usual]
     if len(spikes) >= 3:
         return (f"{len(spikes)} of the last 50 gradients are more than ten times as large as usual (up to "
-                f"{max(spikes):.3g}, usually {median(norms):.3g}): lower --lr or --clip-grad, raise "
+                f"{max(spikes):.3g}, usually {usual:.3g}): lower --lr or --clip-grad, raise "
                 "--global-batch-size, and look for damaged rows with --ebft-dump-steps")
 
 
@@ -146,7 +147,7 @@ def overoptimised(history: History) -> str | None:
 def duplicates(history: History) -> str | None:
     share = history.level("copies")
     if share is not None and share > NEARLY_ALL:
-        return (f"{share:.0%} of the rollouts that could be copies of another one of their block are: raise "
+        return (f"{share:.0%} of the rollouts repeat another one of their block: raise "
                 "--ebft-temperature, --ebft-top-p or --ebft-rollout-length, or lower --ebft-num-samples")
 
 
@@ -156,64 +157,74 @@ CHECKS: dict[str, Callable[[History], str | None]] = dict(zip(RULES, (
 """By the names of --ebft-stop-on-warning: what is wrong and the mend; None where all is well."""
 
 
-def meaningless(run: Run) -> set[str]:
-    """Rules that the settings of a run make meaningless."""
+def meaningless(args) -> set[str]:
+    """Rules that can say nothing of a run with these flags."""
+    mode, several = args.training_mode, args.ebft_num_samples > 1
+    if mode == "sft":
+        return CHECKS.keys() - {"nothing-counts", "gradient-spikes"}
     rules: set[str] = set()
-    coef = {"ebft": run.args.ebft_rl_coef, "rlvr": run.args.ebft_rl_coef, "sft": 0.0}[run.mode]
-    if not coef:
+    if not args.ebft_rl_coef:
         rules |= {"reward-flat", "overoptimised"}
-    if run.args.ebft_replay_steps:  # rollouts do not follow the policy
+    if args.ebft_replay_steps:  # rollouts do not follow the policy
         rules |= {"reward-flat", "entropy", "zero-spread", "overoptimised", "duplicates"}
-    if run.mode == "ebft" and run.config.num_samples < 2:
-        rules |= {"zero-spread", "duplicates"}
+    if mode == "ebft" and not several:
+        rules.add("zero-spread")
+    if mode != "ebft" or not several or not args.ebft_skip_duplicates:
+        rules.add("duplicates")
     return rules
 
 
-def copies(metrics: dict[str, float], layout) -> float | None:
-    """Share of the rollouts that could be copies of others and are, of the blocks that count.
+def copies(metrics: dict[str, float], config: EBFTConfig) -> float | None:
+    """Share of the rollouts of blocks that count which repeat another one of their block; one of each kind is no
+    repetition.
 
-    --ebft-skip-duplicates leaves out the copies, and the blocks that do not count.
+    --ebft-skip-duplicates leaves out the copies, and the blocks that do not count. The encoder's rows are those of
+    --ebft-blocks-per-microbatch.
     """
-    saved, valid = metrics.get("encoder_tokens_saved"), metrics.get("valid_blocks")
+    saved, valid, layout = metrics.get("encoder_tokens_saved"), metrics.get("valid_blocks"), config.layout
     if saved is None or not valid or layout.num_samples < 2:
         return None
+    rows = split_blocks(layout, config.blocks_per_microbatch, layout.rollout_length)
     drawn = layout.num_blocks * layout.num_samples * layout.rollout_length
-    share = saved * (layout.seq_length + drawn) / drawn  # of the rollouts' tokens
+    surplus = sum(row.num_rollouts * row.steps for row in rows) - drawn  # of blocks that fill up the last row
+    share = (saved * sum(row.length for row in rows) - surplus) / drawn  # of the rollouts' tokens
     return (share - (1 - valid)) / valid * layout.num_samples / (layout.num_samples - 1)
 
 
 class Health(Callback):
     """Checks every rule of `CHECKS`.
 
-    Args:
-        stop_on: rules whose warning ends the run, after a save.
+    Raises:
+        ValueError: --ebft-stop-on-warning names a rule that can say nothing of this run.
     """
 
-    def __init__(self, stop_on: tuple[str, ...] = ()):
-        self.stop_on = stop_on
+    def __init__(self, args):
+        self.stop_on = args.ebft_stop_on_warning or ()
+        self.history, self.checks = History(args.training_mode == "rlvr"), CHECKS.keys() - meaningless(args)
+        for name in set(self.stop_on) - self.checks:
+            raise ValueError(f"--ebft-stop-on-warning {name}: this run never hears this warning "
+                             "(megatron_ebft/run/README.md, Health); leave it out")
         self.calm = dict.fromkeys(CHECKS, CALM)
         """By rule, the steps in a row that were well."""
-
-    def train_start(self, run, log):
-        self.history, self.checks = History(run.mode == "rlvr"), CHECKS.keys() - meaningless(run)
 
     def step_end(self, run, log, step):
         warn_of_failures(run.rlvr and run.rlvr.verification, f"step {step.iteration}", log)
         metrics = dict(step.metrics)
         if run.mode == "ebft" and run.config.skip_duplicates:
-            share = copies(metrics, run.config.layout)
+            share = copies(metrics, run.config)
             metrics |= {} if share is None else {"copies": share}
         self.history.add(metrics)
-        self._check(CHECKS.keys() - {"overoptimised"}, f"step {step.iteration}", 1, log)
+        self._check(CHECKS.keys() - {"overoptimised"}, f"step {step.iteration}", 1, run, log)
 
     def evaluated(self, run, log, iteration, metrics, seconds):
         where = f"evaluation after step {iteration}"
         warn_of_failures(run.eval_questions and run.eval_questions.verification, where, log)
         self.history.evaluations.append((metrics, self.history.level("reward")))
-        self._check({"overoptimised"}, where, CALM, log)
+        self._check({"overoptimised"}, where, CALM, run, log)
 
-    def _check(self, rules: set[str], where: str, calm: int, log) -> None:
+    def _check(self, rules: set[str], where: str, calm: int, run, log) -> None:
         """Warn of what is wrong now and was not before. A check that is well counts for `calm` steps."""
+        problem = None
         for name in [name for name in CHECKS if name in rules & self.checks]:
             wrong = CHECKS[name](self.history)
             if wrong is None:
@@ -223,7 +234,9 @@ class Health(Callback):
             if was_well:
                 log.print(f"warning: {where}: {wrong}")
                 if name in self.stop_on:
-                    raise CannotGoOn(f"--ebft-stop-on-warning {name}: {where}: {wrong}")
+                    problem = problem or ValueError(f"--ebft-stop-on-warning {name}: {where}: {wrong}")
+        if self.stop_on:
+            run.stopper.check(steps=0, problem=problem)  # on all ranks or on none
 
 
 def warn_of_failures(verification: Verification | None, where: str, log) -> None:

@@ -25,8 +25,9 @@ class Overview(Callback):
     def train_start(self, run, log):
         if log.is_main:
             is_drawn = run.mode == "ebft" and run.state.iteration == 0
+            mask = picture(run.config.layout) if is_drawn else None
             log.record(run.state.iteration, texts={"run": overview(run), "flags": flags(run)},
-                       images={"mask": picture(run.config.layout)} if is_drawn else {})
+                       images={} if mask is None else {"mask": mask})
 
 
 def overview(run: Run) -> str:

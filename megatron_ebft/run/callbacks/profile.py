@@ -71,9 +71,13 @@ class Profile(Callback):
         if not self.by_torch and not have_gpu():
             log.print("note: --profile: there is no GPU for Nsight Systems; --use-pytorch-profiler also profiles a CPU")
             self.is_here = False
+        first, last = run.state.iteration + 1, run.args.train_iters
+        if first <= last and (first > self.steps[-1] or last < self.steps[0]):
+            log.print(f"note: --profile-step-start {self.steps[0] - 1} --profile-step-end {self.steps[-1]}: this run "
+                      f"has steps {first} to {last}, so none is profiled")
         if self.with_memory and self.is_here:
             torch.cuda.memory._record_memory_history(max_entries=1_000_000)
-            torch._C._cuda_attach_out_of_memory_observer(lambda *_: self._write_memory(log))
+            torch._C._cuda_attach_out_of_memory_observer(lambda *_: self._write_memory())
 
     def step_start(self, run, log, iteration):
         if not self.is_here or iteration not in self.steps:
@@ -97,11 +101,11 @@ class Profile(Callback):
         self._end_phase()
         self.ranges.pop()
         if step.iteration >= self.steps[-1]:
-            self._end(log, step.iteration)
+            self._end(step.iteration)
 
     def train_end(self, run, log, is_done):
         if self.is_running:  # the run stops within a step or between two
-            self._end(log, run.state.iteration)
+            self._end(run.state.iteration)
 
     def _end_phase(self) -> None:
         if self.is_in_phase:
@@ -127,7 +131,7 @@ class Profile(Callback):
         self.hooks += [layer.register_forward_pre_hook(lambda *_: self.ranges.push(name)),
                        layer.register_forward_hook(lambda *_: self.ranges.pop(), always_call=True)]
 
-    def _end(self, log, iteration: int) -> None:
+    def _end(self, iteration: int) -> None:
         self.is_running = False
         for hook in self.hooks:
             hook.remove()
@@ -138,14 +142,14 @@ class Profile(Callback):
             torch.cuda.profiler.stop()
         else:
             self.profiler.stop()
-            self._write(self.profiler.export_chrome_trace, f"steps-{self.steps[0]}-{iteration}", "trace.json.gz", log)
+            self._write(self.profiler.export_chrome_trace, f"steps-{self.steps[0]}-{iteration}", "trace.json.gz")
         if self.with_memory:
-            self._write_memory(log)
+            self._write_memory()
 
-    def _write_memory(self, log) -> None:
-        self._write(torch.cuda.memory._dump_snapshot, "memory", "pickle", log)
+    def _write_memory(self) -> None:
+        self._write(torch.cuda.memory._dump_snapshot, "memory", "pickle")
 
-    def _write(self, write, name: str, suffix: str, log) -> None:
+    def _write(self, write, name: str, suffix: str) -> None:
         """Let `write` make a file of this rank. A full disk costs a warning."""
         path = os.path.join(self.folder, f"{name}-rank-{dist.get_rank()}.{suffix}")
         aside = os.path.join(self.folder, f".aside-{dist.get_rank()}.{suffix}")
@@ -153,9 +157,9 @@ class Profile(Callback):
             os.makedirs(self.folder, exist_ok=True)
             write(aside)
             os.replace(aside, path)
-            log.print(f"profile: {path}")
+            print(f"profile: {path}", flush=True)  # of any rank
         except OSError as error:
-            log.print(f"warning: {path} could not be written ({error}). Training goes on")
+            print(f"warning: {path} could not be written ({error}). Training goes on", flush=True)
 
 
 def profile_folder(args) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from megatron_ebft.checkpointing.companions import CONFIG
 from megatron_ebft.checkpointing.folders import folder_name
+from megatron_ebft.common import signals
 from megatron_ebft.common.progress import clock
 from megatron_ebft.common.signals import shielded
 from megatron_ebft.hf.config import describe
@@ -45,10 +46,12 @@ class SaveHF(Callback):
     def train_start(self, run, log):
         if CONFIG not in run.companions:
             describe(ModelArgs(**run.metadata["architecture"]), f"--ebft-save-hf-interval {self.interval}")
-        iteration = run.state.iteration
-        is_saved = os.path.isdir(os.path.join(self.folder, folder_name(iteration)))
-        if log.is_main and iteration and is_saved and not os.path.isdir(self._output(iteration)):
-            self._add(run, log, iteration)
+        if not log.is_main:
+            return
+        self._clear()
+        self.resumed = run.state.iteration
+        if self.resumed and os.path.isdir(os.path.join(self.folder, folder_name(self.resumed))):
+            self._add(run, log, self.resumed)
 
     def saved(self, run, log, folder):
         if log.is_main:
@@ -59,8 +62,9 @@ class SaveHF(Callback):
 
     def train_end(self, run, log, is_done):
         run.watchdog.enter("conversion to Hugging Face", PATIENCE)
+        self._poll(run, log)
         end = time.monotonic() + (self.longest_wait if is_done else 0)
-        while self.process is not None and time.monotonic() < end:
+        while self.process is not None and time.monotonic() < end and not signals.received:
             time.sleep(0.1)
             self._poll(run, log)
         if self.waiting:
@@ -74,6 +78,8 @@ class SaveHF(Callback):
     def _add(self, run, log, iteration: int) -> None:
         """Convert a checkpoint, if it is due, after those that wait."""
         if iteration % self.interval and iteration != self.last:
+            return
+        if iteration == self.resumed and os.path.isdir(self._output(iteration)):  # of the same weights
             return
         if self.process is not None and self.waiting[0] == iteration:  # it has been saved again
             self._end()
@@ -108,8 +114,7 @@ class SaveHF(Callback):
 
     def _start(self, iteration: int) -> None:
         output, self.begun, self.errors = self._output(iteration), time.perf_counter(), tempfile.TemporaryFile()
-        for left in (output, *glob.glob(f"{glob.escape(output)}.tmp.*")):  # of an earlier run from here
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(output, ignore_errors=True)  # of an earlier run from here
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         variables = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         command = [sys.executable, "-m", "megatron_ebft.hf.export",
@@ -124,3 +129,9 @@ class SaveHF(Callback):
         self.process.wait()
         self.errors.close()
         self.process = None
+        self._clear()
+
+    def _clear(self) -> None:
+        """Remove what processes have left that were killed. None runs now."""
+        for left in glob.glob(os.path.join(glob.escape(self.folder), FOLDER, "*.tmp.*")):
+            shutil.rmtree(left, ignore_errors=True)

@@ -45,20 +45,20 @@ def slowest_rank(own: list[dict[str, float]], stages: int) -> Slowest:
         own: by rank, its own seconds by phase.
         stages: pipeline stages, in the order of ranks.
     """
-    size, candidates = len(own) // stages, []
-    for rank, mine in enumerate(own):
-        first = rank // size * size
-        others = [own[x] for x in range(first, first + size) if x != rank] or [mine]
-        median = statistics.median(sum(other.values()) for other in others)
-        lost = {phase: mine[phase] - statistics.median(other[phase] for other in others) for phase in mine}
-        candidates.append(Slowest(rank, sum(mine.values()) / median, max(lost, key=lost.get)))
-    return max(candidates, key=lambda candidate: candidate.ratio)
+    size, totals, slowest = len(own) // stages, [sum(phases.values()) for phases in own], []
+    for first in range(0, len(own), size):
+        rank = max(range(first, first + size), key=totals.__getitem__)
+        others = [x for x in range(first, first + size) if x != rank] or [rank]
+        lost = {phase: own[rank][phase] - statistics.median(own[x][phase] for x in others) for phase in own[rank]}
+        slowest.append(Slowest(rank, totals[rank] / statistics.median(totals[x] for x in others),
+                               max(lost, key=lost.get)))
+    return max(slowest, key=lambda candidate: candidate.ratio)
 
 
 def computed_flops(planned: Planned, metrics: dict[str, float], is_fused: bool) -> float:
     """Operations of a step on a mean rank, without those of tokens that were left out."""
     trained, encoded = (1 - metrics.get(f"{name}_tokens_saved", 0.0) for name in ("training", "encoder"))
-    kept = {"features": encoded, "train": trained} | ({"rollout": trained} if is_fused else {})
+    kept = {"features": encoded, "train": trained, "start_scores": trained} | ({"rollout": trained} if is_fused else {})
     return sum(flops * kept.get(phase, 1.0) for phase, flops in planned.flops.items())
 
 
@@ -96,6 +96,8 @@ class Throughput(Callback):
             return
         self.waiting.end()
         own, memory = self._gather(step)
+        if not log.is_main:
+            return
         slowest = slowest_rank(own, run.args.pipeline_model_parallel_size)
         self._suspect(slowest, own, step.iteration, log)
         self._read_plan(log)
@@ -108,23 +110,28 @@ class Throughput(Callback):
             self.planning = None
 
     def _gather(self, step: StepEnd) -> tuple[list[dict[str, float]], list[list[float]]]:
-        """By rank: own seconds by phase; bytes in use and held, at the peak."""
-        own = [seconds - self.waiting.seconds[phase] for phase, seconds in step.seconds.items()]
+        """By rank: own seconds by phase; bytes in use and held, at the peak.
+
+        Verifying is no phase here: one rank does it for its tensor-parallel peers, so it says nothing about the rank.
+        """
+        phases = [phase for phase in step.seconds if phase != "verify"]
+        own = [step.seconds[phase] - self.waiting.seconds[phase] for phase in phases]
         mine = torch.tensor([*peak_memory(), *own], dtype=torch.float64, device=device())
         gathered = torch.empty(len(self.hosts), len(mine), dtype=torch.float64, device=device())
         dist.all_gather_into_tensor(gathered.view(-1), mine)
         rows = gathered.tolist()
-        return [dict(zip(step.seconds, row[2:])) for row in rows], [row[:2] for row in rows]
+        return [dict(zip(phases, row[2:])) for row in rows], [row[:2] for row in rows]
 
     def _of_step(self, run: Run, step: StepEnd) -> dict[str, float]:
         """Figures of a step as a whole."""
         args, ranks, seconds = run.args, len(self.hosts), step.duration
-        gold = drawn = step.metrics.get("tokens", args.global_batch_size * args.seq_length)
+        gold = args.global_batch_size * args.seq_length if run.mode != "rlvr" else 0
+        drawn = step.metrics.get("tokens", 0)  # of completions
         if run.mode == "ebft":
             layout = run.config.layout
-            drawn += args.global_batch_size * layout.num_blocks * run.config.num_samples * layout.rollout_length
-        values = {"gold_tokens_per_second_per_gpu": gold / seconds / ranks,
-                  "tokens_per_second_per_gpu": drawn / seconds / ranks,
+            drawn = args.global_batch_size * layout.num_blocks * run.config.num_samples * layout.rollout_length
+        values = {**({"gold_tokens_per_second_per_gpu": gold / seconds / ranks} if gold else {}),
+                  "tokens_per_second_per_gpu": (gold + drawn) / seconds / ranks,
                   "share_waiting": sum(self.waiting.seconds.values()) / seconds}
         values |= {f"share_{phase}": value / seconds for phase, value in step.seconds.items()}
         if self.planned is not None:

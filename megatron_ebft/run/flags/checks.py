@@ -36,7 +36,7 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
     _check_dumped_steps(args)
     _check_step(args)
     _check_logging(args)
-    _check_profile(args)
+    _check_observing(args)
     if args.use_checkpoint_args and not (args.load or args.pretrained_checkpoint):
         raise ValueError("--use-checkpoint-args: needs --load or --pretrained-checkpoint to take them from")
     return args
@@ -183,7 +183,9 @@ def _check_step(args) -> None:
         raise ValueError(f"--ebft-step fused: not with {why_separate(args)}; use auto or separate")
 
 
-def _check_profile(args) -> None:
+def _check_observing(args) -> None:
+    if args.ebft_peak_tflops and not args.log_throughput:
+        raise ValueError(f"--ebft-peak-tflops {args.ebft_peak_tflops:g}: needs --log-throughput")
     for name in ("use_pytorch_profiler", "record_memory_history"):
         if vars(args)[name] and not args.profile:
             raise ValueError(f"{FLAGS[name].name}: needs --profile")

@@ -16,9 +16,9 @@ from megatron_ebft.common.signals import end_with_parent, shielded
 
 LIKE_ANY = {"ebft_skip_duplicates": False, "ebft_rollout_fp8": "off", "ebft_encoder_fp8": "off", "fp8_format": None,
             "transformer_impl": "auto", "ebft_attention": "auto", "ebft_blocks_per_microbatch": 0,
-            "ebft_dump_steps": None, "ebft_replay_steps": None}
-"""Flags of what changes no operation, or cannot be planned. Rows are planned whole: parts of a row repeat its gold
-tokens."""
+            "ebft_dump_steps": None, "ebft_replay_steps": None, "recompute_granularity": None}
+"""Flags of what changes no operation, of what cannot be planned, and of operations that are done twice to save memory:
+recomputed forward passes, and the gold tokens that each part of a row repeats. These are no part of MFU."""
 
 
 @dataclass

@@ -5,9 +5,10 @@
 1. Values of a step that come later (an evaluation, say) are added to the end of its line.
 2. A line is on disk, and complete, as soon as its values are recorded.
 3. A run that resumes drops the lines after its checkpoint: their steps come again. A run that starts afresh keeps the
-   file that it finds as `metrics.jsonl.before`.
+   file that it finds as `metrics.jsonl.before1`, or with the next number that is free.
 """
 
+import itertools
 import json
 import math
 import os
@@ -64,7 +65,8 @@ class JsonLines(Sink):
             return
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
         if self._resumed == 0 and os.path.exists(self.path):
-            os.replace(self.path, f"{self.path}.before")
+            number = next(number for number in itertools.count(1) if not os.path.exists(f"{self.path}.before{number}"))
+            os.replace(self.path, f"{self.path}.before{number}")
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         self._end, self._last = 0, None
         with open(self.path, "rb") as lines:

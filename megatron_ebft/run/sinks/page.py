@@ -16,15 +16,18 @@ def page_of(args) -> dict[str, Charts]:
     if args.ebft_eval_questions:
         method["answers to held-out questions"] = [r"eval/answers/accuracy$",
                                                    *_if(args.ebft_eval_samples, r"eval/answers/pass@\d+$")]
-    return {"method": method, "health": _health(args), "throughput": _throughput(args)}
+    page = {"method": method, "health": _health(args), "throughput": _throughput(args)}
+    return {section: {title: patterns for title, patterns in charts.items() if patterns}
+            for section, charts in page.items()}
 
 
 def results_of(args) -> list[str]:
     """The tags by which the HParams tab compares runs."""
-    return [*_if(_evaluates_features(args), "eval/cfm", "eval/alignment"), *_if(_evaluates_rows(args), "eval/ce_loss"),
-            *_if(args.ebft_eval_questions, "eval/answers/accuracy"),
-            *{"ebft": ("train/reward", "train/cfm"), "sft": ("train/loss",), "rlvr": ("train/success",)}[
-                args.training_mode], "train/tokens_per_second"]
+    held_out, trained = (_if(args.ebft_num_samples > 1, f"{when}/cfm") for when in ("eval", "train"))
+    of_mode = {"ebft": ("train/reward", *trained), "sft": ("train/loss",), "rlvr": ("train/success",)}
+    return [*_if(_evaluates_features(args), *held_out, "eval/alignment"),
+            *_if(_evaluates_rows(args), "eval/ce_loss"), *_if(args.ebft_eval_questions, "eval/answers/accuracy"),
+            *of_mode[args.training_mode], "train/tokens_per_second"]
 
 
 def _if(condition, *patterns: str) -> tuple[str, ...]:
@@ -42,17 +45,19 @@ def _evaluates_features(args) -> bool:
 def _held_out_features(args) -> Charts:
     if not _evaluates_features(args):
         return {}
-    return {"CFM on held-out rows (lower is better)": [r"eval/cfm$"],
-            "CFM on held-out rows, by completion length": [r"eval/cfm_length/\d+$"],
-            "CFM on held-out rows, by eighth of the row": [r"eval/cfm_position/\d$"],
+    several = args.ebft_num_samples > 1
+    return {"CFM on held-out rows (lower is better)": [r"eval/cfm$" if several else r"eval/cfm_biased$"],
+            "CFM on held-out rows, by completion length": [*_if(several, r"eval/cfm_length/\d+$")],
+            "CFM on held-out rows, by eighth of the row": [*_if(several, r"eval/cfm_position/\d$")],
             "alignment on held-out rows": [r"eval/alignment$"]}
 
 
 def _ebft(args) -> Charts:
     return {"reward": [r"train/reward$"], "its parts: alignment and diversity": [r"train/alignment$",
                                                                                  r"train/diversity$"],
-            "CFM of training rows": [r"train/cfm$", r"train/cfm_biased$"],
-            "CFM of training rows, by eighth of the row": [r"train/cfm_position/\d$"],
+            "CFM of training rows": [*_if(args.ebft_num_samples > 1, r"train/cfm$"), r"train/cfm_biased$"],
+            "CFM of training rows, by eighth of the row": [*_if(args.ebft_num_samples > 1,
+                                                                r"train/cfm_position/\d$")],
             "cross entropy": [*_if(args.ebft_ce_coef, r"train/ce_loss$"), *_if(args.eval_interval, r"eval/ce_loss$")],
             "loss": [r"train/loss$", *_if(args.ebft_kl_coef, r"train/kl_loss$")]}
 
@@ -88,7 +93,7 @@ def _health(args) -> Charts:
 def _throughput(args) -> Charts:
     charts = {"tokens a second": [r"train/tokens_per_second$"],
             "seconds of a step": [r"seconds/step$"], "seconds by phase": [r"seconds/(?!step$)\w+$"],
-            "seconds lost to saves and restarts": [r"run/lost_to_\w+$"], "restarts": [r"run/restarts$"]}
+            "seconds lost to saves, restarts and evaluations": [r"run/lost_to_\w+$"], "restarts": [r"run/restarts$"]}
     if args.log_throughput:
         if args.training_mode != "rlvr":
             charts |= {"TFLOP/s of a GPU": [r"throughput/tflops_per_gpu$"], "MFU": [r"throughput/mfu$"],

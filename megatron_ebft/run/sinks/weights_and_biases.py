@@ -63,11 +63,12 @@ class WeightsAndBiases(Sink):
 def run_id(folder: str, iteration: int) -> str:
     """The run that a resumed run continues; else a new one, which is written down."""
     path = os.path.join(folder, RUN_ID)
-    if iteration and file_mode(path):
-        return read_bytes(path).decode().strip()
+    if iteration and file_mode(path) and (known := read_bytes(path).decode().strip()):
+        return known
     new = secrets.token_hex(4)
-    with open(path, "w") as file:
+    with open(path + ".tmp", "w") as file:
         file.write(new + "\n")
+    os.replace(path + ".tmp", path)
     return new
 
 
