@@ -25,25 +25,29 @@ CHOICE, VALID = "choice", "valid"
 
 
 def measure(task: str, folder: Path, data: Path, start: Path, split: str, cold: bool = False) -> dict[str, float]:
-    """All scores of the checkpoint in `folder`, which also gets a file of its answers.
+    """All scores of the checkpoint in `folder`, which also gets a file of its answers, if there are questions.
 
     Args:
         split: `choice`: without CFM and L_FM.
         cold: also sample answers at temperature 0.6.
     """
-    flags = [*ways.tokenizer(data), "--load", folder, "--verifier", "exact", "--ebft-verifier-workers", 1,
-             "--num-samples", ways.SAMPLES, "--pass-at", *range(1, ways.SAMPLES + 1), "--max-new-tokens", ways.LONGEST,
-             "--rows", BATCH, "--questions", asked(data, split)]
-    text = [*ways.ROW_FLAGS, *ways.LAYOUT, "--text-data", data / f"{split}_text_document", "--text-rows", ways.ROWS,
+    model = [*ways.tokenizer(data), "--load", folder]
+    text = [*ways.rows(task), *ways.LAYOUT, "--text-data", data / f"{split}_text_document", "--text-rows", ways.ROWS,
             "--data-cache-path", data / "cache", "--micro-batch-size", 16]
     if split == VALID:
         text += ["--ebft-encoder-load", start, "--ebft-eval-length", 8]
+    if task not in ways.ASKING:
+        return text_scores(run_evaluate(folder, split, [*model, *text]))
+    flags = [*model, "--verifier", "exact", "--ebft-verifier-workers", 1, "--num-samples", ways.SAMPLES, "--pass-at",
+             *range(1, ways.SAMPLES + 1), "--max-new-tokens", ways.LONGEST, "--rows", BATCH, "--questions",
+             asked(data, split), "--samples-output", folder / f"{split}-answers.jsonl"]
     results = run_evaluate(folder, split, [*flags, *text])
     lines = answers(folder, split)
-    scores = answer_scores(results, lines) | {name: value for name, value in results["text"].items() if name != "rows"}
+    scores = answer_scores(results, lines) | text_scores(results)
     if task == "code" and split == VALID:
         scores |= {f"L_FM/{tokens:02d}": value for tokens, value in feature_matching(data, start, lines).items()}
     if cold:
+        flags[-1] = folder / "cold-answers.jsonl"
         results = run_evaluate(folder, "cold", [*flags, "--temperature", 0.6])
         scores |= {f"{name} at τ = 0.6": value
                    for name, value in answer_scores(results, answers(folder, "cold")).items() if "greedy" not in name}
@@ -62,9 +66,13 @@ def asked(data: Path, split: str) -> Path:
 
 
 def run_evaluate(folder: Path, name: str, flags: list) -> dict:
-    evaluate.main([*map(str, flags), "--samples-output", str(folder / f"{name}-answers.jsonl"),
-                   "--json", str(folder / f"{name}.json")])
+    evaluate.main([*map(str, flags), "--json", str(folder / f"{name}.json")])
     return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def text_scores(results: dict) -> dict[str, float]:
+    """Cross entropy, CFM and entropy on held-out rows."""
+    return {name: value for name, value in results["text"].items() if name != "rows"}
 
 
 def answers(folder: Path, name: str) -> list[dict]:

@@ -141,15 +141,16 @@ def verdicts(results: Results) -> str:
 
     def add(finding: str, others: tuple[str, ...], score: str, judge) -> None:
         found = [results.difference(EBFT, other, score) for other in others]
-        if None not in found and all(interval.seeds > 1 for interval in found):
+        if all(interval is not None and interval.seeds > 1 for interval in found):
             rows.append([finding, ", ".join(f"{EBFT} − {other}" for other in others),
                          ", ".join(f"[{x.low:+.4f}, {x.high:+.4f}]" for x in found), judge(*found)])
 
     add("1. matches RLVR on accuracy", (RLVR,), "pass@1", matches)
     add("2. beats SFT on accuracy, equal steps", (SFT,), "pass@1", higher)
     add("2. beats SFT on accuracy, equal compute", (MORE_SFT,), "pass@1", higher)
-    add("3. lowest cross entropy, equal steps", (SFT, RLVR), "ce_loss", lowest)
-    add("3. lowest cross entropy, equal compute", (MORE_SFT, RLVR), "ce_loss", lowest)
+    others = (RLVR,) if results.task in ways.ASKING else ()
+    add("3. lowest cross entropy, equal steps", (SFT, *others), "ce_loss", lowest)
+    add("3. lowest cross entropy, equal compute", (MORE_SFT, *others), "ce_loss", lowest)
     return table(rows, "markdown")
 
 
@@ -170,13 +171,19 @@ def lowest(*differences: Interval) -> str:
 
 
 def choice_table(results: Results) -> str:
-    """pass@1 and cross entropy of each learning rate that was tried, on the questions that choose."""
+    """pass@1 and cross entropy of each learning rate that was tried, on the split that chooses."""
     tried = {(record["way"], record["lr"]): record["scores"] for record in results.choice}
-    rows = [["pass@1 (CE), seed 101", *(f"{lr:g}" for lr in ways.LEARNING_RATES)]]
+    asks = results.task in ways.ASKING
+
+    def cell(scores: dict[str, float] | None) -> str:
+        return "" if scores is None else f"{scores['pass@1']:.3f} ({scores['ce_loss']:.3f})" if asks else (
+            f"{scores['ce_loss']:.3f}")
+
+    rows = [["pass@1 (CE), seed 101" if asks else "CE, seed 101", *(f"{lr:g}" for lr in ways.LEARNING_RATES)]]
     for way in ways.COMPARED:
         scores = [tried.get((way.name, lr)) for lr in ways.LEARNING_RATES]
         if any(scores):
-            rows.append([way.name, *("" if x is None else f"{x['pass@1']:.3f} ({x['ce_loss']:.3f})" for x in scores)])
+            rows.append([way.name, *map(cell, scores)])
     return table(rows, "markdown")
 
 
@@ -238,7 +245,15 @@ def plot(folder: Path, path: Path) -> None:
     for task, line in zip(tasks, axes):
         results = Results(folder, task)
         there = [way for way in ways.COMPARED if way.name in results.by_way][::-1]
+        for axis in line:
+            axis.set_yticks(range(len(there)), [way.name for way in there] if axis is line[0] else [])
         for axis, (score, title) in zip(line, PANELS.items()):
+            if score not in results.start["scores"]:  # nothing is asked
+                axis.text(0.5, 0.5, "no questions", transform=axis.transAxes, ha="center", color="gray")
+                axis.set_xticks([])
+                axis.set_ylim(-0.5, len(there) - 0.5)
+                axis.spines[:].set_visible(False)
+                continue
             axis.axvline(results.start["scores"][score], color="gray", linestyle=":", label="start")
             for place, way in enumerate(there):
                 interval, color = results.interval(way.name, score), COLORS[way.mode]
@@ -246,7 +261,6 @@ def plot(folder: Path, path: Path) -> None:
                           alpha=0.35, markersize=4)
                 axis.errorbar(interval.mean, place, xerr=interval.half if interval.seeds > 1 else 0, fmt="D",
                               color=color, capsize=4)
-            axis.set_yticks(range(len(there)), [way.name for way in there] if axis is line[0] else [])
             axis.set_title(f"{task}, {title}", fontsize=10)
             axis.spines[["top", "right"]].set_visible(False)
             axis.grid(axis="x", alpha=0.25)

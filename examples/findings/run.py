@@ -1,6 +1,6 @@
 """The paper's findings in miniature: trains and measures everything that report.py shows.
 
-    python examples/findings/run.py [--output DIR] [--tasks code dates] [--jobs 2]
+    python examples/findings/run.py [--output DIR] [--tasks code dates text] [--jobs 2]
 
 Run it again to continue where it stopped: a run that has its record.json is done. Records are collected in
 DIR/results. README.md tells what was expected, and what came out.
@@ -82,18 +82,23 @@ def preprocess(task: str, folder: Path) -> str:
         if not (folder / f"{split}_text_document.idx").exists():  # written last
             code = preprocess_data.main([
                 "--input", str(folder / f"{split}.jsonl"), "--output-prefix", str(folder / split),
-                "--question-key", "prompt", "--answer-key", "completion", *ways.tokenizer(folder)])
+                *(["--question-key", "prompt", "--answer-key", "completion"] if task in ways.ASKING else []),
+                *ways.tokenizer(folder)])
             assert code == 0, split
     return f"data of {task}"
 
 
-def train(folder: Path, task_folder: Path, split: str, flags: tuple) -> float:
-    """Train, or continue; the processor seconds it took, with about two for the models and the folders."""
+def train(folder: Path, task: str, output: Path, split: str, flags: tuple) -> float:
+    """Train, or continue, on a split of the task.
+
+    Returns:
+        processor seconds, about two of them for the models and the folders.
+    """
     from megatron_ebft import train as training
 
-    begin, files = time.process_time(), task_folder / "data"
+    begin, files = time.process_time(), output / task / "data"
     code = training.main([*map(str, (
-        *ways.tokenizer(files), *ways.ROW_FLAGS, "--train-data-path", files / f"{split}_text_document",
+        *ways.tokenizer(files), *ways.rows(task), "--train-data-path", files / f"{split}_text_document",
         "--data-cache-path", files / "cache", "--save", folder, "--load", folder, *flags))])
     assert code == 0, folder
     return time.process_time() - begin
@@ -104,7 +109,7 @@ def train_start(task: str, output: Path) -> str:
     from measure import VALID, measure
 
     folder, start = output / task, output / task / "start"
-    seconds = train(start, folder, "start", ways.START)
+    seconds = train(start, task, output, "start", ways.START)
     scores = measure(task, start, folder / "data", start, VALID, cold=task == "code")
     write_record(start, {"task": task, "way": "start", "lr": 0, "seed": 0, "steps": 0, "seconds": seconds}, scores)
     return f"{task}: start, {seconds:.0f} s"
@@ -127,13 +132,14 @@ def train_run(run: Run, before: Path | None, encoder: Path, output: Path) -> str
         flags += ("--ebft-encoder-load", encoder)
     if run.way.mode == "rlvr":
         flags += ("--ebft-questions", folder / "data" / f"{run.way.data}.jsonl")
-    seconds = train(own, folder, run.way.data, flags)
+    seconds = train(own, run.task, output, run.way.data, flags)
     cold = run.way.name in ways.COLD and run.task == "code" and run.seed in ways.QUESTION_SEEDS
     split = CHOICE if run.seed == ways.CHOICE_SEED else VALID
     scores = measure(run.task, own, folder / "data", start, split, cold)
     write_record(own, {"task": run.task, "way": run.way.name, "lr": run.lr, "seed": run.seed, "steps": run.way.steps,
                        "seconds": seconds}, scores)
-    return f"{own.name}: {seconds:.0f} s, pass@1 {scores['pass@1']:.3f}, CE {scores['ce_loss']:.4f}"
+    accuracy = f"pass@1 {scores['pass@1']:.3f}, " if "pass@1" in scores else ""
+    return f"{own.name}: {seconds:.0f} s, {accuracy}CE {scores['ce_loss']:.4f}"
 
 
 def write_record(folder: Path, fields: dict, scores: dict[str, float]) -> None:
@@ -154,6 +160,7 @@ class Experiment:
     def __init__(self, task: str, output: Path, pool: Pool):
         self.task, self.output, self.pool = task, output, pool
         self.start = output / task / "start"
+        self.compared = [way for way in ways.COMPARED if task in way.tasks]
 
     def prepare(self) -> None:
         """Data and start."""
@@ -184,23 +191,23 @@ class Experiment:
 
     def rate(self, way: Way) -> float:
         """The learning rate whose run on the choice seed has the highest pass@1; the lowest cross entropy decides
-        between equals."""
+        between equals, and where nothing is asked."""
         chosen = next(other for other in ways.COMPARED if other.name == (way.lr_of or way.name))
 
         def quality(lr: float) -> tuple[float, float]:
             scores = read_record(Run(self.task, chosen, lr, ways.CHOICE_SEED).folder(self.output))["scores"]
-            return scores["pass@1"], -scores["ce_loss"]
+            return scores["pass@1"] if self.task in ways.ASKING else 0.0, -scores["ce_loss"]
 
         return max(ways.LEARNING_RATES, key=quality)
 
     def choose(self) -> None:
         """Try the learning rates."""
-        self.train([Run(self.task, way, lr, ways.CHOICE_SEED) for way in ways.COMPARED if not way.lr_of
+        self.train([Run(self.task, way, lr, ways.CHOICE_SEED) for way in self.compared if not way.lr_of
                     for lr in ways.LEARNING_RATES])
 
     def compare(self) -> None:
         """The ways of the main table, all with one seed before the next."""
-        self.train([Run(self.task, way, self.rate(way), seed) for seed in ways.SEEDS for way in ways.COMPARED])
+        self.train([Run(self.task, way, self.rate(way), seed) for seed in ways.SEEDS for way in self.compared])
 
     def ask(self) -> None:
         """The open questions, likewise."""

@@ -41,8 +41,8 @@ def valid_grams(data: Path, start: Path, rows: int):
     from megatron_ebft.run.configs import ebft_config
 
     args = trained_model.parser("evaluate", __doc__, (evaluate.TEXT,), evaluate.READS).parse_args(list(map(str, (
-        *ways.tokenizer(data), *ways.ROW_FLAGS, *ways.LAYOUT, "--ebft-num-samples", ROLLOUTS, "--ebft-temperature", 1,
-        "--load", start, "--ebft-encoder-load", start, "--micro-batch-size", rows))))
+        *ways.tokenizer(data), *ways.rows("code"), *ways.LAYOUT, "--ebft-num-samples", ROLLOUTS,
+        "--ebft-temperature", 1, "--load", start, "--ebft-encoder-load", start, "--micro-batch-size", rows))))
     with trained_model.on_ranks(args) as trained, torch.no_grad():
         _, dataset, _ = build_datasets(
             seq_length=args.seq_length, seed=args.seed, sizes=(0, None, 0), tokenizer=trained.tokenizer,

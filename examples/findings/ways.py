@@ -25,9 +25,10 @@ ROWS = 100
 LONGEST = 40
 """Tokens of an answer. A right one has fewer."""
 SEQ_LENGTH = 128
-TASKS = ("code", "dates")
+ASKING = ("code", "dates")
+"""Tasks whose texts are questions and answers."""
+TASKS = (*ASKING, "text")
 
-ROW_FLAGS = ("--seq-length", SEQ_LENGTH, "--ebft-answer-only", "--ebft-document-mask")
 START = ("--training-mode", "sft", "--train-iters", START_STEPS, "--num-layers", 4, "--hidden-size", 64,
          "--num-attention-heads", 4, "--init-method-std", 0.05, "--global-batch-size", 16, "--micro-batch-size", 16,
          "--lr", 4e-3, "--lr-decay-style", "cosine", "--eval-interval", 0, "--save-interval", START_STEPS,
@@ -40,6 +41,11 @@ TRAINING = (*LAYOUT, "--use-checkpoint-args", "--global-batch-size", 8, "--micro
 RLVR = ("--ebft-verifier", "exact", "--ebft-verifier-workers", 1, "--ebft-max-new-tokens", LONGEST,
         "--ebft-rollout-rows", 128, "--ebft-rlvr-num-samples", 8)
 """8 questions a step, with 8 completions each."""
+
+
+def rows(task: str) -> tuple:
+    """Flags of the rows of a task."""
+    return ("--seq-length", SEQ_LENGTH, "--ebft-document-mask", *(["--ebft-answer-only"] if task in ASKING else []))
 
 
 def tokenizer(folder: Path) -> tuple:
@@ -73,7 +79,7 @@ def ebft(name: str, ce_coef: float, *flags, **fields) -> Way:
 
 
 def rlvr(name: str, **fields) -> Way:
-    return Way(name, "rlvr", RLVR, **fields)
+    return Way(name, "rlvr", RLVR, tasks=ASKING, **fields)
 
 
 COMPARED = (
