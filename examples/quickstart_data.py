@@ -22,6 +22,8 @@ from pathlib import Path
 import sentencepiece
 from babel.dates import format_date
 
+from megatron_ebft.common.disk import aside
+
 LANGUAGES = ("af", "ca", "cs", "da", "de", "es", "fi", "fr", "gl", "hr",
              "hu", "it", "nb", "nl", "pl", "pt", "ro", "sl", "sv", "tr")
 TARGET = "it"
@@ -68,12 +70,11 @@ def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     splits = documents()
     for split, lines in splits.items():
-        with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as file:
+        with aside(folder / f"{split}.jsonl") as unfinished, open(unfinished, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         print(f"{split}: {len(lines)} documents, {sum(len(''.join(line.values())) for line in lines)} characters")
-    unfinished = folder / "tokenizer.tmp"  # the model appears last: it marks the data as complete
-    unfinished.write_bytes(train_tokenizer(["".join(line.values()) for line in splits["start"]], VOCAB_SIZE))
-    unfinished.replace(folder / "tokenizer.model")
+    with aside(folder / "tokenizer.model") as unfinished:  # the model appears last: it marks the data as complete
+        unfinished.write_bytes(train_tokenizer(["".join(line.values()) for line in splits["start"]], VOCAB_SIZE))
     print(f"tokenizer: {VOCAB_SIZE} pieces")
 
 

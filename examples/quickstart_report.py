@@ -17,11 +17,16 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
+
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from compare_runs import table
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, TENSORS, EventAccumulator
+
+from megatron_ebft.common.disk import aside, write_json
 
 FOLDER = re.compile(r"(sft|ebft)(?:-([0-9.]+))?-seed([0-9]+)")
 MEASURES = {"cfm": "eval/cfm", "ce": "eval/ce_loss", "score": "eval/answers/pass@1"}
@@ -127,7 +132,7 @@ def mean_and_deviation(values: list[float], form: str) -> str:
     return f"{mean} ± {form.format(statistics.stdev(values))}" if len(values) > 1 else mean
 
 
-def table(runs: list[Run]) -> str:
+def overview(runs: list[Run]) -> str:
     """One line for the start and one for each way to train."""
     forms = {"cfm": "{:.4f}", "ce": "{:.4f}", "score": "{:.1%}", "seconds": "{:.0f}"}
     rows = [["", "CFM", "CE", "right", "seconds"]]
@@ -139,10 +144,7 @@ def table(runs: list[Run]) -> str:
         columns = {name: [record[f"{name}_after"] for record in group] for name in MEASURES}
         columns["seconds"] = [record["seconds"] for record in group]
         rows.append([label, *(mean_and_deviation(values, forms[name]) for name, values in columns.items())])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(cell.ljust(width) if i == 0 else cell.rjust(width)
-                       for i, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+    return table(rows, "text")
 
 
 def effects(runs: list[Run]) -> list[str]:
@@ -176,7 +178,7 @@ def shown_answers(runs: list[Run], references: dict[str, str]) -> list[tuple[str
 def report(runs: list[Run], references: dict[str, str]) -> str:
     seeds = len({run.seed for run in runs})
     parts = [f"Held-out days in Italian after {runs[0].record()['steps']} steps, {seeds} seed{'s' * (seeds > 1)}",
-             table(runs), EXPLANATION, "\n".join(effects(runs)),
+             overview(runs), EXPLANATION, "\n".join(effects(runs)),
              f"Answers of seed {runs[0].seed}, sampled at temperature 1"]
     for prompt, reference, samples in shown_answers(runs, references):
         parts.append("\n".join([f"{prompt.strip()} {reference}", *(f"  {label:<12}  {' | '.join(texts)}"
@@ -211,7 +213,8 @@ def plot(runs: list[Run], references: dict[str, str], path: Path) -> None:
     write_samples(axis, shown_answers(runs, references))
     figure.suptitle("A start that writes dates in any of twenty languages learns to write them in Italian",
                     fontsize=13)
-    figure.savefig(path, dpi=120)
+    with aside(path) as file:
+        figure.savefig(file, dpi=120)
     plt.close(figure)
 
 
@@ -241,8 +244,10 @@ def main() -> None:
     lines = map(json.loads, options.questions.read_text(encoding="utf-8").splitlines())
     references = {line["prompt"].strip(): line["answer"] for line in lines}
     text = report(runs, references)
-    (options.output / "report.txt").write_text(text, encoding="utf-8")
-    (options.output / "results.json").write_text(json.dumps({"runs": records(runs)}, indent=2) + "\n")
+    with aside(options.output / "report.txt") as file:
+        file.write_text(text, encoding="utf-8")
+    with aside(options.output / "results.json") as file:
+        write_json(file, {"runs": records(runs)})
     plot(runs, references, options.output / "curves.png")
     print(text)
 

@@ -25,6 +25,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from megatron_ebft.common.disk import aside
+
 HELD_OUT = 8
 """One package in so many is held out."""
 VALID = 512
@@ -162,10 +164,8 @@ def problem_keys(problem: dict) -> set[str]:
 
 def write(path: Path, lines: list[dict]) -> None:
     """JSON Lines; the file appears whole."""
-    unfinished = path.with_suffix(".tmp")
-    with open(unfinished, "w", encoding="utf-8") as file:
+    with aside(path) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(fields) + "\n" for fields in lines)
-    unfinished.replace(path)
 
 
 def main() -> None:

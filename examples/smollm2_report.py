@@ -19,6 +19,8 @@ import matplotlib.pyplot as plt
 from compare_runs import Run, table
 from quickstart_report import FOLDER, mean_and_deviation
 
+from megatron_ebft.common.disk import aside, write_json
+
 HELD_OUT = {"CE": "eval/ce_loss", "CFM": "eval/cfm", "edit similarity": "eval/answers/score"}
 """Measures of held-out functions, by their names here."""
 GREEDY = "HumanEval greedy"
@@ -105,7 +107,8 @@ def plot(records: list[dict], path: Path) -> None:
     for axis in axes.flat[len(names):]:
         axis.axis("off")
     figure.suptitle("SmolLM2-135M-Instruct: functions of held-out packages, and HumanEval")
-    figure.savefig(path, dpi=120)
+    with aside(path) as file:
+        figure.savefig(file, dpi=120)
     plt.close(figure)
 
 
@@ -117,7 +120,8 @@ def main() -> None:
     if not folders:
         raise ValueError(f"{output}: has no runs; run smollm2.sh first")
     records = [record(output, folder) for folder in folders]
-    (output / "results.json").write_text(json.dumps({"runs": records}, indent=2) + "\n", encoding="utf-8")
+    with aside(output / "results.json") as file:
+        write_json(file, {"runs": records})
     plot(records, output / "curves.png")
     print(table(rows(records), "text"))
 

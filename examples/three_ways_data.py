@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 from quickstart_data import train_tokenizer
 
+from megatron_ebft.common.disk import aside
+
 FUNCTIONS = {"sum": "sum", "product": "prod", "largest": "max", "smallest": "min"}
 VALUES = {"": ("x",), "the squares of ": ("x * x", "x ** 2"), "the cubes of ": ("x * x * x", "x ** 3"),
           "the doubles of ": ("2 * x", "x + x"), "the opposites of ": ("-x", "0 - x")}
@@ -83,13 +85,12 @@ def main(folder: Path) -> None:
         answered = question.mistaken(random_numbers) if is_wrong else question
         splits["pretrain"].append(line(question, answered, random_numbers))
     for split, lines in splits.items():
-        with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as file:
+        with aside(folder / f"{split}.jsonl") as unfinished, open(unfinished, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(fields) + "\n" for fields in lines)
         print(f"{split}: {len(lines)} questions with an answer")
-    unfinished = folder / "tokenizer.tmp"  # the model appears last: it marks the data as complete
-    unfinished.write_bytes(train_tokenizer([fields["prompt"] + fields["completion"] for fields in splits["pretrain"]],
-                                           VOCAB_SIZE))
-    unfinished.replace(folder / "tokenizer.model")
+    texts = [fields["prompt"] + fields["completion"] for fields in splits["pretrain"]]
+    with aside(folder / "tokenizer.model") as unfinished:  # the model appears last: it marks the data as complete
+        unfinished.write_bytes(train_tokenizer(texts, VOCAB_SIZE))
     print(f"tokenizer: {VOCAB_SIZE} pieces")
 
 

@@ -51,6 +51,7 @@ from benchmark_report import (
 from torch.utils import flop_counter
 
 from megatron_ebft.common.device import matmul_rate, peak_tflops
+from megatron_ebft.common.disk import aside, write_json
 from megatron_ebft.run.flags.checks import check_args
 from megatron_ebft.run.flags.data import DATA
 from megatron_ebft.run.flags.flag import Flag, Group, at_least
@@ -347,8 +348,8 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     if args.write_plan:
         flags = flags_of_plan(args, int(os.environ.get("WORLD_SIZE", "1")))
-        with open(args.write_plan, "w") as file:
-            json.dump({"flags": flags, "modes": plan_of(flags)}, file, indent=2)
+        with aside(args.write_plan) as file:
+            write_json(file, {"flags": flags, "modes": plan_of(flags)})
         return
     from megatron_ebft.parallel.groups import init_parallel, shut_down
     from megatron_ebft.run.configs import parallel_sizes
@@ -358,8 +359,8 @@ def main(argv: list[str]) -> None:
     if torch.distributed.get_rank() == 0:
         print(table(result))
         if args.json:
-            with open(args.json, "w") as file:
-                json.dump(result, file, indent=2)
+            with aside(args.json) as file:
+                write_json(file, result)
     shut_down()
 
 

@@ -26,6 +26,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
+from megatron_ebft.common.disk import aside
+
 LOGS = "events.out.tfevents.*"
 LAST_STEPS = 20
 PANELS = (("eval/cfm", "CFM, held-out"), ("eval/ce_loss", "cross entropy, held-out"),
@@ -165,7 +167,8 @@ def plot(runs: list[Run], path: Path) -> None:
         axis.axis("off")
     handles, labels = max((axis.get_legend_handles_labels() for axis in axes.flat), key=lambda entries: len(entries[1]))
     figure.legend(handles, labels, loc="outside lower center", fontsize=8, ncols=5)
-    figure.savefig(path, dpi=120)
+    with aside(path) as file:
+        figure.savefig(file, dpi=120)
     plt.close(figure)
 
 

@@ -1,12 +1,11 @@
 """What a new dataset holds, what was left out of it, and how much of it a run will train on."""
 
 import argparse
-import os
 import tempfile
 
 from dataset_writer import DatasetWriter
 
-from megatron_ebft.common.disk import write_json
+from megatron_ebft.common.disk import aside, write_json
 from megatron_ebft.data.datasets import build_datasets
 from megatron_ebft.data.tokenizer import Tokenizer
 from megatron_ebft.layout.strided import StridedLayout
@@ -46,8 +45,8 @@ def report(options: argparse.Namespace, writers: list[DatasetWriter], tokenizer:
                 rows=shares[1], rows_seen=shares[0].rows, share_of_blocks=shares[0].blocks,
                 share_of_tokens=shares[0].tokens, **{name: vars(options)[name] for name in sorted(READS)})
     if options.report is not None:
-        write_json(options.report + ".tmp", content)
-        os.replace(options.report + ".tmp", options.report)
+        with aside(options.report) as file:
+            write_json(file, content)
 
 
 def described(writer: DatasetWriter, tokenizer: Tokenizer) -> list[str]:

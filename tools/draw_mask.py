@@ -12,6 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_ebft.common.disk import aside
 from megatron_ebft.layout.packed_row import RowLayout, split_blocks
 from megatron_ebft.layout.picture import COLORS, KINDS, cells
 from megatron_ebft.layout.strided import StridedLayout
@@ -140,7 +141,8 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"--output {flags.output}: the picture is an SVG, so the name must end in .svg")
     layout = StridedLayout(flags.seq_length, flags.ebft_context_length, flags.ebft_stride, flags.ebft_rollout_length,
                            flags.ebft_num_samples)
-    flags.output.write_text(draw(layout), encoding="utf-8")
+    with aside(flags.output) as file:
+        file.write_text(draw(layout), encoding="utf-8")
 
 
 if __name__ == "__main__":

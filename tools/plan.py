@@ -25,7 +25,6 @@
 """
 
 import argparse
-import json
 import math
 import multiprocessing
 import os
@@ -34,6 +33,7 @@ import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 
+from megatron_ebft.common.disk import aside, write_json
 from megatron_ebft.run.flags.checks import check_args
 from megatron_ebft.run.flags.flag import Flag, Group, above, at_least, spelled
 from megatron_ebft.run.flags.parser import Parser
@@ -284,8 +284,8 @@ def main(argv: list[str]) -> None:
             print(f"DOES NOT FIT: {words}. Looking for a flag that helps:", flush=True)
             print(advise(argv, args, stages, limit, pool))
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"arguments": vars(args), "cluster": asdict(cluster), "stages": stages}, file, indent=2)
+        with aside(args.json) as file:
+            write_json(file, {"arguments": vars(args), "cluster": asdict(cluster), "stages": stages})
 
 
 if __name__ == "__main__":

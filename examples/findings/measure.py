@@ -18,6 +18,8 @@ import evaluate
 import trained_model
 import ways
 
+from megatron_ebft.common.disk import aside
+
 PREFIXES = (8, 16)
 """L_FM is measured in the feature of the answer's token of this number, or of its end token if it is shorter."""
 BATCH = 256
@@ -59,9 +61,8 @@ def asked(data: Path, split: str) -> Path:
     path = data / f"{split}-asked.jsonl"
     if not path.exists():
         lines = (data / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()[: ways.ASKED]
-        unfinished = data / f"{split}-asked.tmp"
-        unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        unfinished.replace(path)
+        with aside(path) as file:
+            file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
 

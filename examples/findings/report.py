@@ -19,6 +19,8 @@ sys.path.append(str(Path(__file__).parents[2] / "tools"))
 import ways
 from compare_runs import table
 
+from megatron_ebft.common.disk import aside
+
 T_975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
 """0.975 quantiles of Student's t with 1, 2, … degrees of freedom."""
 MARK = "<!-- report.py writes below and above this line -->"
@@ -265,7 +267,8 @@ def plot(folder: Path, path: Path) -> None:
             axis.spines[["top", "right"]].set_visible(False)
             axis.grid(axis="x", alpha=0.25)
     axes[0][-1].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110)
+    with aside(path) as file:
+        figure.savefig(file, dpi=110)
     plt.close(figure)
 
 
@@ -287,7 +290,8 @@ def main() -> None:
     print(text, end="")
     plot(options.results, options.figure)
     if options.readme:
-        options.readme.write_text(written_into(text, options.readme.read_text(encoding="utf-8")), encoding="utf-8")
+        with aside(options.readme) as file:
+            file.write_text(written_into(text, options.readme.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ import tasks
 import ways
 from ways import Run, Way
 
+from megatron_ebft.common.disk import aside
+
 MODULES = ["megatron_ebft.run.loop", "megatron_ebft.run.build", "torch.utils.tensorboard", "sacrebleu"]
 """Imported once, by the process that all runs are forked from."""
 
@@ -143,11 +145,10 @@ def train_run(run: Run, before: Path | None, encoder: Path, output: Path) -> str
 
 
 def write_record(folder: Path, fields: dict, scores: dict[str, float]) -> None:
-    unfinished = folder / "record.tmp"
     rounded = {name: float(f"{value:.6g}") for name, value in scores.items()}
-    unfinished.write_text(json.dumps(fields | {"seconds": round(fields["seconds"], 1), "scores": rounded},
-                                     ensure_ascii=False), encoding="utf-8")
-    unfinished.replace(folder / "record.json")
+    record = fields | {"seconds": round(fields["seconds"], 1), "scores": rounded}
+    with aside(folder / "record.json") as file:
+        file.write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
 
 
 def read_record(folder: Path) -> dict:
@@ -222,7 +223,8 @@ def collect(output: Path) -> None:
         records = [read_record(path.parent) for path in sorted((output / task).rglob("record.json"))]
         if records:
             lines = ",\n".join(json.dumps(record, ensure_ascii=False) for record in records)
-            (output / "results" / f"{task}.json").write_text(f"[{lines}]\n", encoding="utf-8")
+            with aside(output / "results" / f"{task}.json") as file:
+                file.write_text(f"[{lines}]\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -26,6 +26,8 @@ import quickstart_data
 import smollm2_data
 import three_ways_data
 
+from megatron_ebft.common.disk import aside
+
 SPLITS = ("start", "train", "choice", "valid", "few")
 CHOICE = 80
 """Questions of `choice`."""
@@ -70,7 +72,8 @@ def text(folder: Path) -> dict[str, list[dict]]:
                     for lines in texts.values())
     start = start[:MOST_TEXTS]
     tokenizer = quickstart_data.train_tokenizer([line["text"] for line in start], quickstart_data.VOCAB_SIZE)
-    (folder / "tokenizer.model").write_bytes(tokenizer)
+    with aside(folder / "tokenizer.model") as file:
+        file.write_bytes(tokenizer)
     held_out = len(numpy) // 4
     return {"start": start, "train": numpy[2 * held_out:], "choice": numpy[:held_out],
             "valid": numpy[held_out:2 * held_out]}
@@ -104,6 +107,5 @@ def make(task: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     splits = {"code": code, "dates": dates, "text": text}[task](folder)
     for split, lines in (*splits.items(), ("few", splits["train"][:FEW])):
-        unfinished = folder / f"{split}.tmp"
-        unfinished.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-        unfinished.replace(folder / f"{split}.jsonl")
+        with aside(folder / f"{split}.jsonl") as file:
+            file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")

@@ -25,6 +25,8 @@ import evaluate
 import trained_model
 import ways
 
+from megatron_ebft.common.disk import aside
+
 ROLLOUTS = 16
 COUNTS = (2, 4, 8, 16)
 
@@ -85,8 +87,8 @@ def main() -> None:
     grams = valid_grams(output / "code" / "data", output / "code" / "start", ways.ROWS)
     by_count = {str(n): {name: float(f"{value:.6g}") for name, value in variances(grams, n).items()} for n in COUNTS}
     (output / "results").mkdir(exist_ok=True)
-    (output / "results" / "variances.json").write_text(
-        json.dumps({"blocks": len(grams), "variances": by_count}) + "\n", encoding="utf-8")
+    with aside(output / "results" / "variances.json") as file:
+        file.write_text(json.dumps({"blocks": len(grams), "variances": by_count}) + "\n", encoding="utf-8")
     print(json.dumps({"blocks": len(grams), "variances": by_count}, indent=1))
 
 

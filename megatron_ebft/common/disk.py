@@ -1,12 +1,15 @@
 """Reads and writes of files: parsers' errors name the file, passing errors are waited out, writes survive a crash, and
 folders are tried before they are needed."""
 
+import contextlib
 import errno
 import json
 import os
 import stat
 import tempfile
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 PASSING = frozenset(getattr(errno, name) for name in (
     "ESTALE", "EIO", "ETIMEDOUT", "EAGAIN", "EINTR", "EBUSY", "EREMOTEIO", "ENOLINK", "ECOMM", "ENOTCONN", "ESHUTDOWN",
@@ -162,11 +165,26 @@ def sync(path: str) -> None:
         os.close(descriptor)
 
 
-def write_json(path: str, value: dict) -> None:
+def write_json(path: str | Path, value: dict) -> None:
     """Write an indented JSON file and flush it to the disk."""
     with open(path, "w") as file:
         json.dump(value, file, indent=2, ensure_ascii=False)
-    sync(path)
+    sync(f"{path}")
+
+
+@contextlib.contextmanager
+def aside(path: str | Path) -> Iterator[Path]:
+    """Where to write a file. It gets its name, and replaces an older one, when the block has ended without an error."""
+    path = Path(path)
+    if path.exists() and not path.is_file():  # /dev/stdout
+        yield path
+        return
+    unfinished = path.with_name(f"{path.stem}.tmp{path.suffix}")  # some writers go by the suffix
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def check_writable(folder: str, flag: str) -> str:

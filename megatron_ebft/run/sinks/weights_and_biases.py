@@ -4,7 +4,7 @@ import contextlib
 import os
 import secrets
 
-from megatron_ebft.common.disk import file_mode, read_bytes
+from megatron_ebft.common.disk import aside, file_mode, read_bytes
 from megatron_ebft.common.signals import shielded
 from megatron_ebft.run.sinks.sink import Sink, Values
 
@@ -66,9 +66,8 @@ def run_id(folder: str, iteration: int) -> str:
     if iteration and file_mode(path) and (known := read_bytes(path).decode().strip()):
         return known
     new = secrets.token_hex(4)
-    with open(path + ".tmp", "w") as file:
-        file.write(new + "\n")
-    os.replace(path + ".tmp", path)
+    with aside(path) as unfinished:
+        unfinished.write_text(new + "\n")
     return new
 
 
