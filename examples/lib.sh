@@ -66,7 +66,6 @@ install() {
   export PYTHONWARNINGS=ignore # Megatron-Core warns about optional accelerators
   if ! $use_gpu; then
     export CUDA_VISIBLE_DEVICES="" # most models here are small, and two ranks need two GPUs
-    export TORCH_COMPILE_DISABLE=1 # a CPU compiles nothing here, and the compiler takes 2 s to import
   fi
 }
 

@@ -25,6 +25,9 @@ def main(argv: list[str] | None = None) -> int:
     # Megatron-Core's own: no Transformer Engine or apex, deprecations, and a probe of .grad by its optimizer.
     warnings.filterwarnings("ignore", module=r"megatron\.|torch")
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+    from megatron_ebft.common.device import import_megatron
+
+    import_megatron()
     from megatron_ebft.parallel.groups import init_parallel, shut_down
     from megatron_ebft.run import flight_recorder
     from megatron_ebft.run.build import build_run

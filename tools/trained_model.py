@@ -72,6 +72,9 @@ def on_ranks(args: argparse.Namespace):
     Raises:
         ValueError: it is missing, damaged or not supported; names the flag.
     """
+    from megatron_ebft.common.device import import_megatron
+
+    import_megatron()
     from megatron_ebft.parallel.groups import init_parallel, shut_down
     from megatron_ebft.run.configs import parallel_sizes
     from megatron_ebft.run.watchdog import PATIENCE, Watchdog

@@ -62,7 +62,8 @@ ensure_venv() {
   fi
 
   echo "installing megatron_ebft${extras:+[$extras]} with megatron-core ${MCORE:-newest}, torch ${torch:-newest}" >&2
-  "$dir/bin/python" -m pip install -qq --disable-pip-version-check -e "$REPO${extras:+[$extras]}" \
+  # Python compiles what is imported, when it is: to compile everything takes as long as the rest of the installation.
+  "$dir/bin/python" -m pip install -qq --no-compile --disable-pip-version-check -e "$REPO${extras:+[$extras]}" \
     "megatron-core${MCORE:+==$MCORE}" "torch${torch:+==$torch}" || return 1
   [[ -f "$stamp" ]] || echo "$key" >"$stamp"
   echo "extras: $extras" >>"$stamp"

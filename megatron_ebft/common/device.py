@@ -11,9 +11,11 @@ those entry points by their CPU counterparts, so that every other module is writ
 """
 
 import functools
+import importlib
 import os
 import re
 import resource
+import sys
 import time
 
 import torch
@@ -31,6 +33,26 @@ PEAKS = {name: dict(zip(("bf16", "fp32", "fp8"), peaks)) for name, peaks in {
     "H800": (989.0, 67.0, 1979.0), "A100": (312.0, 19.5, None), "A800": (312.0, 19.5, None),
     "L40S": (362.0, 91.6, 733.0)}.items()}
 """TFLOP/s without sparsity by words of the GPU's name, from NVIDIA's data sheets. The first match counts."""
+
+
+def import_megatron() -> None:
+    """Import Megatron-Core without what this machine and run do not need: 2 to 3 s of a start on a CPU.
+
+    On a CPU nothing is compiled, so torch's compiler stays away. Megatron-Core also imports wandb, for inference and
+    timers that are not used here.
+    """
+    def as_it_is(function=None, **_):
+        return function or as_it_is
+
+    compiler, wandb = torch.compile, sys.modules.get("wandb")
+    try:
+        torch.compile = compiler if have_gpu() else as_it_is
+        sys.modules["wandb"] = wandb  # None: as if it were not installed
+        importlib.import_module("megatron.core.timers")
+    finally:
+        torch.compile = compiler
+        if wandb is None:
+            del sys.modules["wandb"]
 
 
 def have_gpu() -> bool:

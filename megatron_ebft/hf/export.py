@@ -12,6 +12,9 @@ from megatron_ebft.common.signals import end_with_parent
 def main(checkpoint: str, output: str, parent: str) -> None:
     end_with_parent(parent=int(parent))
     os.nice(19)
+    from megatron_ebft.common.device import import_megatron
+
+    import_megatron()
     from megatron_ebft.hf.convert import megatron_to_hf
 
     megatron_to_hf(checkpoint, output, say=lambda line: None)

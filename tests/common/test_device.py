@@ -1,9 +1,29 @@
 """The CPU that stands in for CUDA."""
 
+import importlib
+import sys
+
 import pytest
 import torch
 
-from megatron_ebft.common.device import have_gpu
+from megatron_ebft.common import device
+from megatron_ebft.common.device import have_gpu, import_megatron
+
+
+@pytest.mark.parametrize("is_cpu", [True, False])
+def test_megatron_is_imported_without_compiler_and_wandb(is_cpu, monkeypatch):
+    seen = []
+    monkeypatch.setattr(device, "have_gpu", lambda: not is_cpu)
+    monkeypatch.setattr(importlib, "import_module",
+                        lambda name: seen.append((name, sys.modules["wandb"], torch.compile)))
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    compiler = torch.compile
+    import_megatron()
+    (name, wandb, compile_then), = seen
+    assert name.startswith("megatron.core") and wandb is None and "wandb" not in sys.modules
+    assert torch.compile is compiler and (compile_then is not compiler) == is_cpu
+    if is_cpu:  # with and without arguments
+        assert compile_then(len) is compile_then(dynamic=True)(len) is len
 
 
 @pytest.mark.skipif(have_gpu(), reason="nothing stands in for a GPU")

@@ -8,6 +8,5 @@ venv="$(default_venv)"
 ensure_venv "$venv" dev
 
 export OMP_NUM_THREADS=1
-export TORCH_COMPILE_DISABLE=1 # nothing is compiled on CPUs, and the compiler takes 2 s to import
 cd "$REPO"
 exec "$venv/bin/python" -m pytest tests/slurm/jobs.py "$@"

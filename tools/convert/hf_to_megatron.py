@@ -24,6 +24,9 @@ CONVERSION = Group("conversion", (
 
 def main(argv: list[str]) -> None:
     warnings.filterwarnings("ignore")
+    from megatron_ebft.common.device import import_megatron
+
+    import_megatron()
     import torch
     import verify
 

@@ -27,6 +27,9 @@ CONVERSION = Group("conversion", (
 
 def main(argv: list[str]) -> None:
     warnings.filterwarnings("ignore")
+    from megatron_ebft.common.device import import_megatron
+
+    import_megatron()
     import verify
 
     from megatron_ebft.hf.convert import megatron_to_hf

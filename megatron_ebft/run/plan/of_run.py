@@ -94,6 +94,9 @@ def main() -> None:
     request = json.load(sys.stdin)
     end_with_parent(parent=request["parent"])
     os.nice(19)
+    from megatron_ebft.common.device import import_megatron
+
+    import_megatron()
     from megatron_ebft.run.plan.measure import measure_rank, stage_ranks
 
     args, world_size = argparse.Namespace(**request["flags"]), request["world_size"]
