@@ -62,8 +62,7 @@ ensure_venv() {
   fi
 
   echo "installing megatron_ebft${extras:+[$extras]} with megatron-core ${MCORE:-newest}, torch ${torch:-newest}" >&2
-  # Python compiles what is imported, when it is: to compile everything takes as long as the rest of the installation.
-  "$dir/bin/python" -m pip install -qq --no-compile --disable-pip-version-check -e "$REPO${extras:+[$extras]}" \
+  "$dir/bin/python" -m pip install -qq --disable-pip-version-check -e "$REPO${extras:+[$extras]}" \
     "megatron-core${MCORE:+==$MCORE}" "torch${torch:+==$torch}" || return 1
   [[ -f "$stamp" ]] || echo "$key" >"$stamp"
   echo "extras: $extras" >>"$stamp"
