@@ -32,8 +32,10 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = ("import sys; sys.path = [sys.argv[1], *sys.path, *sys.argv[4:]]; "
            "from megatron_ebft.verifiers.worker import main; main()")
 CLEAN = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1",
-         "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-"""Environment of programs: none of this process's secrets. Sets have the same order in each."""
+         "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
+         **{name: value for name, value in os.environ.items() if name == "TMPDIR"}}
+"""Environment of programs: none of this process's secrets. Sets have the same order in each. TMPDIR is where answers
+have their folders where there is no sandbox."""
 
 
 class CannotStart(RuntimeError):

@@ -24,7 +24,7 @@ FINDINGS = Path(report.__file__).parent
 
 @pytest.mark.parametrize("task", ways.TASKS)
 def test_nothing_trains_on_held_out_texts(task, tmp_path, monkeypatch):
-    monkeypatch.setattr(tasks, "MODULES", 6)  # of each package, to be quick
+    monkeypatch.setattr(tasks, "MODULES", 2)  # of each package, to be quick
     tasks.make(task, tmp_path)
     lines = {split: [json.loads(line) for line in (tmp_path / f"{split}.jsonl").read_text().splitlines()]
              for split in tasks.SPLITS}
@@ -161,6 +161,26 @@ def test_the_driver_chooses_rates_and_skips_what_is_done(tmp_path):
         else:
             assert before is None
     assert len({run.folder(tmp_path) for run in calls.runs}) == len(calls.runs)
+
+
+def test_a_task_without_questions_has_no_verifier(tmp_path, monkeypatch):
+    """The lowest cross entropy chooses the rate; no question is asked; RLVR is not run."""
+    calls = Calls()
+    experiment = driver.Experiment("text", tmp_path, calls)
+    experiment.choose()
+    assert calls.runs and all(run.way.mode != "rlvr" for run in calls.runs)
+    for run in calls.runs:
+        run.folder(tmp_path).mkdir(parents=True)
+        driver.write_record(run.folder(tmp_path), {"seconds": 1.0},
+                            {"ce_loss": abs(ways.LEARNING_RATES.index(run.lr) - 2)})
+    assert {experiment.rate(way) for way in experiment.compared} == {ways.LEARNING_RATES[2]}
+    asked = []
+    monkeypatch.setattr(measure, "run_evaluate", lambda folder, name, flags: asked.append(flags) or {
+        "text": {"rows": 7, "ce_loss": 2.5, "entropy": 1.5}})
+    scores = measure.measure("text", tmp_path, tmp_path, tmp_path, measure.VALID)
+    flags, = asked
+    assert scores == {"ce_loss": 2.5, "entropy": 1.5}
+    assert "--text-data" in flags and not {"--questions", "--verifier", "--ebft-answer-only"} & set(flags)
 
 
 def record(way: str, seed: int, **scores: float) -> dict:
