@@ -36,10 +36,14 @@ read_options() {
   done
 }
 
-# check_seeds SEEDS: end the script unless these are numbers.
+# check_seeds SEEDS: end the script unless these are different numbers.
 check_seeds() {
-  if [[ ! "$1" =~ ^[0-9]+(\ +[0-9]+)*$ ]]; then
+  if [[ ! "$1" =~ ^(0|[1-9][0-9]*)(\ +(0|[1-9][0-9]*))*$ ]]; then
     echo "error: --seeds '$1': must be numbers separated by spaces" >&2
+    exit 2
+  fi
+  if [[ -n "$(tr -s ' ' '\n' <<<"$1" | sort | uniq -d)" ]]; then
+    echo "error: --seeds '$1': names a seed twice; leave one out" >&2
     exit 2
   fi
 }

@@ -8,6 +8,7 @@ same seed, the same random numbers.
 """
 
 import argparse
+import itertools
 import json
 import math
 import re
@@ -33,7 +34,8 @@ MEASURES = {"cfm": "eval/cfm", "ce": "eval/ce_loss", "score": "eval/answers/pass
 ANSWERS = "answers/text_summary"
 SECTION = re.compile(r"\*\*(.+?)\*\*\n```\n(.*?)\n```", re.DOTALL)
 SHOWN_QUESTIONS, SHOWN_SAMPLES = 4, 3
-COLORS = {"start": "tab:gray", "SFT": "tab:orange", "EBFT γ = 0": "tab:blue", "EBFT γ = 0.1": "tab:green"}
+COLORS = ("tab:orange", "tab:blue", "tab:green", "tab:red", "tab:purple")
+"""Of the ways to train, in their order; the start is gray."""
 
 EXPLANATION = """\
 CFM: squared distance between the mean features of sampled answers and those of the right one; EBFT lowers it.
@@ -41,7 +43,8 @@ CE: cross entropy of the right answer, in nats per token; SFT lowers it.
 Right: share of answers, sampled at temperature 1, that are the right one to the letter.
 Seconds: all training steps, without evaluations.
 CFM and CE are better if lower, right if higher. All three are measured on days that no training has seen. ± is the
-standard deviation over seeds."""
+standard deviation over seeds. The start is one model: its ± is the noise of the evaluation, whose random numbers depend
+on the seed."""
 
 
 @dataclass
@@ -189,6 +192,7 @@ def report(runs: list[Run], references: dict[str, str]) -> str:
 def plot(runs: list[Run], references: dict[str, str], path: Path) -> None:
     """Draw the three measures over steps, a line for each seed, and samples below."""
     figure = plt.figure(figsize=(13.5, 7.6), layout="constrained")
+    colors = {"start": "tab:gray", **dict(zip(by_label(runs), itertools.cycle(COLORS)))}
     grid = figure.add_gridspec(2, 3, height_ratios=(1.35, 1))
     panels = (("eval/cfm", "Feature-matching loss (CFM): lower is better"),
               ("eval/ce_loss", "Cross entropy, nats per token: lower is better"),
@@ -198,10 +202,10 @@ def plot(runs: list[Run], references: dict[str, str], path: Path) -> None:
         for label, group in by_label(runs).items():
             steps = [step for step, _ in group[0].scalars[tag]]
             for run in group:
-                axis.plot(*zip(*run.scalars[tag]), color=COLORS[label], alpha=0.35, linewidth=1)
+                axis.plot(*zip(*run.scalars[tag]), color=colors[label], alpha=0.35, linewidth=1)
             means = [statistics.mean(values) for values in zip(*(
                 [value for _, value in run.scalars[tag]] for run in group))]
-            axis.plot(steps, means, color=COLORS[label], linewidth=2.5, marker="o", label=label)
+            axis.plot(steps, means, color=colors[label], linewidth=2.5, marker="o", label=label)
         axis.set_title(title, fontsize=11)
         axis.set_xlabel("optimizer step")
         axis.set_xticks(steps)
@@ -210,7 +214,7 @@ def plot(runs: list[Run], references: dict[str, str], path: Path) -> None:
     axis.legend(frameon=False)
     axis = figure.add_subplot(grid[1, :])
     axis.axis("off")
-    write_samples(axis, shown_answers(runs, references))
+    write_samples(axis, shown_answers(runs, references), colors)
     figure.suptitle("A start that writes dates in any of twenty languages learns to write them in Italian",
                     fontsize=13)
     with aside(path) as file:
@@ -218,7 +222,7 @@ def plot(runs: list[Run], references: dict[str, str], path: Path) -> None:
     plt.close(figure)
 
 
-def write_samples(axis, shown: list[tuple[str, str, dict[str, list[str]]]]) -> None:
+def write_samples(axis, shown: list[tuple[str, str, dict[str, list[str]]]], colors: dict[str, str]) -> None:
     """Write a column for each question, with a sample in a line each."""
     width = 1 / len(shown)
     axis.set_title("Answers, sampled before fine-tuning (gray) and after", fontsize=11)
@@ -228,7 +232,7 @@ def write_samples(axis, shown: list[tuple[str, str, dict[str, list[str]]]]) -> N
         for label, texts in samples.items():
             for text in texts:
                 top -= 0.072
-                axis.text(left, top, textwrap.shorten(text, 40, placeholder=" …"), fontsize=9, color=COLORS[label],
+                axis.text(left, top, textwrap.shorten(text, 40, placeholder=" …"), fontsize=9, color=colors[label],
                           va="top", parse_math=False)
             top -= 0.02
 

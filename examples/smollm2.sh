@@ -18,7 +18,7 @@
 #
 # On a GPU, the seeds train side by side: a model of this size leaves most of it idle.
 # Run it again to continue where it stopped: it skips complete stages and resumes training.
-# To start over, or after you change a setting below, remove the output folder.
+# To start over, or after you change --steps, --hf-model or a setting below, remove the output folder.
 # PYTHON, MCORE and TORCH choose versions; tools/venv.sh describes them.
 set -Eeuo pipefail
 
@@ -37,7 +37,12 @@ if [[ ! "$steps" =~ ^([1-9][0-9]{0,8})?$ ]]; then
   exit 2
 fi
 
-if $smoke; then : "${output:=$REPO/outputs/smollm2-smoke}"; else : "${output:=$REPO/outputs/smollm2}" use_gpu=true; fi
+if $smoke; then
+  : "${output:=$REPO/outputs/smollm2-smoke}"
+else
+  : "${output:=$REPO/outputs/smollm2}"
+  use_gpu=true
+fi
 
 begin "1/7 Installing"
 install

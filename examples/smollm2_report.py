@@ -116,7 +116,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Table, results.json and curves of smollm2.sh.")
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="the folder of smollm2.sh")
     output = parser.parse_args().output
-    folders = [folder for method in COLORS for folder in sorted(output.glob(f"{method}*-seed*"))]
+    folders = [folder for method in COLORS for folder in sorted(output.glob(f"{method}*-seed*"))
+               if FOLDER.fullmatch(folder.name)]
     if not folders:
         raise ValueError(f"{output}: has no runs; run smollm2.sh first")
     records = [record(output, folder) for folder in folders]

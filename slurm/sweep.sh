@@ -6,7 +6,7 @@
 #   python tools/compare_runs.py checkpoints/sweep         compare the runs, also while they train
 #
 # Each point is a run like that of slurm/ebft_1b.sh, with its own checkpoints, logs and restarts. Point i takes from
-# the lists below γ number i mod 3, α number i / 3 mod 3 and whitening number i / 9.
+# the lists below γ number i mod #γ, α number i / #γ mod #α and whitening number i / (#γ · #α).
 #SBATCH --job-name=ebft_sweep
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8

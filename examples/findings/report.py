@@ -1,9 +1,9 @@
 """Tables and figure of the findings, from the recorded scalars alone.
 
-    python examples/findings/report.py [--results DIR] [--readme FILE]
+    python examples/findings/report.py [--results DIR] [--readme FILE] [--figure PNG]
 
-Prints the tables and draws findings.png beside the README. With --readme, the tables replace what stands between the
-two marks in that file. ± is the half-width of a 95 % t-interval over seeds; differences are taken seed by seed.
+Prints the tables. With --readme, they replace what stands between the two marks in that file, and findings.png is drawn
+beside it. ± is the half-width of a 95 % t-interval over seeds; differences are taken seed by seed.
 """
 
 import argparse
@@ -283,12 +283,14 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", metavar="DIR",
                         help="records of the runs (default: those kept beside this file)")
     parser.add_argument("--readme", type=Path, metavar="FILE", help="README to write the tables into")
-    parser.add_argument("--figure", type=Path, default=Path(__file__).parent / "findings.png", metavar="PNG",
-                        help="file for the figure (default: findings.png beside this file)")
+    parser.add_argument("--figure", type=Path, metavar="PNG", help="file for the figure (default: findings.png beside "
+                        "the file of --readme; without it, none is drawn)")
     options = parser.parse_args()
     text = report(options.results)
     print(text, end="")
-    plot(options.results, options.figure)
+    figure = options.figure or (options.readme and options.readme.parent / "findings.png")
+    if figure:
+        plot(options.results, figure)
     if options.readme:
         with aside(options.readme) as file:
             file.write_text(written_into(text, options.readme.read_text(encoding="utf-8")), encoding="utf-8")

@@ -35,8 +35,8 @@ FEW = 150
 """Questions of `few`, the first ones of `train`: the limited data of a question below."""
 SHORTEST, LONGEST = 150, 2000
 """Characters of a text."""
-MODULES, MOST_TEXTS = 150, 6000
-"""Modules that are read of a package, and texts of the start, at most."""
+MODULES, NUMPY_MODULES, MOST_TEXTS = 150, 150, 6000
+"""Modules that are read of a package and of NumPy, and texts of the start, at most."""
 
 
 def code(folder: Path) -> dict[str, list[dict]]:
@@ -63,7 +63,8 @@ def text(folder: Path) -> dict[str, list[dict]]:
     texts, others = {"NumPy": [], "others": []}, random.Random(1)
     seen: set[str] = set()
     for package, modules in smollm2_data.packages([site]).items():
-        for docstring in docstrings(others.sample(modules, min(len(modules), MODULES))):
+        most = NUMPY_MODULES if package == "numpy" else MODULES
+        for docstring in docstrings(others.sample(modules, min(len(modules), most))):
             if docstring not in seen:
                 seen.add(docstring)
                 texts["NumPy" if package == "numpy" else "others"].append({"text": docstring})

@@ -7,7 +7,7 @@ they form 16 / n groups, and diversity is computed within a group. Means over th
 whitening:
 
 alignment, diversity  variance over a block's rollouts of 2 φ_jᵀφ_y, and of 2/(n−1) Σ φ_jᵀφ_i
-noise                 the part of diversity's variance that comes from the other rollouts drawn, not from rollout j
+noise                 variance of 2 φ_jᵀφ_i over the other rollouts i of a block, divided by n − 1
 advantage             variance of the leave-one-out advantage
 
 Suffixes: B rows, K blocks, M and N rollouts.

@@ -179,7 +179,7 @@ def aside(path: str | Path) -> Iterator[Path]:
     if path.exists() and not path.is_file():  # /dev/stdout
         yield path
         return
-    unfinished = path.with_name(f"{path.stem}.tmp{path.suffix}")  # some writers go by the suffix
+    unfinished = path.with_name(f"{path.stem}.{os.getpid()}.tmp{path.suffix}")  # some writers go by the suffix
     try:
         yield unfinished
         os.replace(unfinished, path)

@@ -37,22 +37,22 @@ def write_run(folder, after: dict[str, float]) -> None:
 
 def test_the_report_of_known_curves(tmp_path):
     """CFM falls by 0.25 and 0.5, 0.375 on average; the standard deviation of these is 0.125 · √2."""
-    folders = [tmp_path / f"ebft-0-seed{seed}" for seed in (1, 2)] + [tmp_path / f"sft-seed{seed}" for seed in (1, 2)]
+    folders = [tmp_path / f"ebft-0.3-seed{seed}" for seed in (1, 2)] + [tmp_path / f"sft-seed{seed}" for seed in (1, 2)]
     for folder, cfm in zip(folders, (0.5, 0.25, 0.75, 0.5)):
         write_run(folder, {"eval/cfm": cfm, "eval/ce_loss": 1.0 + cfm, "eval/answers/pass@1": 0.5})
     runs = [quickstart_report.Run.read(folder) for folder in folders]
     records = quickstart_report.records(runs)
     assert all(record.keys() == KEYS for record in records)
     assert [(record["method"], record["seed"], record["ce_coef"], record["steps"], record["seconds"])
-            for record in records] == [("start", 1, None, 0, 0.0), ("start", 2, None, 0, 0.0), ("ebft", 1, 0.0, 2, 3.0),
-                                       ("ebft", 2, 0.0, 2, 3.0), ("sft", 1, None, 2, 3.0), ("sft", 2, None, 2, 3.0)]
+            for record in records] == [("start", 1, None, 0, 0.0), ("start", 2, None, 0, 0.0), ("ebft", 1, 0.3, 2, 3.0),
+                                       ("ebft", 2, 0.3, 2, 3.0), ("sft", 1, None, 2, 3.0), ("sft", 2, None, 2, 3.0)]
     assert [record["cfm_after"] for record in records] == [0.75, 0.75, 0.5, 0.25, 0.75, 0.5]
     assert all(record["score_before"] == 0.25 for record in records) and records[0]["ce_after"] == 2.0
     text = quickstart_report.report(runs, {"Monday =": "lunedì"})
-    assert "EBFT γ = 0 lowers CFM by 0.3750, 2.1 standard deviations of its 2 seeds (0.1768)." in text
-    assert "EBFT γ = 0 0.3750 ± 0.1768 1.3750 ± 0.1768 50.0% ± 0.0% 3 ± 0" in " ".join(text.split())
-    assert "lowest CFM: EBFT γ = 0; lowest CE: EBFT γ = 0" in text
-    assert "Monday = lunedì\n  start         maandag\n  EBFT γ = 0    lunedì" in text
+    assert "EBFT γ = 0.3 lowers CFM by 0.3750, 2.1 standard deviations of its 2 seeds (0.1768)." in text
+    assert "EBFT γ = 0.3 0.3750 ± 0.1768 1.3750 ± 0.1768 50.0% ± 0.0% 3 ± 0" in " ".join(text.split())
+    assert "lowest CFM: EBFT γ = 0.3; lowest CE: EBFT γ = 0.3" in text
+    assert "Monday = lunedì\n  start         maandag\n  EBFT γ = 0.3  lunedì" in text
     quickstart_report.plot(runs, {"Monday =": "lunedì"}, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     json.dumps(records, allow_nan=False)
