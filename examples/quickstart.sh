@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Energy-Based Fine-Tuning from scratch on two CPU cores, beside SFT, in about 10 minutes, after 3 to install:
+# Energy-Based Fine-Tuning from scratch on two CPU cores, beside SFT, in about 10 minutes, 3 of them to install:
 #
 #   bash examples/quickstart.sh [--seeds "1 2 3"] [--smoke] [--output DIR]
 #

@@ -60,11 +60,11 @@ def dates(folder: Path) -> dict[str, list[dict]]:
 def text(folder: Path) -> dict[str, list[dict]]:
     """Docstrings; also writes the tokenizer into the folder, trained on those of the start."""
     site = Path(sysconfig.get_paths()["purelib"])
-    texts, others = {"NumPy": [], "others": []}, random.Random(1)
+    texts, random_numbers = {"NumPy": [], "others": []}, random.Random(1)
     seen: set[str] = set()
     for package, modules in smollm2_data.packages([site]).items():
         most = NUMPY_MODULES if package == "numpy" else MODULES
-        for docstring in docstrings(others.sample(modules, min(len(modules), most))):
+        for docstring in docstrings(random_numbers.sample(modules, min(len(modules), most))):
             if docstring not in seen:
                 seen.add(docstring)
                 texts["NumPy" if package == "numpy" else "others"].append({"text": docstring})

@@ -166,10 +166,11 @@ def sync(path: str) -> None:
 
 
 def write_json(path: str | Path, value: dict) -> None:
-    """Write an indented JSON file and flush it to the disk."""
-    with open(path, "w") as file:
+    """Write an indented JSON file and flush it to the disk, if it is on one: /dev/stdout is not."""
+    with open(path, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=2, ensure_ascii=False)
-    sync(f"{path}")
+    if os.path.isfile(path):
+        sync(f"{path}")
 
 
 @contextlib.contextmanager

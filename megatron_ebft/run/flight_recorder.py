@@ -8,6 +8,8 @@ import os
 
 import torch.distributed as dist
 
+from megatron_ebft.common.disk import aside
+
 COLLECTIVES = 2000
 
 
@@ -35,8 +37,7 @@ def write(folder: str) -> None:
     path = os.path.join(folder, f"nccl_trace_rank_{dist.get_rank()}")
     try:
         os.makedirs(folder, exist_ok=True)
-        with open(f"{path}.new", "wb") as file:
-            file.write(recorded)
-        os.replace(f"{path}.new", path)
+        with aside(path) as file:
+            file.write_bytes(recorded)
     except OSError:
         return

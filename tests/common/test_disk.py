@@ -1,10 +1,11 @@
 """Files that are written aside: whole or not at all."""
 
+import json
 import os
 
 import pytest
 
-from megatron_ebft.common.disk import aside
+from megatron_ebft.common.disk import aside, write_json
 
 
 def test_a_file_appears_whole(tmp_path):
@@ -20,7 +21,10 @@ def test_a_file_appears_whole(tmp_path):
     assert path.read_text() == "new" and os.listdir(tmp_path) == [path.name]
 
 
-def test_a_device_is_written_as_it_is():
-    with aside("/dev/null") as file:
-        assert f"{file}" == "/dev/null"
-        file.write_text("nothing")
+def test_a_pipe_is_written_as_it_is():
+    reader, writer = os.pipe()
+    with aside(f"/dev/fd/{writer}") as file:
+        write_json(file, {"é": 1})
+    os.close(writer)
+    with open(reader, encoding="utf-8") as file:
+        assert json.load(file) == {"é": 1}

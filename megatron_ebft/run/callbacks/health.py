@@ -175,8 +175,7 @@ def meaningless(args) -> set[str]:
 
 
 def copies(metrics: dict[str, float], config: EBFTConfig) -> float | None:
-    """Share of the rollouts of blocks that count which repeat another one of their block; one of each kind is no
-    repetition.
+    """How many rollouts of the blocks that count repeat an earlier one of their block: 0, where all differ, to 1.
 
     --ebft-skip-duplicates leaves out the copies, and the blocks that do not count. The encoder's rows are those of
     --ebft-blocks-per-microbatch.

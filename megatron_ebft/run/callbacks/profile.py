@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from megatron_ebft.common.device import have_gpu, synchronize
+from megatron_ebft.common.disk import aside
 from megatron_ebft.model.weights import local_layers
 from megatron_ebft.run.callbacks.callback import Callback
 from megatron_ebft.run.state import Run
@@ -152,11 +153,10 @@ class Profile(Callback):
     def _write(self, write, name: str, suffix: str) -> None:
         """Let `write` make a file of this rank. A full disk costs a warning."""
         path = os.path.join(self.folder, f"{name}-rank-{dist.get_rank()}.{suffix}")
-        aside = os.path.join(self.folder, f".aside-{dist.get_rank()}.{suffix}")
         try:
             os.makedirs(self.folder, exist_ok=True)
-            write(aside)
-            os.replace(aside, path)
+            with aside(path) as file:
+                write(f"{file}")
             print(f"profile: {path}", flush=True)  # of any rank
         except OSError as error:
             print(f"warning: {path} could not be written ({error}). Training goes on", flush=True)
