@@ -48,7 +48,6 @@ class SaveHF(Callback):
             describe(ModelArgs(**run.metadata["architecture"]), f"--ebft-save-hf-interval {self.interval}")
         if not log.is_main:
             return
-        self._clear()
         self.resumed = run.state.iteration
         if self.resumed and os.path.isdir(os.path.join(self.folder, folder_name(self.resumed))):
             self._add(run, log, self.resumed)
@@ -124,14 +123,10 @@ class SaveHF(Callback):
                                             stderr=self.errors, env=os.environ | variables)
 
     def _end(self) -> None:
-        """End the process, if it has not ended."""
+        """End the process, if it has not ended. Removes what it has left unfinished, and others that were killed."""
         self.process.kill()
         self.process.wait()
         self.errors.close()
         self.process = None
-        self._clear()
-
-    def _clear(self) -> None:
-        """Remove what processes have left that were killed. None runs now."""
         for left in glob.glob(os.path.join(glob.escape(self.folder), FOLDER, "*.tmp.*")):
             shutil.rmtree(left, ignore_errors=True)
