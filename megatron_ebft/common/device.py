@@ -6,6 +6,8 @@ those entry points by their CPU counterparts, so that every other module is writ
 1. `torch.cuda` functions that name a device, a random state or a stream answer for the CPU.
 2. `device="cuda"` keywords, `Tensor.cuda()` and `Module.cuda()` mean the CPU.
 3. `Tensor.type()` answers "torch.cuda.FloatTensor" (Megatron's distributed optimizer compares that string).
+4. Process groups of the same ranks are one group. Megatron-Core makes about 20, most of them equal, and each gloo
+   group has a thread that wakes up a hundred times a second.
 
 `init_device` runs before the process groups start (parallel/groups.py calls it).
 """
@@ -17,8 +19,10 @@ import re
 import resource
 import sys
 import time
+import weakref
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -166,6 +170,22 @@ def _cuda_means_cpu(function):
     return on_cpu
 
 
+def _one_group_for_the_same_ranks(new_group):
+    """dist.new_group, which makes one group for all calls with the same ranks, for as long as the world exists."""
+    worlds = weakref.WeakKeyDictionary()
+
+    @functools.wraps(new_group)
+    def shared(ranks=None, *args, **kwargs):
+        made = worlds.setdefault(dist.group.WORLD, {})
+        members = range(dist.get_world_size()) if ranks is None else ranks
+        key = tuple(sorted(members)), kwargs.get("backend")
+        if key not in made:
+            made[key] = new_group(ranks, *args, **kwargs)
+        return made[key]
+
+    return shared
+
+
 _type = torch.Tensor.type
 
 
@@ -224,6 +244,7 @@ def init_device() -> None:
         module.get_rng_state = lambda *_, **__: torch.get_rng_state()
         module.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
         module.manual_seed = module.manual_seed_all = lambda seed: torch.random.default_generator.manual_seed(seed)
+    dist.new_group = _one_group_for_the_same_ranks(dist.new_group)
     torch.nn.Module.cuda = torch.Tensor.cuda = lambda self, *_, **__: self
     with CPU:
         torch.empty(0)  # `with device` notes which functions make tensors when it is first used: not those below

@@ -139,7 +139,7 @@ class StridedPattern:
         out = [self._gold.attend(layer_number, q_BHSD[:, :, :gold], gold_k, gold_v, scale, flex)]
         if row.num_rollout_tokens:
             own = slice(gold, row.end)
-            by_step = zip(*(x[:, :, own].unflatten(2, (-1, row.steps)).unbind(3) for x in (k_BJSD, v_BJSD)))
-            out.append(prefix_attention.attend(q_BHSD[:, :, own], (gold_k, gold_v), list(by_step), self._mask, scale))
+            of_rollouts = tuple(x[:, :, own].unflatten(2, (-1, row.steps)) for x in (k_BJSD, v_BJSD))
+            out.append(prefix_attention.attend(q_BHSD[:, :, own], (gold_k, gold_v), of_rollouts, self._mask, scale))
         out.append(torch.zeros_like(q_BHSD[:, :, row.end :]))
         return torch.cat(out, dim=2)

@@ -3,8 +3,8 @@ that they keep.
 
 1. Without gradient and with FlexAttention, the keys and values of a layer are one buffer, [gold | own tokens of every
    rollout], written step by step.
-2. Otherwise they are separate tensors for gold and for each step. Nothing is written in place, so that all steps may be
-   differentiated together (`sampler.sample_and_score`).
+2. Otherwise gold tokens and rollouts have separate tensors, and those of rollouts grow by a step in a way that autograd
+   knows (`prefix_attention.append`), so that all steps may be differentiated together (`sampler.sample_and_score`).
 
 Suffixes: B rows, S row length, T gold tokens, K blocks, N samples, H query heads, J key heads, D head dimension.
 """
@@ -36,8 +36,8 @@ class RolloutCache:
     document_BT: Tensor | None = None
     gold: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Keys and values of gold tokens, [B, J, T, D]."""
-    own: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
-    """Keys and values of the rollouts' tokens, [B, J, U, D] for each step so far."""
+    own: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Keys and values of the rollouts' tokens, [B, J, U, t, D] after t steps."""
     buffers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """In place of the two: [B, J, T + U·steps, D], padded to whole tiles; zero where not yet written."""
     _tiles: TileMask | None = None
@@ -82,7 +82,7 @@ class PrefillPattern:
             self.cache.buffers[layer_number] = tuple(
                 torch.cat([x, x.new_zeros((*x.shape[:2], own, x.shape[3]))], 2).contiguous() for x in (k_BJSD, v_BJSD))
         else:
-            self.cache.gold[layer_number], self.cache.own[layer_number] = (k_BJSD, v_BJSD), []
+            self.cache.gold[layer_number] = k_BJSD, v_BJSD
         return self._causal.attend(layer_number, q_BHSD, k_BJSD, v_BJSD, scale, flex)
 
 
@@ -101,7 +101,8 @@ class DecodePattern:
         if layer_number in self.cache.buffers:
             return self._attend_buffer(layer_number, q_BHSD, *new, scale)
         cache, groups = self.cache, k_BJSD.shape[1]
-        cache.own[layer_number].append(new)
+        before = cache.own.get(layer_number, (None, None))
+        cache.own[layer_number] = tuple(prefix_attention.append(*x, cache.row.steps) for x in zip(before, new))
         seen = cache.prefixes(q_BHSD.shape[1] // groups, q_BHSD.dtype, flex)
         attend = prefix_attention.attend_flex if flex else prefix_attention.attend
         out = attend(q_BHSD[:, :, :count], cache.gold[layer_number], cache.own[layer_number], seen, scale)

@@ -200,10 +200,13 @@ def _target_logits(logits_PBV: Tensor, targets_PBM: Tensor, temperature: float, 
 def _write_gradient(out_PBV, logits_PBV, real: int, local_PBM, is_local_PBM, lse_PB, grad_PBM,
                     temperature: float) -> None:
     """Writes the gradient (onehot(target) − softmax) · grad, summed over the targets of a row; 0 on padding."""
-    softmax = (scaled(logits_PBV, temperature) - lse_PB[..., None]).exp_()
+    x = scaled(logits_PBV, temperature)
+    softmax = torch.sub(x, lse_PB[..., None], out=out_PBV if out_PBV.dtype == x.dtype else None).exp_()
     softmax[..., real:] = 0
     softmax *= -grad_PBM.sum(-1, keepdim=True)
-    out_PBV.copy_(softmax.scatter_add_(-1, local_PBM, grad_PBM * is_local_PBM))
+    softmax.scatter_add_(-1, local_PBM, grad_PBM * is_local_PBM)
+    if softmax is not out_PBV:
+        out_PBV.copy_(softmax)
 
 
 @kernels.compiled

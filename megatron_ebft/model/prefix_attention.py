@@ -2,11 +2,11 @@
 own rollout up to themselves. In decoding, and in packed rows.
 
 1. The two parts are computed apart and merged by their log-sum-exp. The gold part is a few large products, in chunks of
-   rollouts; the own part, of at most G keys each, is small. So no keys are copied into one buffer, and decoding uses
-   the same masks in every step.
+   rollouts; the own part, of at most G keys each, is small. So gold keys are never copied, and decoding uses the same
+   masks in every step.
 2. The backward pass of the gold part is that of plain attention with the merged output and log-sum-exp: with
-   P = exp(S − lse) it computes dS = P·(dP − rowsum(dO·O)), which is the gradient of the whole. So no probabilities are
-   kept, and on a CPU torch's own kernels serve both passes.
+   P = exp(S − lse) it computes dS = P·(dP − rowsum(dO·O)), which is the gradient of the whole. So no probabilities of
+   gold keys are kept, and on a CPU torch's own kernels serve both passes.
 3. The query heads that share a key head are rows of that head (`pack_heads`).
 
 Suffixes: B rows, H query heads, J key heads, R rollout tokens, U rollouts, Q = R·H/J packed queries, C gold keys,
@@ -88,26 +88,54 @@ def prefixes(row: RowLayout, visible: VisibleKeys, steps: int, heads_per_group: 
     return Prefixes(chunks, additive(sees_own, torch.promote_types(dtype, torch.float32)))
 
 
-def attend(q_BHRD: Tensor, gold: tuple[Tensor, Tensor], own: list[tuple[Tensor, Tensor]], seen: Prefixes,
+def append(before_BJUtD: Tensor | None, new_BJUD: Tensor, steps: int) -> Tensor:
+    """Keys or values of the steps so far, with those of the next: [B, J, U, t + 1, D], differentiable, in at least
+    float32.
+
+    Args:
+        before_BJUtD: what the last call returned; None in the first step.
+        steps: of all calls. The first call makes room for them, and no later one copies what is there.
+    """
+    if before_BJUtD is None:
+        rows, groups, rollouts, width = new_BJUD.shape
+        dtype = torch.promote_types(new_BJUD.dtype, torch.float32)
+        before_BJUtD = new_BJUD.new_empty((rows, groups, rollouts, steps, width), dtype=dtype)[:, :, :, :0]
+    return _Append.apply(before_BJUtD, new_BJUD)
+
+
+class _Append(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, before_BJUtD, new_BJUD):
+        ctx.dtype = new_BJUD.dtype
+        rows, groups, rollouts, filled, width = before_BJUtD.shape
+        after = before_BJUtD.data.as_strided((rows, groups, rollouts, filled + 1, width), before_BJUtD.stride())
+        after[:, :, :, filled] = new_BJUD  # of .data: what earlier steps keep for their backward passes is not changed
+        return after
+
+    @staticmethod
+    def backward(ctx, grad_BJUtD):
+        return grad_BJUtD[:, :, :, :-1], grad_BJUtD[:, :, :, -1].to(ctx.dtype)
+
+
+def attend(q_BHRD: Tensor, gold: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], seen: Prefixes,
            scale: float) -> Tensor:
     """Attention of R rollout tokens, as many of each rollout: [B, H, R, D], differentiable in all tensors.
 
     Args:
         gold: keys and values of gold tokens, [B, J, T, D].
-        own: keys and values of the rollouts' tokens, [B, J, U, D] for each step.
+        own: keys and values of the rollouts' tokens, [B, J, U, t, D].
     """
-    keys, values = zip(*own)
-    packed = _PrefixAttention.apply(seen, scale, pack_heads(q_BHRD, gold[0].shape[1]), *gold, *keys, *values)
+    packed = _PrefixAttention.apply(seen, scale, pack_heads(q_BHRD, gold[0].shape[1]), *gold, *own)
     return unpack_heads(packed, q_BHRD.shape[1])
 
 
-def attend_flex(q_BHUD: Tensor, gold: tuple[Tensor, Tensor], own: list[tuple[Tensor, Tensor]], seen: TileMask,
+def attend_flex(q_BHUD: Tensor, gold: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], seen: TileMask,
                 scale: float) -> Tensor:
     """The same for one token of each rollout, with FlexAttention for the gold part."""
     heads, groups = q_BHUD.shape[1], gold[0].shape[1]
     q_BJQD = pack_heads(q_BHUD, groups)
     gold_BJQD, lse_BJQ = flex_attention.attend_with_lse(q_BJQD, *gold, seen, scale)
-    q_BJUMD, keys_BJUtD, values_BJUtD = _own_part(q_BJQD, [x for pair in zip(*own) for x in pair])
+    q_BJUMD, keys_BJUtD, values_BJUtD = _own_part(q_BJQD, *own)
     scores_BJUMt = q_BJUMD @ keys_BJUtD.mT * scale
     own_lse_BJUM, gold_lse_BJUM = scores_BJUMt.logsumexp(-1), lse_BJQ.view(scores_BJUMt.shape[:-1])
     total_BJUM = torch.logaddexp(gold_lse_BJUM, own_lse_BJUM)
@@ -126,8 +154,10 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 class _PrefixAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, seen: Prefixes, scale: float, q_BJQD, gold_k, gold_v, *own):
-        q_BJUMD, keys_BJUtD, values_BJUtD = _own_part(q_BJQD, own)
-        scores_BJUMt = _own_scores(q_BJUMD, keys_BJUtD, seen, scale)
+        q_BJUMD, keys_BJUtD, values_BJUtD = _own_part(q_BJQD, *own)
+        scores_BJUMt = _product(q_BJUMD, keys_BJUtD.mT).mul_(scale)
+        if seen.own_mask_Mt is not None:
+            scores_BJUMt += seen.own_mask_Mt
         parts = [_gold_forward(q_BJQD[:, :, c.queries], gold_k[:, :, : c.gold], gold_v[:, :, : c.gold], c.mask_B1QC,
                                scale) for c in seen.chunks]
         out_BJQD, gold_lse_BJQ = (torch.cat(x, dim=2) for x in zip(*parts))
@@ -138,14 +168,14 @@ class _PrefixAttention(torch.autograd.Function):
         merged = out_BJQD * (gold_lse_BJQ - lse_BJQ).exp_()[..., None] + own_BJQD
         out_BJQD = merged.to(q_BJQD.dtype)
         ctx.seen, ctx.scale = seen, scale
-        ctx.save_for_backward(q_BJQD, gold_k, gold_v, out_BJQD, lse_BJQ, *own)
+        ctx.save_for_backward(q_BJQD, gold_k, gold_v, out_BJQD, lse_BJQ, probs_BJUMt, *own)
         return out_BJQD
 
     @staticmethod
     def backward(ctx, grad_BJQD):
-        q_BJQD, gold_k, gold_v, out_BJQD, lse_BJQ, *own = ctx.saved_tensors
+        q_BJQD, gold_k, gold_v, out_BJQD, lse_BJQ, probs_BJUMt, *own = ctx.saved_tensors
         grad_BJQD = grad_BJQD.contiguous()
-        grad_q, grad_own = _own_backward(grad_BJQD, q_BJQD, out_BJQD, lse_BJQ, own, ctx.seen, ctx.scale)
+        grad_q, grad_own = _own_backward(grad_BJQD, q_BJQD, out_BJQD, probs_BJUMt, own, ctx.scale)
         grad_k, grad_v = (torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
                           for x in (gold_k, gold_v))
         for chunk in ctx.seen.chunks:
@@ -159,31 +189,22 @@ class _PrefixAttention(torch.autograd.Function):
         return None, None, grad_q.to(q_BJQD.dtype), grad_k.to(gold_k.dtype), grad_v.to(gold_v.dtype), *grad_own
 
 
-def _own_part(q_BJQD: Tensor, own) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, and keys and values of all steps so far by rollout, in at least float32."""
-    steps = len(own) // 2
+def _own_part(q_BJQD: Tensor, keys_BJUtD: Tensor, values_BJUtD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries by rollout, keys and values, in at least float32."""
+    q_BJUMD = q_BJQD.unflatten(2, (keys_BJUtD.shape[2], -1))
     dtype = torch.promote_types(q_BJQD.dtype, torch.float32)
-    keys_BJUtD, values_BJUtD = (torch.stack(x, dim=3).to(dtype) for x in (own[:steps], own[steps:]))
-    return q_BJQD.unflatten(2, (keys_BJUtD.shape[2], -1)).to(dtype), keys_BJUtD, values_BJUtD
+    return q_BJUMD.to(dtype), keys_BJUtD.to(dtype), values_BJUtD.to(dtype)
 
 
-def _own_scores(q_BJUMD, keys_BJUtD, seen: Prefixes, scale: float) -> Tensor:
-    scores_BJUMt = _product(q_BJUMD, keys_BJUtD.mT).mul_(scale)
-    return scores_BJUMt if seen.own_mask_Mt is None else scores_BJUMt.add_(seen.own_mask_Mt)
-
-
-def _own_backward(grad_BJQD, q_BJQD, out_BJQD, lse_BJQ, own, seen, scale) -> tuple[Tensor, list[Tensor]]:
+def _own_backward(grad_BJQD, q_BJQD, out_BJQD, probs_BJUMt, own, scale) -> tuple[Tensor, list[Tensor]]:
     """Gradients of the queries by way of the own part, and of its keys and values."""
-    q_BJUMD, keys_BJUtD, values_BJUtD = _own_part(q_BJQD, own)
+    q_BJUMD, keys_BJUtD, values_BJUtD = _own_part(q_BJQD, *own)
     grad_BJUMD = grad_BJQD.to(q_BJUMD.dtype).view(q_BJUMD.shape)
     delta_BJUM1 = (grad_BJUMD * out_BJQD.view(q_BJUMD.shape)).sum(-1, keepdim=True)
-    scores_BJUMt = _own_scores(q_BJUMD, keys_BJUtD, seen, scale)
-    probs_BJUMt = scores_BJUMt.sub_(lse_BJQ.view(scores_BJUMt.shape[:-1])[..., None]).exp_()
     grad_values = _product(probs_BJUMt.mT, grad_BJUMD)
     grad_scores = _product(grad_BJUMD, values_BJUtD.mT).sub_(delta_BJUM1).mul_(probs_BJUMt).mul_(scale)
     grad_q, grad_keys = _product(grad_scores, keys_BJUtD), _product(grad_scores.mT, q_BJUMD)
-    dtype = own[0].dtype
-    return grad_q.flatten(2, 3), [x for grad in (grad_keys, grad_values) for x in grad.to(dtype).unbind(3)]
+    return grad_q.flatten(2, 3), [grad_keys.to(own[0].dtype), grad_values.to(own[1].dtype)]
 
 
 def _gold_forward(q, k, v, mask, scale: float) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,8 @@
    the model's dtype.
 3. Without filters, a draw needs one pass over the logits. It reduces every segment of SEGMENT ids to three sums
    (`segment_sums`, on a GPU one compiled kernel), which give the normaliser, the entropy and the mass of each segment.
-   The draw chooses a rank's shard, then a segment, and reads only that segment's tokens again.
+   The draw chooses a rank's shard, then a segment, and reads only that segment's tokens again: in parts of PART ids,
+   then one by one.
 4. Top-k and top-p keep the tokens above a threshold per row. The threshold is found by radix selection on the bits of
    the probabilities, a byte a round: four small histograms are summed over the vocabulary's ranks, with no sort and no
    gathered logits. Equal probabilities are kept or dropped together. Masses are integers, so that no sum depends on
@@ -15,6 +16,7 @@
 Suffixes: B rows of the batch, P rows read of each, R = B·P, V vocabulary shard, S segments, M draws per row.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +30,8 @@ from megatron_ebft.model.log_probabilities import log_sum_exp, scaled
 
 SEGMENT = 1024
 """Ids that the first pass sums together: as many as one GPU thread block holds in registers."""
+PART = 32
+"""Ids that the second pass sums together."""
 HEAD_ROWS = 256
 """Fewest rows that the output head takes at once. With fewer, reading its weight costs more than multiplying."""
 LOWEST = -1e30
@@ -139,18 +143,24 @@ def draw(logits_RV: Tensor, real: int, numbers_RM: Tensor, temperature: float, t
     """`sample`, and log Σ exp(logits / temperature) of each row, float32 (float64 stays) [R]."""
     columns = logits_RV[:, :real] if real else logits_RV.new_full((len(logits_RV), 1), -torch.inf)
     first_id = dist.get_rank(group) * logits_RV.shape[1]
-    # Histograms of top-k and top-p have 257 entries a row; M segments of a row are looked at again.
-    size = max(1, temporary_elements() // max(columns.shape[1], 257, SEGMENT * numbers_RM.shape[1]))
-    parts = []
-    for i in range(0, len(columns), size):
-        here = columns[i : i + size], numbers_RM[i : i + size], temperature
-        if top_k > 0 or top_p < 1:
-            parts.append(_draw_filtered(*here, top_p, top_k, first_id, group))
-        else:
-            parts.append(_draw(*here, first_id, group))
-    tokens, log_probs, entropy, log_sum = (torch.cat(x) for x in zip(*parts))
+    if top_k > 0 or top_p < 1:  # their histograms have 257 entries a row
+        drawn = _by_rows(lambda *rows: _draw_filtered(*rows, temperature, top_p, top_k, first_id, group),
+                         max(columns.shape[1], 257), columns, numbers_RM)
+    else:  # M segments of a row are looked at again
+        sums = _by_rows(lambda logits_RV: segment_sums(logits_RV, temperature), columns.shape[1], columns)
+        drawn = _by_rows(lambda *rows: _draw(*rows, temperature, first_id, group), SEGMENT * numbers_RM.shape[1],
+                         columns, numbers_RM, *sums)
+    tokens, log_probs, entropy, log_sum = drawn
     log_sum = log_sum.to(torch.promote_types(logits_RV.dtype, torch.float32))
     return tokens, log_probs.float(), entropy.float(), log_sum
+
+
+def _by_rows(function: Callable[..., tuple[Tensor, ...]], width: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Results for all rows of the tensors. A call takes as many rows as temporary tensors of this width leave room for.
+    """
+    size = max(1, temporary_elements() // width)
+    parts = [function(*(x[i : i + size] for x in tensors)) for i in range(0, len(tensors[0]), size)]
+    return tuple(torch.cat(x) for x in zip(*parts)) if len(parts) > 1 else parts[0]
 
 
 def most_likely(logits_RV: Tensor, real: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
@@ -194,9 +204,10 @@ def _sums(logits_RSC: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tenso
     return top.squeeze(-1), exp.sum(-1), x.mul_(exp).sum(-1)
 
 
-def _draw(logits_RV, numbers_RM, temperature, first_id: int, group) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draws in levels: the rank, a segment of its shard, a token of the segment."""
-    top_RS, sum_RS, moment_RS = (x.double() for x in segment_sums(logits_RV, temperature))
+def _draw(logits_RV, numbers_RM, top_RS, sum_RS, moment_RS, temperature, first_id: int,
+          group) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Draws in levels: the rank, a segment of its shard, a part of the segment, a token of the part."""
+    top_RS, sum_RS, moment_RS = (x.double() for x in (top_RS, sum_RS, moment_RS))
     top_R1 = _over_ranks(top_RS.amax(-1, keepdim=True), group, dist.ReduceOp.MAX)
     shift_RS = top_RS - top_R1
     scale_RS = shift_RS.exp()
@@ -207,19 +218,32 @@ def _draw(logits_RV, numbers_RM, temperature, first_id: int, group) -> tuple[Ten
     entropy_R1 = log_total_R1 - _over_ranks(moment_R1, group) / total_R1
 
     segment_RM, rest_RM = _invert(mass_RS, numbers_RM * total_R1 - before_R1)
-    width = min(SEGMENT, logits_RV.shape[1])
-    id_RMC = segment_RM[..., None] * SEGMENT + torch.arange(width, device=logits_RV.device)
-    is_id = id_RMC < logits_RV.shape[1]
-    logits_RMC = logits_RV.gather(1, id_RMC.clamp(max=logits_RV.shape[1] - 1).flatten(1)).view_as(id_RMC)
-    x_RMC = scaled(logits_RMC, temperature).where(is_id, -torch.inf)
-    exp_RMC = (x_RMC - top_RS.gather(1, segment_RM)[..., None].to(x_RMC.dtype)).exp().double()
+    x_RMC = scaled(_segments(logits_RV, segment_RM), temperature)
+    exp_RMPC = (x_RMC - top_RS.gather(1, segment_RM)[..., None].to(x_RMC.dtype)).exp_().unflatten(-1, (-1, PART))
+    mass_RMP = exp_RMPC.sum(-1, dtype=torch.float64)
     share_RM = rest_RM / mass_RS.gather(1, segment_RM)  # of its segment's mass, before the token
-    place_RM1, _ = _invert(exp_RMC, (share_RM * exp_RMC.sum(-1))[..., None])
+    part_RM1, rest_RM1 = _invert(mass_RMP, (share_RM * mass_RMP.sum(-1))[..., None])
+    exp_RMC = exp_RMPC.take_along_dim(part_RM1[..., None], 2).squeeze(2).double()
+    place_RM1 = part_RM1 * PART + _invert(exp_RMC, rest_RM1)[0]
     x_RM = x_RMC.gather(-1, place_RM1).squeeze(-1)
     tokens_RM = segment_RM * SEGMENT + place_RM1.squeeze(-1) + first_id
     log_sum_R1 = top_R1 + log_total_R1
     log_probs_RM = x_RM.double() - log_sum_R1
     return (*_from_owner(tokens_RM, log_probs_RM, owner_RM, group), entropy_R1.squeeze(-1), log_sum_R1.squeeze(-1))
+
+
+def _segments(logits_RV: Tensor, segment_RM: Tensor) -> Tensor:
+    """Logits of one segment for each draw, [R, M, SEGMENT], −inf after the last id; of fewer ids where there are fewer.
+    """
+    rows, ids = logits_RV.shape
+    whole = ids // SEGMENT
+    rest_R1C = torch.nn.functional.pad(logits_RV[:, None, whole * SEGMENT :],
+                                       (0, -ids % (SEGMENT if whole else PART)), value=-torch.inf)
+    if not whole:
+        return rest_R1C.expand(-1, segment_RM.shape[1], -1)
+    row_R1 = torch.arange(rows, device=logits_RV.device)[:, None]
+    logits_RMC = logits_RV[:, : whole * SEGMENT].unflatten(1, (whole, SEGMENT))[row_R1, segment_RM.clamp(max=whole - 1)]
+    return logits_RMC.where((segment_RM < whole)[..., None], rest_R1C) if rest_R1C.numel() else logits_RMC
 
 
 def _invert(mass: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,12 +4,16 @@ import megatron.core
 import torch
 
 from megatron_ebft import __version__
-from megatron_ebft.common.device import have_gpu
+from megatron_ebft.common.device import have_gpu, peak_tflops
 from megatron_ebft.parallel.groups import document_size, dp_size
 from megatron_ebft.rollout.schedule import idle_fraction, row_groups
 from megatron_ebft.run.configs import why_not_fused
+from megatron_ebft.run.flags.checks import why_separate
 from megatron_ebft.run.state import Run
 
+LAUNCH_SECONDS, PEAK_SHARE = 2.85e-3, 0.6
+"""Of one layer in one decoding step, by host and GPU. Measured on an H100 (tests/gpu/README.md): rollouts of Llama 3.2
+1B waited for launches, 365 ms for 8 steps of 16 layers; those of 8B reached 0.6 of the peak while the GPU was busy."""
 
 def mixed_precision(args) -> str:
     """A warning that only one of rollouts and training runs in FP8."""
@@ -19,6 +23,29 @@ def mixed_precision(args) -> str:
                 f"rollouts alone; {sides}")
     return ("note: rollouts run in FP8 and the training pass does not. In published runs this mix lost accuracy, with "
             f"and without importance weights, and FP8 in both did not; {sides}")
+
+
+def rows_to_hide_launches(parameters: int, layers: int, rollouts: int, peak: float) -> float:
+    """Rows of a micro-batch from which on a GPU computes a decoding step for longer than the host launches it.
+
+    Args:
+        parameters: of a rank.
+        rollouts: of a row, K · n.
+        peak: TFLOP/s.
+    """
+    return layers * LAUNCH_SECONDS / (2 * parameters * rollouts / (PEAK_SHARE * peak * 1e12))
+
+
+def waits_for_launches(args, parameters: int, rollouts: int, gpu: str) -> list[str]:
+    """A line on whether a fused step would wait for launches; none where it cannot run or was declined, or without a
+    GPU of known speed. Arguments as for `rows_to_hide_launches`."""
+    peak = peak_tflops(gpu, "bf16")
+    if peak is None or args.ebft_step == "separate" or why_separate(args):
+        return []
+    rows = rows_to_hide_launches(parameters, args.num_layers, rollouts, peak)
+    choice = "; --ebft-step fused tries it" if args.ebft_step == "auto" else ""
+    return [f"by count, a fused step waits for kernel launches below micro-batches of {rows:.1f} rows, here "
+            f"--micro-batch-size {args.micro_batch_size}{choice}"]
 
 
 def describe(run: Run) -> str:
@@ -40,6 +67,7 @@ def describe(run: Run) -> str:
                      f"{run.config.feature_map.layers} of {encoder['origin']} ({encoder['fingerprint']})")
         lines.append("fused step: the pass that samples is differentiated" if run.config.fused else
                      f"separate passes for sampling and training: {why_not_fused(args)}")
+        lines += waits_for_launches(args, parameters, layout.num_blocks * layout.num_samples, where)
         if stages > 1:
             groups = len(row_groups(args.global_batch_size // document_size(), stages, args.ebft_rollout_rows))
             idle = idle_fraction(groups, stages, layout.rollout_length, virtual)

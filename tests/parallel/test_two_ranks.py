@@ -104,6 +104,28 @@ def asked_on_one_rank(asking: int) -> list[str]:
     return said
 
 
+def equal_groups() -> list:
+    """Of two worlds after each other: how many groups of this rank alone were made, of three; and a sum over the other
+    kind of group."""
+    told = []
+    init_device()
+    for world in range(2):
+        enter_world(2)
+        alone = {id([dist.new_group([rank]) for rank in range(2)][dist.get_rank()]) for _ in range(3)}
+        both = dist.new_group([0, 1])
+        assert dist.new_group([0, 1]) is both
+        total = torch.tensor(world + 1)
+        dist.all_reduce(total, group=both)
+        told.append([len(alone), int(total)])
+        dist.destroy_process_group()
+    return told
+
+
+def test_groups_of_the_same_ranks_are_one():
+    """On a CPU; and a new world makes new ones."""
+    assert run_ranks(2, "test_two_ranks:equal_groups") == [[[1, 2], [1, 4]]] * 2
+
+
 @pytest.mark.parametrize("asking", [0, 1])
 def test_a_request_to_one_rank_stops_both(asking):
     assert run_ranks(2, "test_two_ranks:asked_on_one_rank", asking) == [["", "SIGUSR1", "no rows"]] * 2
