@@ -67,6 +67,7 @@ def _pytest(folder: Path, test: str, log: Path) -> None:
     os.chdir(folder)
     sys.path[:] = [str(folder), *(path for path in sys.path if not path or Path(path) not in (ROOT, ROOT / "tests"))]
     os.environ["PYTHONPATH"] = str(folder)
+    vars(sys.modules["__main__"]).pop("__file__", None)  # or each rank of a test would run this file
     import pytest
 
     # Not sys.exit: it would wait for the ranks that the test has started.

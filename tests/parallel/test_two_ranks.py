@@ -105,9 +105,9 @@ def asked_on_one_rank(asking: int) -> list[str]:
 
 
 def equal_groups() -> list:
-    """Of two worlds after each other: how many groups of this rank alone were made, of three; and a sum over the other
-    kind of group."""
-    told = []
+    """Of two worlds after each other: how many groups of this rank alone there are after three calls, whether the group
+    of both ranks is one of the world before, and a sum over it."""
+    told, before = [], None
     init_device()
     for world in range(2):
         enter_world(2)
@@ -116,14 +116,15 @@ def equal_groups() -> list:
         assert dist.new_group([0, 1]) is both
         total = torch.tensor(world + 1)
         dist.all_reduce(total, group=both)
-        told.append([len(alone), int(total)])
+        told.append([len(alone), both is before, int(total)])
+        before = both
         dist.destroy_process_group()
     return told
 
 
 def test_groups_of_the_same_ranks_are_one():
     """On a CPU; and a new world makes new ones."""
-    assert run_ranks(2, "test_two_ranks:equal_groups") == [[[1, 2], [1, 4]]] * 2
+    assert run_ranks(2, "test_two_ranks:equal_groups") == [[[1, False, 2], [1, False, 4]]] * 2
 
 
 @pytest.mark.parametrize("asking", [0, 1])
