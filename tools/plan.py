@@ -94,6 +94,9 @@ def measure_rank(argv: list[str], rank: int, like_gpu: bool = True) -> dict:
     """`measure.measure_rank` for these flags, in its own process. The last figure of each flow becomes its seconds."""
     warnings.filterwarnings("ignore")
     args, cluster = parse(argv)
+    from megatron_ebft.common.device import import_megatron
+
+    import_megatron()
     from megatron_ebft.run.plan import measure
 
     figures = measure.measure_rank(args, rank, args.world_size, cluster.operation, like_gpu)

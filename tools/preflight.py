@@ -195,6 +195,9 @@ def check_save(args, size: int) -> str:
 
 def check_run(args, problems: Problems) -> list[str]:
     """Check everything but GPUs. Returns phrases that describe the run."""
+    from megatron_ebft.common.device import import_megatron
+
+    import_megatron()
     from megatron_ebft.checkpointing.record import TrainState, read_metadata
     from megatron_ebft.data.tokenizer import build_tokenizer
     from megatron_ebft.run import build, configs, folders, resume

@@ -207,6 +207,9 @@ def compare(batch: str, output: str, tolerance: float, say) -> list[str]:
 def main(argv: list[str]) -> None:
     """Parse, build, compute, write, compare."""
     warnings.filterwarnings("ignore")
+    from megatron_ebft.common.device import import_megatron
+
+    import_megatron()
     from megatron_ebft.parallel.groups import init_parallel, shut_down
     from megatron_ebft.run.build import check_batch
     from megatron_ebft.run.configs import parallel_sizes
