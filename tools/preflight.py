@@ -195,9 +195,6 @@ def check_save(args, size: int) -> str:
 
 def check_run(args, problems: Problems) -> list[str]:
     """Check everything but GPUs. Returns phrases that describe the run."""
-    from megatron_ebft.common.device import import_megatron
-
-    import_megatron()
     from megatron_ebft.checkpointing.record import TrainState, read_metadata
     from megatron_ebft.data.tokenizer import build_tokenizer
     from megatron_ebft.run import build, configs, folders, resume
@@ -264,7 +261,11 @@ def main(argv: list[str]) -> int:
     parser = Parser("tools/preflight.py", __doc__, own=(JOB,), reads=frozenset(FLAGS), shows_training=False)
     with problems.collected():
         if "--node-only" not in argv:
-            words += check_run(parser.parse_args(argv), problems)
+            args = parser.parse_args(argv)
+            from megatron_ebft.common.device import import_megatron
+
+            import_megatron()
+            words += check_run(args, problems)
     with problems.collected():
         words.append(check_gpus(parser.parse_own(argv)))
     where = f"preflight on {socket.gethostname()}"
