@@ -6,8 +6,8 @@ those entry points by their CPU counterparts, so that every other module is writ
 1. `torch.cuda` functions that name a device, a random state or a stream answer for the CPU.
 2. `device="cuda"` keywords, `Tensor.cuda()` and `Module.cuda()` mean the CPU.
 3. `Tensor.type()` answers "torch.cuda.FloatTensor" (Megatron's distributed optimizer compares that string).
-4. Process groups of the same ranks are one group. Megatron-Core makes about 20, most of them equal, and each gloo
-   group has a thread that wakes up a hundred times a second.
+4. Gloo groups of the same ranks are one group. Megatron-Core makes about 20, most of them equal, and each has a thread
+   that wakes up a hundred times a second.
 
 `init_device` runs before the process groups start (parallel/groups.py calls it).
 """
@@ -171,19 +171,35 @@ def _cuda_means_cpu(function):
 
 
 def _one_group_for_the_same_ranks(new_group):
-    """dist.new_group, which makes one group for all calls with the same ranks, for as long as the world exists."""
+    """dist.new_group, which makes one gloo group for all calls with the same ranks, for as long as the world exists.
+
+    All ranks must make the same calls, and use a group in the same order whatever they got it for. Calls with other
+    options get groups of their own.
+    """
     worlds = weakref.WeakKeyDictionary()
 
     @functools.wraps(new_group)
-    def shared(ranks=None, *args, **kwargs):
+    def shared(ranks=None, timeout=None, backend=None, *args, **kwargs):
+        special = args or kwargs.get("use_local_synchronization") or not kwargs.get("sort_ranks", True)
+        if special or dist.get_backend() != "gloo" or backend not in (None, "gloo"):
+            return new_group(ranks, timeout, backend, *args, **kwargs)
         made = worlds.setdefault(dist.group.WORLD, {})
-        members = range(dist.get_world_size()) if ranks is None else ranks
-        key = tuple(sorted(members)), kwargs.get("backend")
+        key = tuple(sorted(range(dist.get_world_size()) if ranks is None else ranks))
         if key not in made:
-            made[key] = new_group(ranks, *args, **kwargs)
+            made[key] = new_group(ranks, timeout, backend, **kwargs)
         return made[key]
 
     return shared
+
+
+def _only_whole_worlds(destroy):
+    """dist.destroy_process_group, which leaves single groups to the end of their world: others may use them."""
+    @functools.wraps(destroy)
+    def destroyed(group=None):
+        if group is None or group is dist.group.WORLD:
+            destroy(group)
+
+    return destroyed
 
 
 _type = torch.Tensor.type
@@ -245,6 +261,7 @@ def init_device() -> None:
         module.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
         module.manual_seed = module.manual_seed_all = lambda seed: torch.random.default_generator.manual_seed(seed)
     dist.new_group = _one_group_for_the_same_ranks(dist.new_group)
+    dist.destroy_process_group = _only_whole_worlds(dist.destroy_process_group)
     torch.nn.Module.cuda = torch.Tensor.cuda = lambda self, *_, **__: self
     with CPU:
         torch.empty(0)  # `with device` notes which functions make tensors when it is first used: not those below

@@ -34,8 +34,9 @@ def pack_heads(q_BHRD: Tensor, key_heads: int) -> Tensor:
 
 
 def unpack_heads(out_BJQD: Tensor, heads: int) -> Tensor:
-    """The inverse of `pack_heads`: [B, H, R, D]."""
-    return out_BJQD.unflatten(2, (-1, heads // out_BJQD.shape[1])).transpose(2, 3).flatten(1, 2)
+    """The inverse of `pack_heads`: [B, H, R, D], in memory as [R, B, H, D], which is what the next layer reads."""
+    out_RBJMD = out_BJQD.unflatten(2, (-1, heads // out_BJQD.shape[1])).permute(2, 0, 1, 3, 4).contiguous()
+    return out_RBJMD.flatten(2, 3).permute(1, 2, 0, 3)
 
 
 def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
@@ -94,7 +95,8 @@ def append(before_BJUtD: Tensor | None, new_BJUD: Tensor, steps: int) -> Tensor:
 
     Args:
         before_BJUtD: what the last call returned; None in the first step.
-        steps: of all calls. The first call makes room for them, and no later one copies what is there.
+        steps: of all calls. The first call makes room for them, and no later one copies what is there. So each result
+            can be appended to only once.
     """
     if before_BJUtD is None:
         rows, groups, rollouts, width = new_BJUD.shape
@@ -108,8 +110,10 @@ class _Append(torch.autograd.Function):
     def forward(ctx, before_BJUtD, new_BJUD):
         ctx.dtype = new_BJUD.dtype
         rows, groups, rollouts, filled, width = before_BJUtD.shape
+        assert filled < before_BJUtD.stride(2) // before_BJUtD.stride(3), "more steps than there is room for"
+        # Through .data: autograd would take this for a change of what earlier steps have saved, which stays as it is.
         after = before_BJUtD.data.as_strided((rows, groups, rollouts, filled + 1, width), before_BJUtD.stride())
-        after[:, :, :, filled] = new_BJUD  # of .data: what earlier steps keep for their backward passes is not changed
+        after[:, :, :, filled] = new_BJUD
         return after
 
     @staticmethod
@@ -160,13 +164,15 @@ class _PrefixAttention(torch.autograd.Function):
             scores_BJUMt += seen.own_mask_Mt
         parts = [_gold_forward(q_BJQD[:, :, c.queries], gold_k[:, :, : c.gold], gold_v[:, :, : c.gold], c.mask_B1QC,
                                scale) for c in seen.chunks]
-        out_BJQD, gold_lse_BJQ = (torch.cat(x, dim=2) for x in zip(*parts))
+        gold_lse_BJQ = torch.cat([lse for _, lse in parts], dim=2)
         own_lse_BJQ = scores_BJUMt.logsumexp(-1).flatten(2)
         lse_BJQ = torch.logaddexp(gold_lse_BJQ, own_lse_BJQ.to(gold_lse_BJQ.dtype))
         probs_BJUMt = scores_BJUMt.sub_(lse_BJQ.view(scores_BJUMt.shape[:-1])[..., None]).exp_()
-        own_BJQD = _product(probs_BJUMt, values_BJUtD).flatten(2, 3)
-        merged = out_BJQD * (gold_lse_BJQ - lse_BJQ).exp_()[..., None] + own_BJQD
-        out_BJQD = merged.to(q_BJQD.dtype)
+        merged_BJQD = _product(probs_BJUMt, values_BJUtD).flatten(2, 3)
+        share_BJQ1 = (gold_lse_BJQ - lse_BJQ).exp_()[..., None]
+        for chunk, (gold_BJQD, _) in zip(seen.chunks, parts):
+            merged_BJQD[:, :, chunk.queries].addcmul_(gold_BJQD, share_BJQ1[:, :, chunk.queries])
+        out_BJQD = merged_BJQD.to(q_BJQD.dtype)
         ctx.seen, ctx.scale = seen, scale
         ctx.save_for_backward(q_BJQD, gold_k, gold_v, out_BJQD, lse_BJQ, probs_BJUMt, *own)
         return out_BJQD

@@ -3,7 +3,8 @@
 1. Sample groups: `--ebft-sample-parallel-size` S consecutive data-parallel ranks take the same rows and n/S rollouts
    of each block. Rows are dealt out by `document_rank`, of which there are data-parallel size / S.
 2. Wrap groups: the last and the first stage of a pipeline share a communicator. Sampled tokens travel back on it while
-   hidden states travel forward on the pipeline's, so that neither waits for the other.
+   hidden states travel forward on the pipeline's, so that neither waits for the other. (Over gloo two stages have one
+   group for both, see common/device.py: messages in opposite directions do not wait.)
 """
 
 import datetime

@@ -6,8 +6,7 @@
    the model's dtype.
 3. Without filters, a draw needs one pass over the logits. It reduces every segment of SEGMENT ids to three sums
    (`segment_sums`, on a GPU one compiled kernel), which give the normaliser, the entropy and the mass of each segment.
-   The draw chooses a rank's shard, then a segment, and reads only that segment's tokens again: in parts of PART ids,
-   then one by one.
+   The draw chooses a rank's shard, then a segment, and reads only that segment's tokens again.
 4. Top-k and top-p keep the tokens above a threshold per row. The threshold is found by radix selection on the bits of
    the probabilities, a byte a round: four small histograms are summed over the vocabulary's ranks, with no sort and no
    gathered logits. Equal probabilities are kept or dropped together. Masses are integers, so that no sum depends on
@@ -31,7 +30,7 @@ from megatron_ebft.model.log_probabilities import log_sum_exp, scaled
 SEGMENT = 1024
 """Ids that the first pass sums together: as many as one GPU thread block holds in registers."""
 PART = 32
-"""Ids that the second pass sums together."""
+"""Ids of a segment that a CPU adds up together before it looks at them one by one."""
 HEAD_ROWS = 256
 """Fewest rows that the output head takes at once. With fewer, reading its weight costs more than multiplying."""
 LOWEST = -1e30
@@ -142,12 +141,13 @@ def draw(logits_RV: Tensor, real: int, numbers_RM: Tensor, temperature: float, t
          group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`sample`, and log Σ exp(logits / temperature) of each row, float32 (float64 stays) [R]."""
     columns = logits_RV[:, :real] if real else logits_RV.new_full((len(logits_RV), 1), -torch.inf)
-    first_id = dist.get_rank(group) * logits_RV.shape[1]
+    width = logits_RV.shape[1]  # not that of the columns: ranks, which send messages for each chunk, must agree on it
+    first_id = dist.get_rank(group) * width
     if top_k > 0 or top_p < 1:  # their histograms have 257 entries a row
         drawn = _by_rows(lambda *rows: _draw_filtered(*rows, temperature, top_p, top_k, first_id, group),
-                         max(columns.shape[1], 257), columns, numbers_RM)
+                         max(width, 257), columns, numbers_RM)
     else:  # M segments of a row are looked at again
-        sums = _by_rows(lambda logits_RV: segment_sums(logits_RV, temperature), columns.shape[1], columns)
+        sums = _by_rows(lambda logits_RV: segment_sums(logits_RV, temperature), width, columns)
         drawn = _by_rows(lambda *rows: _draw(*rows, temperature, first_id, group), SEGMENT * numbers_RM.shape[1],
                          columns, numbers_RM, *sums)
     tokens, log_probs, entropy, log_sum = drawn
@@ -206,7 +206,7 @@ def _sums(logits_RSC: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tenso
 
 def _draw(logits_RV, numbers_RM, top_RS, sum_RS, moment_RS, temperature, first_id: int,
           group) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draws in levels: the rank, a segment of its shard, a part of the segment, a token of the part."""
+    """Draws in levels: the rank, a segment of its shard, a token of the segment."""
     top_RS, sum_RS, moment_RS = (x.double() for x in (top_RS, sum_RS, moment_RS))
     top_R1 = _over_ranks(top_RS.amax(-1, keepdim=True), group, dist.ReduceOp.MAX)
     shift_RS = top_RS - top_R1
@@ -219,12 +219,9 @@ def _draw(logits_RV, numbers_RM, top_RS, sum_RS, moment_RS, temperature, first_i
 
     segment_RM, rest_RM = _invert(mass_RS, numbers_RM * total_R1 - before_R1)
     x_RMC = scaled(_segments(logits_RV, segment_RM), temperature)
-    exp_RMPC = (x_RMC - top_RS.gather(1, segment_RM)[..., None].to(x_RMC.dtype)).exp_().unflatten(-1, (-1, PART))
-    mass_RMP = exp_RMPC.sum(-1, dtype=torch.float64)
+    exp_RMC = (x_RMC - top_RS.gather(1, segment_RM)[..., None].to(x_RMC.dtype)).exp_()
     share_RM = rest_RM / mass_RS.gather(1, segment_RM)  # of its segment's mass, before the token
-    part_RM1, rest_RM1 = _invert(mass_RMP, (share_RM * mass_RMP.sum(-1))[..., None])
-    exp_RMC = exp_RMPC.take_along_dim(part_RM1[..., None], 2).squeeze(2).double()
-    place_RM1 = part_RM1 * PART + _invert(exp_RMC, rest_RM1)[0]
+    place_RM1 = (_place_by_parts if exp_RMC.is_cpu else _place)(exp_RMC, share_RM)[..., None]
     x_RM = x_RMC.gather(-1, place_RM1).squeeze(-1)
     tokens_RM = segment_RM * SEGMENT + place_RM1.squeeze(-1) + first_id
     log_sum_R1 = top_R1 + log_total_R1
@@ -233,8 +230,8 @@ def _draw(logits_RV, numbers_RM, top_RS, sum_RS, moment_RS, temperature, first_i
 
 
 def _segments(logits_RV: Tensor, segment_RM: Tensor) -> Tensor:
-    """Logits of one segment for each draw, [R, M, SEGMENT], −inf after the last id; of fewer ids where there are fewer.
-    """
+    """Logits of one segment for each draw, [R, M, SEGMENT], −inf after the last id. A shard smaller than a segment is
+    padded to whole parts."""
     rows, ids = logits_RV.shape
     whole = ids // SEGMENT
     rest_R1C = torch.nn.functional.pad(logits_RV[:, None, whole * SEGMENT :],
@@ -244,6 +241,21 @@ def _segments(logits_RV: Tensor, segment_RM: Tensor) -> Tensor:
     row_R1 = torch.arange(rows, device=logits_RV.device)[:, None]
     logits_RMC = logits_RV[:, : whole * SEGMENT].unflatten(1, (whole, SEGMENT))[row_R1, segment_RM.clamp(max=whole - 1)]
     return logits_RMC.where((segment_RM < whole)[..., None], rest_R1C) if rest_R1C.numel() else logits_RMC
+
+
+def _place(mass_RMC: Tensor, share_RM: Tensor) -> Tensor:
+    """The bin of each distribution in which this share of its mass is passed, int64 [R, M]."""
+    mass_RMC = mass_RMC.double()
+    return _invert(mass_RMC, (share_RM * mass_RMC.sum(-1))[..., None])[0].squeeze(-1)
+
+
+def _place_by_parts(mass_RMC: Tensor, share_RM: Tensor) -> Tensor:
+    """The same in two levels: less to add up, but more kernels, for which a GPU would wait."""
+    mass_RMPC = mass_RMC.unflatten(-1, (-1, PART))
+    mass_RMP = mass_RMPC.sum(-1, dtype=torch.float64)
+    part_RM1, rest_RM1 = _invert(mass_RMP, (share_RM * mass_RMP.sum(-1))[..., None])
+    within_RMC = mass_RMPC.take_along_dim(part_RM1[..., None], 2).squeeze(2).double()
+    return (part_RM1 * PART + _invert(within_RMC, rest_RM1)[0]).squeeze(-1)
 
 
 def _invert(mass: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

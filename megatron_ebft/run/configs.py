@@ -221,7 +221,8 @@ def why_not_fused(args: argparse.Namespace) -> str:
     if args.ebft_step == "separate":
         return "--ebft-step separate"
     is_unmeasured = args.ebft_step == "auto" and have_gpu()
-    return why_separate(args) or ("the fused step has not been measured on a GPU" if is_unmeasured else "")
+    return why_separate(args) or ("on a GPU the fused step has not been measured; --ebft-step fused tries it"
+                                  if is_unmeasured else "")
 
 
 def fp8_config(args: argparse.Namespace, part: str) -> FP8:

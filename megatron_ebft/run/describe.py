@@ -1,5 +1,7 @@
 """The lines at the top of a run's log: what is about to run."""
 
+import math
+
 import megatron.core
 import torch
 
@@ -11,9 +13,12 @@ from megatron_ebft.run.configs import why_not_fused
 from megatron_ebft.run.flags.checks import why_separate
 from megatron_ebft.run.state import Run
 
-LAUNCH_SECONDS, PEAK_SHARE = 2.85e-3, 0.6
-"""Of one layer in one decoding step, by host and GPU. Measured on an H100 (tests/gpu/README.md): rollouts of Llama 3.2
-1B waited for launches, 365 ms for 8 steps of 16 layers; those of 8B reached 0.6 of the peak while the GPU was busy."""
+LAUNCH_SECONDS = 2.85e-3
+"""What the host needs to launch one layer of one decoding step. Measured on an H100 in rollouts without gradient of
+Llama 3.2 1B: 365 ms for 8 steps of 16 layers, most of it waiting for launches (tests/gpu/README.md)."""
+PEAK_SHARE = 0.6
+"""The part of its peak that the GPU reached in rollouts of 8B while it was busy."""
+
 
 def mixed_precision(args) -> str:
     """A warning that only one of rollouts and training runs in FP8."""
@@ -26,26 +31,25 @@ def mixed_precision(args) -> str:
 
 
 def rows_to_hide_launches(parameters: int, layers: int, rollouts: int, peak: float) -> float:
-    """Rows of a micro-batch from which on a GPU computes a decoding step for longer than the host launches it.
+    """The smallest micro-batch, in rows, whose decoding step takes a GPU longer than the host's launches.
 
     Args:
         parameters: of a rank.
-        rollouts: of a row, K · n.
+        rollouts: of a row that decode together.
         peak: TFLOP/s.
     """
     return layers * LAUNCH_SECONDS / (2 * parameters * rollouts / (PEAK_SHARE * peak * 1e12))
 
 
-def waits_for_launches(args, parameters: int, rollouts: int, gpu: str) -> list[str]:
-    """A line on whether a fused step would wait for launches; none where it cannot run or was declined, or without a
-    GPU of known speed. Arguments as for `rows_to_hide_launches`."""
-    peak = peak_tflops(gpu, "bf16")
+def launch_estimate(args, parameters: int, rollouts: int, gpu: str) -> list[str]:
+    """A line on the micro-batches for which a fused step would wait for launches. None where it cannot run or was
+    declined, or without a GPU of known speed. Arguments as for `rows_to_hide_launches`."""
+    peak = peak_tflops(gpu, "bf16" if args.bf16 else "fp32")
     if peak is None or args.ebft_step == "separate" or why_separate(args):
         return []
-    rows = rows_to_hide_launches(parameters, args.num_layers, rollouts, peak)
-    choice = "; --ebft-step fused tries it" if args.ebft_step == "auto" else ""
-    return [f"by count, a fused step waits for kernel launches below micro-batches of {rows:.1f} rows, here "
-            f"--micro-batch-size {args.micro_batch_size}{choice}"]
+    rows = math.ceil(rows_to_hide_launches(parameters, args.num_layers, rollouts, peak))
+    return [f"estimate: a fused step waits for kernel launches if --micro-batch-size, here {args.micro_batch_size}, is "
+            f"below {rows}"]
 
 
 def describe(run: Run) -> str:
@@ -67,7 +71,8 @@ def describe(run: Run) -> str:
                      f"{run.config.feature_map.layers} of {encoder['origin']} ({encoder['fingerprint']})")
         lines.append("fused step: the pass that samples is differentiated" if run.config.fused else
                      f"separate passes for sampling and training: {why_not_fused(args)}")
-        lines += waits_for_launches(args, parameters, layout.num_blocks * layout.num_samples, where)
+        blocks = run.config.blocks_per_microbatch or layout.num_blocks
+        lines += launch_estimate(args, parameters, blocks * layout.num_samples, where)
         if stages > 1:
             groups = len(row_groups(args.global_batch_size // document_size(), stages, args.ebft_rollout_rows))
             idle = idle_fraction(groups, stages, layout.rollout_length, virtual)

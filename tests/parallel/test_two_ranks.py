@@ -2,6 +2,7 @@
 to stop. Takes seconds; test_invariance.py and test_parallel.py have every layout."""
 
 from pathlib import Path
+from unittest import mock
 
 import brute_force as bf
 import models
@@ -19,6 +20,7 @@ from megatron_ebft.method import gradient
 from megatron_ebft.method.means import Means
 from megatron_ebft.model import build
 from megatron_ebft.parallel import groups
+from megatron_ebft.rollout import token_sampling
 from megatron_ebft.rollout.sampler import Rollouts
 from megatron_ebft.run.stopping import CannotGoOn, StopAsked, Stopper
 
@@ -125,6 +127,28 @@ def equal_groups() -> list:
 def test_groups_of_the_same_ranks_are_one():
     """On a CPU; and a new world makes new ones."""
     assert run_ranks(2, "test_two_ranks:equal_groups") == [[[1, False, 2], [1, False, 4]]] * 2
+
+
+def draws_of_both(top_p: float, top_k: int) -> list[list[int]]:
+    """Tokens drawn by two ranks, of which the second has fewer ids, in several chunks; and by this rank alone."""
+    enter_world(2)
+    rank, shard, ids = dist.get_rank(), 600, 900
+    generator = torch.Generator().manual_seed(0)
+    logits_RV = torch.randn(5, 2 * shard, generator=generator) * 3
+    numbers_RM = torch.rand(5, 2, generator=generator, dtype=torch.float64)
+    alone = [dist.new_group([rank]) for rank in range(2)][rank]
+    with mock.patch.object(token_sampling, "temporary_elements", lambda: 1200):
+        both, _, _ = token_sampling.sample(logits_RV[:, rank * shard :][:, :shard], min(shard, ids - rank * shard),
+                                           numbers_RM, 0.7, top_p, top_k, dist.group.WORLD)
+    single, _, _ = token_sampling.sample(logits_RV, ids, numbers_RM, 0.7, top_p, top_k, alone)
+    dist.destroy_process_group()
+    return [both.flatten().tolist(), single.flatten().tolist()]
+
+
+@pytest.mark.parametrize("top_p, top_k", [(1.0, 0), (0.9, 0), (1.0, 20)])
+def test_ranks_with_fewer_ids_draw_in_the_same_chunks(top_p, top_k):
+    for both, single in run_ranks(2, "test_two_ranks:draws_of_both", top_p, top_k, timeout=60):
+        assert both == single
 
 
 @pytest.mark.parametrize("asking", [0, 1])
