@@ -141,7 +141,7 @@ def draw(logits_RV: Tensor, real: int, numbers_RM: Tensor, temperature: float, t
          group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`sample`, and log Σ exp(logits / temperature) of each row, float32 (float64 stays) [R]."""
     columns = logits_RV[:, :real] if real else logits_RV.new_full((len(logits_RV), 1), -torch.inf)
-    width = logits_RV.shape[1]  # not that of the columns: ranks, which send messages for each chunk, must agree on it
+    width = logits_RV.shape[1]  # not that of the columns: ranks exchange messages for each chunk, so chunks must agree
     first_id = dist.get_rank(group) * width
     if top_k > 0 or top_p < 1:  # their histograms have 257 entries a row
         drawn = _by_rows(lambda *rows: _draw_filtered(*rows, temperature, top_p, top_k, first_id, group),

@@ -377,3 +377,16 @@ def test_decoding_needs_nothing_of_the_host(policy, documents, monkeypatch):
 def test_settings_out_of_range_are_refused(policy, changes):
     with pytest.raises(AssertionError, match=f"{next(iter(changes))}={next(iter(changes.values()))}"):
         sampled(policy, gold_rows(documents=False), **changes)
+
+
+def test_a_gpu_and_a_cpu_find_the_same_place():
+    """In one level and in two; of masses with gaps, at shares from the first to past the last."""
+    generator = torch.Generator().manual_seed(0)
+    mass_RMC = torch.rand(200, 3, 128, generator=generator) ** 4
+    mass_RMC *= torch.rand(mass_RMC.shape, generator=generator) < 0.1
+    mass_RMC[:, :, 40:100] = 0  # parts without any
+    share_RM = torch.rand(200, 3, generator=generator, dtype=torch.float64)
+    share_RM[0], share_RM[1] = 0, 1 + 1e-12
+    places = token_sampling._place(mass_RMC, share_RM)
+    assert torch.equal(places, token_sampling._place_by_parts(mass_RMC, share_RM))
+    assert (mass_RMC.gather(2, places[..., None]) > 0).all() and len(places.unique()) > 30
