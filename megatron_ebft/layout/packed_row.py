@@ -232,14 +232,17 @@ class RowLayout:
         Identical rollouts get the same values, whose gradients add up. Steps 1..G−1 of rollouts that were left out are
         arbitrary: another rollout's, or zero.
         """
+        return torch.cat([first_BKN[..., None], self.of_slots(later_BUt)], dim=-1)
+
+    def of_slots(self, values_BUt: Tensor) -> Tensor:
+        """Values of the rollouts of every slot, [B, size, N, t], from those of the row's U. Rollouts that were left out
+        get another's, or zero."""
         if self.kept is None:
-            later = later_BUt.unflatten(1, (self.size, self.layout.num_samples))
-        elif self.num_rollouts:
-            row = torch.arange(len(later_BUt), device=later_BUt.device)[:, None, None]
-            later = later_BUt[row, upload(self.kept.where_BKN, later_BUt.device)]
-        else:
-            later = later_BUt.new_zeros(*self.kept.where_BKN.shape, self.steps)
-        return torch.cat([first_BKN[..., None], later], dim=-1)
+            return values_BUt.unflatten(1, (self.size, self.layout.num_samples))
+        if not self.num_rollouts:
+            return values_BUt.new_zeros(*self.kept.where_BKN.shape, values_BUt.shape[2])
+        row = torch.arange(len(values_BUt), device=values_BUt.device)[:, None, None]
+        return values_BUt[row, upload(self.kept.where_BKN, values_BUt.device)]
 
     def chunks(self, blocks_per_chunk: int) -> list["Chunk"]:
         """The rollouts of the row in chunks of as many as `blocks_per_chunk` blocks have, for attention."""

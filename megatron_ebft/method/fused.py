@@ -109,7 +109,8 @@ def fused_gradient(policy: list, encoder, start, gold: GoldBatch, config: EBFTCo
     def forward_step(iterator, model):
         part = next(iterator)
         with phase("rollout"):
-            scored = sample_and_score(model, part.gold, config.layout, config.sampling, iteration, part.on_host_BK)
+            scored = sample_and_score(model, part.gold, config.layout, config.sampling, iteration, part.on_host_BK,
+                                      share=config.skip_duplicates)
         if not done:
             after_rollouts()
         rollouts = scored.rollouts
@@ -123,7 +124,7 @@ def fused_gradient(policy: list, encoder, start, gold: GoldBatch, config: EBFTCo
             with phase("start_scores"):
                 needed_BKN = part.decoded_BK[..., None].expand_as(advantage_BKN)
                 start_BKNG = score(start, part.gold, rollouts, config, needed_BKN).rollout_BKNG
-        means.add("training_tokens_saved", float(max(0, full - scored.row_length)), float(full))
+        means.add("training_tokens_saved", float(max(0, full - scored.tokens_a_row)), float(full))
         done.append((part, Computed(rollouts=rollouts, gram=gram, rewards=rewards, advantage_BKN=advantage_BKN,
                                     scores=_scores(scored, part.decoded_BK), start_BKNG=start_BKNG)))
         terms = LossTerms(advantage_BKN=advantage_BKN, valid_BK=part.valid_BK, sampled_BKNG=rollouts.log_probs_BKNG,

@@ -5,6 +5,7 @@ that they keep.
    rollout], written step by step.
 2. Otherwise gold tokens and rollouts have separate tensors, and those of rollouts grow by a step in a way that autograd
    knows (`prefix_attention.append`), so that all steps may be differentiated together (`sampler.sample_and_score`).
+   Their rollouts may then be the nodes of a tree, other ones in each step (layout/tree.py).
 
 Suffixes: B rows, S row length, T gold tokens, K blocks, N samples, H query heads, J key heads, D head dimension.
 """
@@ -32,7 +33,7 @@ class RolloutCache:
     row: RowLayout
     """G − 1 steps: no query sees the key of the last one."""
     visible: VisibleKeys
-    """What the first decoded tokens see (`visible_keys.decoding`)."""
+    """What the first decoded tokens of this row see (`visible_keys.decoding`)."""
     document_BT: Tensor | None = None
     gold: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Keys and values of gold tokens, [B, J, T, D]."""
@@ -42,6 +43,10 @@ class RolloutCache:
     """In place of the two: [B, J, T + U·steps, D], padded to whole tiles; zero where not yet written."""
     _tiles: TileMask | None = None
     _prefixes: Prefixes | TileMask | None = None
+
+    def move_to(self, row: RowLayout, visible: VisibleKeys) -> None:
+        """Go on with other rollouts."""
+        self.row, self.visible, self._prefixes = row, visible, None
 
     def tile_mask(self, step: int, heads_per_group: int) -> TileMask:
         """FlexAttention's mask of one step over buffers. All steps use the same lists of tiles, which the first call
@@ -54,7 +59,7 @@ class RolloutCache:
         return self._tiles.with_intervals(visible(step))
 
     def prefixes(self, heads_per_group: int, dtype: torch.dtype, flex: bool) -> Prefixes | TileMask:
-        """What the rollouts see of the gold tokens, in every step."""
+        """What the rollouts of this row see of the gold tokens, in every step."""
         if self._prefixes is None:  # of no padding: a backward pass visits every query tile that is listed
             visible = self.visible.queries(slice(0, self.row.num_rollouts))
             self._prefixes = tile_mask(visible.gold_alone(self.row.layout.seq_length).repeat(heads_per_group)) \
@@ -92,6 +97,8 @@ class DecodePattern:
 
     cache: RolloutCache
     step: int
+    parent_BU: Tensor | None = None
+    """Which rollouts of the step before these continue, int64; None: the same."""
     _mask: TileMask | None = None
     """Made by the first layer, used by all."""
 
@@ -102,7 +109,8 @@ class DecodePattern:
             return self._attend_buffer(layer_number, q_BHSD, *new, scale)
         cache, groups = self.cache, k_BJSD.shape[1]
         before = cache.own.get(layer_number, (None, None))
-        cache.own[layer_number] = tuple(prefix_attention.append(*x, cache.row.steps) for x in zip(before, new))
+        cache.own[layer_number] = tuple(prefix_attention.append(*x, cache.row.steps, self.parent_BU)
+                                        for x in zip(before, new))
         seen = cache.prefixes(q_BHSD.shape[1] // groups, q_BHSD.dtype, flex)
         attend = prefix_attention.attend_flex if flex else prefix_attention.attend
         out = attend(q_BHSD[:, :, :count], cache.gold[layer_number], cache.own[layer_number], seen, scale)

@@ -89,36 +89,57 @@ def prefixes(row: RowLayout, visible: VisibleKeys, steps: int, heads_per_group: 
     return Prefixes(chunks, additive(sees_own, torch.promote_types(dtype, torch.float32)))
 
 
-def append(before_BJUtD: Tensor | None, new_BJUD: Tensor, steps: int) -> Tensor:
+def append(before_BJUtD: Tensor | None, new_BJUD: Tensor, steps: int, parent_BU: Tensor | None = None) -> Tensor:
     """Keys or values of the steps so far, with those of the next: [B, J, U, t + 1, D], differentiable, in at least
     float32.
 
     Args:
         before_BJUtD: what the last call returned; None in the first step.
-        steps: of all calls. The first call makes room for them, and no later one copies what is there. So each result
-            can be appended to only once.
+        steps: of all calls. The first call makes room for them, and later ones do not copy what is there. So each
+            result can be appended to only once.
+        parent_BU: which of the U before each of the U continues, int64; these are copied. None: the same ones.
     """
     if before_BJUtD is None:
-        rows, groups, rollouts, width = new_BJUD.shape
-        dtype = torch.promote_types(new_BJUD.dtype, torch.float32)
-        before_BJUtD = new_BJUD.new_empty((rows, groups, rollouts, steps, width), dtype=dtype)[:, :, :, :0]
-    return _Append.apply(before_BJUtD, new_BJUD)
+        before_BJUtD = _room(new_BJUD, steps)[:, :, :, :0]
+    return _Append.apply(before_BJUtD, new_BJUD, parent_BU)
+
+
+def _room(like_BJUD: Tensor, steps: int) -> Tensor:
+    """Memory for keys or values of so many steps, [B, J, U, steps, D]."""
+    shape = (*like_BJUD.shape[:3], steps, like_BJUD.shape[3])
+    return like_BJUD.new_empty(shape, dtype=torch.promote_types(like_BJUD.dtype, torch.float32))
 
 
 class _Append(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, before_BJUtD, new_BJUD):
-        ctx.dtype = new_BJUD.dtype
-        rows, groups, rollouts, filled, width = before_BJUtD.shape
-        assert filled < before_BJUtD.stride(2) // before_BJUtD.stride(3), "more steps than there is room for"
-        # Through .data: autograd would take this for a change of what earlier steps have saved, which stays as it is.
-        after = before_BJUtD.data.as_strided((rows, groups, rollouts, filled + 1, width), before_BJUtD.stride())
+    def forward(ctx, before_BJUtD, new_BJUD, parent_BU):
+        ctx.dtype, ctx.shape, ctx.parent_BU = new_BJUD.dtype, before_BJUtD.shape, parent_BU
+        filled, steps = before_BJUtD.shape[3], before_BJUtD.stride(2) // before_BJUtD.stride(3)
+        assert filled < steps, "more steps than there is room for"
+        if parent_BU is None:
+            # Through .data: autograd would take this for a change of what earlier steps have saved, which stays as it
+            # is.
+            room = before_BJUtD.data.as_strided((*before_BJUtD.shape[:3], steps, before_BJUtD.shape[4]),
+                                                before_BJUtD.stride())
+        else:
+            room = _room(new_BJUD, steps)
+            room[:, :, :, :filled] = before_BJUtD.transpose(1, 2)[_rows(parent_BU), parent_BU].transpose(1, 2)
+        after = room[:, :, :, : filled + 1]
         after[:, :, :, filled] = new_BJUD
         return after
 
     @staticmethod
     def backward(ctx, grad_BJUtD):
-        return grad_BJUtD[:, :, :, :-1], grad_BJUtD[:, :, :, -1].to(ctx.dtype)
+        grad_before, grad_new = grad_BJUtD[:, :, :, :-1], grad_BJUtD[:, :, :, -1].to(ctx.dtype)
+        if ctx.parent_BU is not None:  # gradients of those that continue the same one add up
+            summed_BUJtD = grad_before.new_zeros(ctx.shape).transpose(1, 2)
+            summed_BUJtD.index_put_((_rows(ctx.parent_BU), ctx.parent_BU), grad_before.transpose(1, 2), accumulate=True)
+            grad_before = summed_BUJtD.transpose(1, 2)
+        return grad_before, grad_new, None
+
+
+def _rows(index_BU: Tensor) -> Tensor:
+    return torch.arange(len(index_BU), device=index_BU.device)[:, None]
 
 
 def attend(q_BHRD: Tensor, gold: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], seen: Prefixes,

@@ -16,6 +16,7 @@ from megatron_ebft.data.micro_batches import GoldBatch
 from megatron_ebft.layout import visible_keys
 from megatron_ebft.layout.packed_row import RowLayout, split_blocks
 from megatron_ebft.layout.strided import StridedLayout, document_starts, pad
+from megatron_ebft.layout.tree import Nodes, RolloutTree
 from megatron_ebft.model.attention import as_mask
 from megatron_ebft.model.decoding import DecodePattern, PrefillPattern, RolloutCache
 from megatron_ebft.model.fp8 import FP8, quantised
@@ -108,12 +109,12 @@ class ScoredRollouts:
     """float32, of the rollout tokens at the sampling temperature; differentiable."""
     gold_BT: Tensor
     """float32 [B, T−1]: of gold tokens 1..T−1 at temperature 1; differentiable."""
-    row_length: int
-    """Tokens of the packed row that holds what went through the policy."""
+    tokens_a_row: int
+    """Tokens, and padding, of each row that went through the policy."""
 
 
 def sample_and_score(model, gold: GoldBatch, layout: StridedLayout, config: SamplingConfig, iteration: int,
-                     blocks_BK: Tensor | None = None) -> ScoredRollouts:
+                     blocks_BK: Tensor | None = None, share: bool = False) -> ScoredRollouts:
     """Sample rollouts and keep the autograd graph, so that no other forward pass is needed for their gradient.
 
     Draws the same tokens as `sample_rollouts`. All rows decode together. Needs a single pipeline stage.
@@ -122,28 +123,33 @@ def sample_and_score(model, gold: GoldBatch, layout: StridedLayout, config: Samp
         model: the policy's only stage.
         blocks_BK: blocks whose rollouts are wanted, bool, on the host; those of others have arbitrary tokens after
             their first and log-probabilities without meaning. None: all.
+        share: compute what rollouts of a block have in common once (layout/tree.py). Waits for the device before each
+            step, until none have anything in common.
     """
-    row = split_blocks(layout, 0, layout.rollout_length - 1)[0]
+    row, tree = split_blocks(layout, 0, layout.rollout_length - 1)[0], None
+    wanted_BKN = torch.ones(len(gold.tokens_BT), row.size, layout.num_samples, dtype=torch.bool)
     if blocks_BK is not None:
-        wanted_BKN = blocks_BK[..., None].expand(-1, -1, layout.num_samples)
+        wanted_BKN &= blocks_BK[..., None]
         each_BKN = torch.arange(layout.num_samples).expand_as(wanted_BKN)
         row = row.keep(wanted_BKN, each_BKN, row.room(wanted_BKN))
-    group = _Group([model], gold, row, config, iteration, link=None, scored=True)
+    if share and layout.num_samples > 1:
+        tree = RolloutTree(row, wanted_BKN)
+    group = _Group([model], gold, row, config, iteration, link=None, scored=True, tree=tree)
     for step in range(layout.rollout_length if row.num_rollouts else 1):
         group.work(step, 0, group.receive(step, 0))
     tokens, log_probs, entropy = group.drawn()
     return ScoredRollouts(Rollouts(tokens, log_probs.detach(), entropy), log_probs, group.gold_log_probs,
-                          row.length)
+                          layout.seq_length + group.decoded)
 
 
 class _Group:
     """Rows that decode together: their cache on this stage and, on the last one, what was drawn."""
 
     def __init__(self, policy: list, gold: GoldBatch, row: RowLayout, config: SamplingConfig, iteration: int,
-                 link: PipelineLink | None, scored: bool = False):
+                 link: PipelineLink | None, scored: bool = False, tree: RolloutTree | None = None):
         self.policy, self.gold, self.row, self.layout, self.link = policy, gold, row, row.layout, link
-        self.config, self.iteration, self.scored = config, iteration, scored
-        starts_BT = None if gold.document_BT is None else document_starts(gold.document_BT)
+        self.config, self.iteration, self.scored, self.tree = config, iteration, scored, tree
+        self.starts_BT = starts_BT = None if gold.document_BT is None else document_starts(gold.document_BT)
         batch = len(gold.tokens_BT)
         # Everything that the host computes is computed here: decoding launches work and never waits for the device.
         self.blocks, self.predictors = upload(row.blocks), upload(row.anchor_predictors())
@@ -158,11 +164,18 @@ class _Group:
         self.cache: RolloutCache | None = None
         self.steps: list[tuple[Tensor, Tensor, Tensor]] = []
         self.gold_log_probs: Tensor | None = None
+        self.nodes = Nodes(row)
+        self.decoded = 0  # tokens of all decoding steps of a row
 
     def receive(self, step: int, virtual: int) -> Tensor | None:
         """Input of a task: tokens [b, length] where the model begins, else hidden states [length (/tp), b, H]."""
         if is_first_stage() and virtual == 0:
-            return self.gold.tokens_BT if step == 0 else pad(self._last_tokens(step), self.row.decode_length)
+            if step == 0:
+                return self.gold.tokens_BT
+            tokens_BU = self._last_tokens(step)
+            self._grow(tokens_BU)
+            self.decoded += self.nodes.row.decode_length
+            return pad(self._of_nodes(tokens_BU), self.nodes.row.decode_length)
         config = unwrap(self.policy[virtual]).config
         length = self.row.decode_length if step else self.layout.seq_length
         if config.sequence_parallel:
@@ -199,9 +212,20 @@ class _Group:
             self.cache = RolloutCache(self.row, self.visible, self.gold.document_BT)
         if step == 0:
             return self.gold_positions, PrefillPattern(self.cache), self.predictors
-        positions = self.positions_BUt[:, :, step - 1]
-        return (pad(positions, self.row.decode_length), DecodePattern(self.cache, step - 1),
-                slice(0, positions.shape[1]))
+        positions = self._of_nodes(self.positions_BUt[:, :, step - 1])
+        return (pad(positions, self.nodes.row.decode_length),
+                DecodePattern(self.cache, step - 1, self.nodes.parent_BW), slice(0, positions.shape[1]))
+
+    def _grow(self, tokens_BU: Tensor) -> None:
+        """Go on with the nodes of the tree after these tokens."""
+        if self.tree is None:
+            return
+        self.nodes = self.tree.grow(self.row.of_slots(tokens_BU[..., None]).squeeze(-1))
+        if self.nodes.row is not self.cache.row:
+            self.cache.move_to(self.nodes.row, visible_keys.decoding(self.nodes.row, self.starts_BT, len(tokens_BU)))
+
+    def _of_nodes(self, values_BU: Tensor) -> Tensor:
+        return values_BU if self.nodes.first_BW is None else values_BU.gather(1, self.nodes.first_BW)
 
     def _last_tokens(self, step: int) -> Tensor:
         """Tokens of this row's rollouts drawn in the step before, [b, U]."""
@@ -217,8 +241,11 @@ class _Group:
     def _draws(self, rows: Tensor | slice, step: int) -> Draws | ScoredDraws:
         """The draws of a step: from one distribution per block in step 0, afterwards from one per rollout."""
         config, numbers_BPM = self.config, self.numbers_BUG[..., step, None] if step else self.first_numbers_BKN
-        draws = Draws(rows, numbers_BPM, config.temperature, config.top_p, config.top_k)
-        return ScoredDraws(draws, self.gold.tokens_BT if step == 0 else None) if self.scored else draws
+        draws = Draws(rows, numbers_BPM, config.temperature, config.top_p, config.top_k, self.nodes.node_BU)
+        if not self.scored:
+            return draws
+        return ScoredDraws(draws, None if step else self.gold.tokens_BT,
+                           None if self.nodes.node_BU is None else self.nodes)
 
     def _numbers(self) -> Tensor:
         """The random numbers of all draws, float64 [b, K, N, G]."""

@@ -12,7 +12,8 @@
    gathered logits. Equal probabilities are kept or dropped together. Masses are integers, so that no sum depends on
    the order of ranks or of a GPU's atomic additions.
 
-Suffixes: B rows of the batch, P rows read of each, R = B·P, V vocabulary shard, S segments, M draws per row.
+Suffixes: B rows of the batch, P rows read of each, R = B·P, V vocabulary shard, S segments, M draws per row; L rows of
+logits where several draws may read the same.
 """
 
 from collections.abc import Callable
@@ -48,6 +49,9 @@ class Draws:
     temperature: float
     top_p: float
     top_k: int
+    source_BP: Tensor | None = None
+    """Draws may share a distribution: for each of the P draws, which of the rows it reads, int64. None: each its own.
+    Only `from_logits` knows it."""
 
     def __call__(self, hidden_SBH: Tensor, model) -> tuple[Tensor, Tensor, Tensor]:
         hidden_BPH = model.select_rows(hidden_SBH, self.rows).transpose(0, 1)
@@ -60,10 +64,14 @@ class Draws:
 
     def from_logits(self, logits_SBV: Tensor, model) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The same draws, from logits of all S rows; and the normalisers log Σ exp(logits / temperature), [B, P]."""
-        logits_PBV = logits_SBV.detach()[self.rows]
-        drawn = draw(logits_PBV.flatten(0, 1), model.num_real_ids, self.numbers_BPM.transpose(0, 1).flatten(0, 1),
-                     self.temperature, self.top_p, self.top_k, model.pg_collection.tp)
-        return tuple(x.unflatten(0, logits_PBV.shape[:2]).transpose(0, 1) for x in drawn)
+        logits_PBV, source_R = logits_SBV.detach()[self.rows], None
+        if self.source_BP is not None:
+            batch = logits_PBV.shape[1]
+            source_R = (self.source_BP.t() * batch + torch.arange(batch, device=self.source_BP.device)).flatten()
+        numbers_PBM = self.numbers_BPM.transpose(0, 1)
+        drawn = draw(logits_PBV.flatten(0, 1), model.num_real_ids, numbers_PBM.flatten(0, 1), self.temperature,
+                     self.top_p, self.top_k, model.pg_collection.tp, source_R)
+        return tuple(x.unflatten(0, numbers_PBM.shape[:2]).transpose(0, 1) for x in drawn)
 
 
 def uniform(seed: int, iteration: int, document: Tensor, block: Tensor | int, sample: Tensor,
@@ -138,18 +146,26 @@ def sample(logits_RV: Tensor, real: int, numbers_RM: Tensor, temperature: float,
 
 
 def draw(logits_RV: Tensor, real: int, numbers_RM: Tensor, temperature: float, top_p: float, top_k: int,
-         group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`sample`, and log Σ exp(logits / temperature) of each row, float32 (float64 stays) [R]."""
+         group: dist.ProcessGroup, source_R: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`sample`, and log Σ exp(logits / temperature) of each row, float32 (float64 stays) [R].
+
+    Args:
+        source_R: the row of logits that each row of draws reads, int64, where there are fewer of them; None: its own.
+    """
     columns = logits_RV[:, :real] if real else logits_RV.new_full((len(logits_RV), 1), -torch.inf)
     width = logits_RV.shape[1]  # not that of the columns: ranks exchange messages for each chunk, so chunks must agree
-    first_id = dist.get_rank(group) * width
+    first_id, is_shared = dist.get_rank(group) * width, source_R is not None
+    source_R = source_R if is_shared else torch.arange(len(logits_RV), device=logits_RV.device)
     if top_k > 0 or top_p < 1:  # their histograms have 257 entries a row
-        drawn = _by_rows(lambda *rows: _draw_filtered(*rows, temperature, top_p, top_k, first_id, group),
-                         max(width, 257), columns, numbers_RM)
+        drawn = _by_rows(lambda source_R, numbers_RM: _draw_filtered(columns[source_R], numbers_RM, temperature, top_p,
+                                                                     top_k, first_id, group),
+                         max(width, 257), source_R, numbers_RM)
     else:  # M segments of a row are looked at again
         sums = _by_rows(lambda logits_RV: segment_sums(logits_RV, temperature), width, columns)
-        drawn = _by_rows(lambda *rows: _draw(*rows, temperature, first_id, group), SEGMENT * numbers_RM.shape[1],
-                         columns, numbers_RM, *sums)
+        if is_shared:
+            sums = (x[source_R] for x in sums)
+        drawn = _by_rows(lambda *rows: _draw(columns, *rows, temperature, first_id, group),
+                         SEGMENT * numbers_RM.shape[1], source_R, numbers_RM, *sums)
     tokens, log_probs, entropy, log_sum = drawn
     log_sum = log_sum.to(torch.promote_types(logits_RV.dtype, torch.float32))
     return tokens, log_probs.float(), entropy.float(), log_sum
@@ -204,9 +220,14 @@ def _sums(logits_RSC: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tenso
     return top.squeeze(-1), exp.sum(-1), x.mul_(exp).sum(-1)
 
 
-def _draw(logits_RV, numbers_RM, top_RS, sum_RS, moment_RS, temperature, first_id: int,
+def _draw(logits_LV, source_R, numbers_RM, top_RS, sum_RS, moment_RS, temperature, first_id: int,
           group) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draws in levels: the rank, a segment of its shard, a token of the segment."""
+    """Draws in levels: the rank, a segment of its shard, a token of the segment.
+
+    Args:
+        source_R: the row of logits that each row of draws reads, int64.
+        top_RS, sum_RS, moment_RS: that row's `segment_sums`.
+    """
     top_RS, sum_RS, moment_RS = (x.double() for x in (top_RS, sum_RS, moment_RS))
     top_R1 = _over_ranks(top_RS.amax(-1, keepdim=True), group, dist.ReduceOp.MAX)
     shift_RS = top_RS - top_R1
@@ -218,7 +239,7 @@ def _draw(logits_RV, numbers_RM, top_RS, sum_RS, moment_RS, temperature, first_i
     entropy_R1 = log_total_R1 - _over_ranks(moment_R1, group) / total_R1
 
     segment_RM, rest_RM = _invert(mass_RS, numbers_RM * total_R1 - before_R1)
-    x_RMC = scaled(_segments(logits_RV, segment_RM), temperature)
+    x_RMC = scaled(_segments(logits_LV, source_R, segment_RM), temperature)
     exp_RMC = (x_RMC - top_RS.gather(1, segment_RM)[..., None].to(x_RMC.dtype)).exp_()
     share_RM = rest_RM / mass_RS.gather(1, segment_RM)  # of its segment's mass, before the token
     place_RM1 = (_place_by_parts if exp_RMC.is_cpu else _place)(exp_RMC, share_RM)[..., None]
@@ -229,17 +250,17 @@ def _draw(logits_RV, numbers_RM, top_RS, sum_RS, moment_RS, temperature, first_i
     return (*_from_owner(tokens_RM, log_probs_RM, owner_RM, group), entropy_R1.squeeze(-1), log_sum_R1.squeeze(-1))
 
 
-def _segments(logits_RV: Tensor, segment_RM: Tensor) -> Tensor:
-    """Logits of one segment for each draw, [R, M, SEGMENT], −inf after the last id. A shard smaller than a segment is
-    padded to whole parts."""
-    rows, ids = logits_RV.shape
+def _segments(logits_LV: Tensor, source_R: Tensor, segment_RM: Tensor) -> Tensor:
+    """Logits of one segment of the row that each draw reads, [R, M, SEGMENT], −inf after the last id. A shard smaller
+    than a segment is padded to whole parts."""
+    ids = logits_LV.shape[1]
     whole = ids // SEGMENT
-    rest_R1C = torch.nn.functional.pad(logits_RV[:, None, whole * SEGMENT :],
+    rest_R1C = torch.nn.functional.pad(logits_LV[:, whole * SEGMENT :][source_R, None],
                                        (0, -ids % (SEGMENT if whole else PART)), value=-torch.inf)
     if not whole:
         return rest_R1C.expand(-1, segment_RM.shape[1], -1)
-    row_R1 = torch.arange(rows, device=logits_RV.device)[:, None]
-    logits_RMC = logits_RV[:, : whole * SEGMENT].unflatten(1, (whole, SEGMENT))[row_R1, segment_RM.clamp(max=whole - 1)]
+    segments = logits_LV[:, : whole * SEGMENT].unflatten(1, (whole, SEGMENT))
+    logits_RMC = segments[source_R[:, None], segment_RM.clamp(max=whole - 1)]
     return logits_RMC.where((segment_RM < whole)[..., None], rest_R1C) if rest_R1C.numel() else logits_RMC
 
 

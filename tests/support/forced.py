@@ -1,20 +1,23 @@
 """A fused step that draws given tokens."""
 
+from dataclasses import replace
+
 import torch
 
 from megatron_ebft.rollout import sampler
-from megatron_ebft.rollout.scored_draws import ScoredDraws
 from megatron_ebft.rollout.token_sampling import Draws
 
 
 def force_tokens(monkeypatch, tokens_BKNG: torch.Tensor) -> None:
     """From now on the rollouts of row b, as GoldBatch.index_B numbers rows, are tokens_BKNG[b]."""
+    by_numbers = sampler._Group._draws
 
-    def draws(group, rows, step: int) -> ScoredDraws:
+    def draws(group, rows, step: int):
         tokens = tokens_BKNG[group.gold.index_B]
         drawn = group.row.of_rollouts(tokens)[..., step, None] if step else tokens[..., 0]
-        forced = _Forced(rows, drawn, group.config.temperature, 1.0, 0)
-        return ScoredDraws(forced, None if step else group.gold.tokens_BT)
+        readout = by_numbers(group, rows, step)
+        forced = _Forced(rows, drawn, group.config.temperature, 1.0, 0, readout.draws.source_BP)
+        return replace(readout, draws=forced)
 
     monkeypatch.setattr(sampler._Group, "_draws", draws)
 
@@ -25,4 +28,7 @@ class _Forced(Draws):
     def from_logits(self, logits_SBV, model):
         tokens_BPM = self.numbers_BPM
         x_PBV = logits_SBV.detach()[self.rows][..., : model.num_real_ids] / self.temperature
-        return tokens_BPM, None, torch.zeros(tokens_BPM.shape[:2]).to(tokens_BPM.device), x_PBV.logsumexp(-1).t()
+        log_sum_BP = x_PBV.logsumexp(-1).t()
+        if self.source_BP is not None:
+            log_sum_BP = log_sum_BP.gather(1, self.source_BP)
+        return tokens_BPM, None, torch.zeros(tokens_BPM.shape[:2]).to(tokens_BPM.device), log_sum_BP
