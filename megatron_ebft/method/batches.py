@@ -1,7 +1,7 @@
 """Which rows the encoder and the policy compute: all rollouts, or only those that can change the gradient.
 
-With `skip_duplicates`, loss and gradient stay the same, and these rollouts are left out. (A fused step, which knows
-them too late, leaves out those of point 2, and duplicates in the encoder.)
+With `skip_duplicates`, loss and gradient stay the same, and these rollouts are left out. (In the policy, a fused step
+leaves out those of point 2; it computes what rollouts of a block have in common once.)
 
 1. Rollouts that equal an earlier one of their block token for token. Their features and log-probabilities are read
    where the first is; gradients add up there.

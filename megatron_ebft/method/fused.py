@@ -14,7 +14,9 @@ then runs its backward pass. What separate passes do (rollout/sampler.py, gradie
    gradient buffer: in the weight's dtype, and in a buffer that lives until the backward pass of the gold tokens. In
    bfloat16 that takes 2 bytes a parameter, and rounds G times: measured, gradients are as exact as those of separate
    passes (tests/method/test_fused_bf16.py).
-5. Duplicates, and rollouts without advantage, are decoded and differentiated like the others: they are known too late.
+5. With `skip_duplicates`, rollouts of a block that begin alike share the decoding steps of what they have in common
+   (layout/tree.py), and their gradients add up there. So duplicates cost nothing, and neither do common beginnings.
+   Rollouts without advantage are differentiated like the others: they are known too late.
 6. It needs one pipeline stage, no activation recomputation and no FP8 of the policy (run/flags/checks.py).
 """
 
@@ -66,7 +68,7 @@ class _Parts:
         self.rows = row_slices(self.gold, self.micro_batch_size)
         self.valid_BK = self.gold.valid_blocks(self.config.layout)
         self.decoded_BK = None  # all
-        if self.config.skip_duplicates or len(self.blocks) > 1:  # the only wait for the GPU
+        if self.config.skip_duplicates or len(self.blocks) > 1:  # waits for the GPU
             self.decoded_BK = (self.valid_BK if self.config.skip_duplicates else torch.ones_like(self.valid_BK)).cpu()
 
     @property

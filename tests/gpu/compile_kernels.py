@@ -93,6 +93,7 @@ def _passes():
     from megatron_ebft.layout.packed_row import split_blocks
     from megatron_ebft.method import gradient
     from megatron_ebft.method.evaluation import evaluation_config
+    from megatron_ebft.model.flex_attention import ROW_SIZES
     from megatron_ebft.run.configs import ebft_config, model_args
     from megatron_ebft.run.flags import parse_args
     from megatron_ebft.run.flags.parser import as_argv
@@ -128,8 +129,11 @@ def _passes():
             yield f"{name}, {label}", lambda: _row(row, batch, heads, torch.bfloat16, False)  # noqa: B023
         yield f"{name}, sampling", lambda: _decoding(training, args.global_batch_size, heads,  # noqa: B023
                                                      torch.bfloat16)
-        yield f"{name}, fused step", lambda: _decoding(training, batch, heads, torch.bfloat16,  # noqa: B023
-                                                       has_gradient=True)
+        is_first = (torch.arange(training.num_rollouts) % ROW_SIZES == 0).view(1, training.size, -1).expand(batch, -1, -1)
+        shared = training.keep(is_first, torch.zeros_like(is_first, dtype=torch.int64), training.room(is_first))
+        for label, row in (("fused step", training), ("fused step, few nodes", shared)):
+            yield f"{name}, {label}", lambda: _decoding(row, batch, heads, torch.bfloat16,  # noqa: B023
+                                                        has_gradient=True)
 
 
 def _qkv(length, batch, heads, dtype) -> list[Tensor]:

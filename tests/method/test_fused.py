@@ -35,6 +35,8 @@ def fused(step: Step, means: Means, start=None, config=None):
 @example(Case(answers=(14, 14)))  # nothing to train on
 @example(Case(n=4, G=1, temperature=0.1, eods=(6,), rows=4, micro_batch_size=2, blocks_per_microbatch=3))  # duplicates
 @example(Case(T=40, c=2, s=1, G=5, n=4, rows=1, eods=(9, 20)))  # several chunks of attention
+@example(Case(T=20, c=1, G=5, n=4, rows=4, micro_batch_size=2, temperature=0.3, eods=(9, 4)))  # rollouts begin alike
+@example(Case(T=20, c=1, n=4, rows=3, micro_batch_size=3, temperature=0.3, answers=(0, 20)))  # row 0 leaves none out
 def test_a_fused_step_is_brute_force(case):
     step, means = Step(replace(case, has_duplicates=False)), Means()
     computed = fused(step, means)
@@ -57,6 +59,18 @@ def test_a_fused_step_is_brute_force(case):
     for key in ("rl_loss", "ce_loss"):
         assert losses.get(key, 0.0) == pytest.approx(expected[key].item(), abs=TOLERANCE)
     check_gradient(step, expected["grads"])
+
+
+def test_what_rollouts_have_in_common_is_decoded_once():
+    step, saved = Step(Case(T=20, c=1, G=5, n=4, rows=1, temperature=0.3)), Means()
+    computed = fused(step, saved)
+    tokens = computed.rollouts.tokens_BKNG[0].tolist()
+    distinct = [len({(block, *rollout[:length]) for block, rollouts in enumerate(tokens) for rollout in rollouts})
+                for length in range(1, 5)]
+    whole, room = len(tokens) * 4, -(-len(tokens) * 4 // 16)
+    decoded = sum(min(whole, -(-count // room) * room) for count in distinct)
+    share = (4 * whole - decoded) / (20 + 4 * whole)
+    assert saved.reduce()["training_tokens_saved"] == pytest.approx(share) and share > 0.1
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3"])

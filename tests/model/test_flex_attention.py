@@ -18,6 +18,7 @@ from torch.nn.attention.flex_attention import create_mask
 from megatron_ebft.layout import visible_keys
 from megatron_ebft.layout.packed_row import split_blocks
 from megatron_ebft.layout.strided import StridedLayout, document_starts
+from megatron_ebft.layout.tree import RolloutTree
 from megatron_ebft.model import flex_attention, kernels
 from megatron_ebft.model.attention import CausalPattern, StridedPattern
 from megatron_ebft.model.decoding import DecodePattern, PrefillPattern, RolloutCache
@@ -208,6 +209,51 @@ def test_decoding_with_gradient(name, leaves_out, has_documents, monkeypatch):
         total = by_steps(kernel)
         assert abs(total - whole) < 1e-5 * weights.numel() ** 0.5
         for actual, right in zip(torch.autograd.grad(total, (q, k, v)), expected):
+            assert largest_difference(actual, right) < 1e-6
+
+
+@pytest.mark.parametrize("has_documents", [False, True])
+@pytest.mark.parametrize("name", ["padded", "parts"])
+def test_decoding_of_a_tree_with_gradient(name, has_documents, monkeypatch):
+    """The same where rollouts begin alike and so are decoded together: their gradients add up."""
+    monkeypatch.setattr(flex, "_validate_device", lambda *args: None)
+    row = split_blocks(rows(name)[0].layout, 0, GEOMETRIES[name][-1])[0]
+    gold, shape = row.layout.seq_length, (2, row.layout.num_blocks, row.layout.num_samples, row.steps)
+    document_BT = documents(2, gold) if has_documents else None
+    starts = None if document_BT is None else document_starts(document_BT)
+    tokens_BKNt = torch.randint(2, shape, generator=torch.Generator().manual_seed(2))
+    leaves = q, k, v = [x[:, :, : row.end].double().requires_grad_() for x in heads(row.length)]
+    weights = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).double()
+    of_whole, of_steps = [torch.arange(gold).expand(2, -1)], []
+    tree, cache = RolloutTree(row, torch.ones(shape[:3]).bool()), {}
+    for step in range(row.steps):
+        nodes = tree.grow(tokens_BKNt[..., step])
+        first_BW, node_BU = (torch.arange(row.num_rollouts).expand(2, -1) if x is None else x
+                             for x in (nodes.first_BW, nodes.node_BU))
+        of_steps.append((nodes, gold + first_BW * row.steps + step, node_BU))
+    assert 0 < sum(nodes.row is not row for nodes, *_ in of_steps) and of_steps[1][0].parent_BW is not None
+    of_rollouts = torch.stack([index.gather(1, node_BU) for _, index, node_BU in of_steps], -1).flatten(1)
+    whole_BS = torch.cat([*of_whole, of_rollouts], 1)
+
+    def picked(x, index):
+        return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+    whole = (plain_attention(row, document_BT, *(picked(x, whole_BS) for x in leaves)) * weights).sum()
+    expected = torch.autograd.grad(whole, leaves)
+    for kernel in (False, True):
+        cache = RolloutCache(row, visible_keys.decoding(row, starts, 2), document_BT)
+        total = (PrefillPattern(cache).attend(1, *(x[:, :, :gold] for x in leaves), 0.3, kernel)
+                 * weights[:, :, :gold]).sum()
+        for step, (nodes, index, node_BU) in enumerate(of_steps):
+            if nodes.row is not cache.row:
+                cache.move_to(nodes.row, visible_keys.decoding(nodes.row, starts, 2))
+            padding = (0, 0, 0, nodes.row.decode_length - index.shape[1])
+            now = [torch.nn.functional.pad(picked(x, index), padding) for x in leaves]
+            out = DecodePattern(cache, step, nodes.parent_BW).attend(1, *now, 0.3, kernel)
+            places = gold + torch.arange(row.num_rollouts) * row.steps + step
+            total = total + (picked(out, node_BU) * weights[:, :, places]).sum()
+        assert abs(total - whole) < 1e-5 * weights.numel() ** 0.5
+        for actual, right in zip(torch.autograd.grad(total, leaves), expected):
             assert largest_difference(actual, right) < 1e-6
 
 

@@ -390,3 +390,11 @@ def test_a_gpu_and_a_cpu_find_the_same_place():
     places = token_sampling._place(mass_RMC, share_RM)
     assert torch.equal(places, token_sampling._place_by_parts(mass_RMC, share_RM))
     assert (mass_RMC.gather(2, places[..., None]) > 0).all() and len(places.unique()) > 30
+
+
+@pytest.mark.parametrize("top_p, top_k, width", [(1.0, 0, 30), (1.0, 0, 2500), (0.8, 7, 30)])
+def test_draws_from_a_shared_row_are_those_from_copies(top_p, top_k, width):
+    logits, source_R = random_logits(5, width), torch.tensor([4, 0, 0, 2, 4, 4, 1]).to(device())
+    options = (width, numbers((7, 1, 1)).flatten(1).to(device()), 0.7, top_p, top_k, dist.group.WORLD)
+    copies = token_sampling.draw(logits[source_R], *options)
+    assert all(map(torch.equal, token_sampling.draw(logits, *options, source_R), copies))

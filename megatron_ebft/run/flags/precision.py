@@ -31,9 +31,9 @@ PRECISION = Group("precision, kernels and memory", (
          "group of rows per stage); of completions in rlvr and for --ebft-eval-questions (0: "
          f"{COMPLETIONS}). A smaller value saves key-value cache; the result is the same. A fused step decodes the "
          "rows of a micro-batch together", default=0, valid=at_least(0)),
-    Flag("--ebft-skip-duplicates", bool, "compute identical rollouts of a block once, in the encoder and in a training "
-         "pass of its own (--ebft-step separate), and skip rollouts that cannot change the gradient: those of blocks "
-         "that do not count and, without a KL term and in separate passes, those with zero advantage. Loss and "
-         "gradient stay the same. Runs that dump or replay steps skip nothing",
+    Flag("--ebft-skip-duplicates", bool, "compute identical rollouts of a block once, and in a fused step also what "
+         "rollouts of a block have in common, up to the first token that differs. Skip rollouts that cannot change the "
+         "gradient: those of blocks that do not count and, without a KL term and in separate passes, those with zero "
+         "advantage. Loss and gradient stay the same. Runs that dump or replay steps skip nothing",
          default=True),
 ))
