@@ -113,7 +113,7 @@ def _room(like_BJUD: Tensor, steps: int) -> Tensor:
 class _Append(torch.autograd.Function):
     @staticmethod
     def forward(ctx, before_BJUtD, new_BJUD, parent_BU):
-        ctx.dtype, ctx.shape, ctx.parent_BU = new_BJUD.dtype, before_BJUtD.shape, parent_BU
+        ctx.dtype, ctx.before, ctx.parent_BU = new_BJUD.dtype, before_BJUtD.shape[2], parent_BU
         filled, steps = before_BJUtD.shape[3], before_BJUtD.stride(2) // before_BJUtD.stride(3)
         assert filled < steps, "more steps than there is room for"
         if parent_BU is None:
@@ -132,8 +132,10 @@ class _Append(torch.autograd.Function):
     def backward(ctx, grad_BJUtD):
         grad_before, grad_new = grad_BJUtD[:, :, :, :-1], grad_BJUtD[:, :, :, -1].to(ctx.dtype)
         if ctx.parent_BU is not None:  # gradients of those that continue the same one add up
-            summed_BUJtD = grad_before.new_zeros(ctx.shape).transpose(1, 2)
-            summed_BUJtD.index_put_((_rows(ctx.parent_BU), ctx.parent_BU), grad_before.transpose(1, 2), accumulate=True)
+            grad_BUJtD = grad_before.transpose(1, 2)
+            summed_BUJtD = grad_BUJtD.new_zeros(len(grad_BUJtD), ctx.before, *grad_BUJtD.shape[2:])
+            place_BU = _rows(ctx.parent_BU) * ctx.before + ctx.parent_BU
+            summed_BUJtD.flatten(0, 1).index_add_(0, place_BU.flatten(), grad_BUJtD.flatten(0, 1))
             grad_before = summed_BUJtD.transpose(1, 2)
         return grad_before, grad_new, None
 
