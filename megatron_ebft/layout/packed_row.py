@@ -95,6 +95,17 @@ class RowLayout:
         """U; size · n in a regular row."""
         return self.size * self.layout.num_samples if self.kept is None else self.kept.pick_BU.shape[1]
 
+    @cached_property
+    def pick_BU(self) -> Tensor:
+        """The rollouts of the row, each as slot · n + sample, int64 [B, U]; [1, U] in a regular row."""
+        return torch.arange(self.num_rollouts)[None] if self.kept is None else self.kept.pick_BU
+
+    @cached_property
+    def where_BM(self) -> Tensor:
+        """The inverse: for each of the M = size · n rollouts the number of itself or its equal, int64 [B, M]; [1, M] in
+        a regular row."""
+        return self.pick_BU if self.kept is None else self.kept.where_BKN.flatten(1)
+
     @property
     def num_rollout_tokens(self) -> int:
         """R = U · steps."""
@@ -143,11 +154,7 @@ class RowLayout:
     @cached_property
     def anchor_of_rollouts(self) -> Tensor:
         """Anchor of each rollout's block, int64 [B, U]; [1, U] in a regular row, since all rows are the same."""
-        if self.kept is None:
-            slot = torch.arange(self.size).repeat_interleave(self.layout.num_samples)[None]
-        else:
-            slot = self.kept.pick_BU // self.layout.num_samples
-        return self.anchors[slot]
+        return self.anchors[self.pick_BU // self.layout.num_samples]
 
     @cached_property
     def rollout_anchor(self) -> Tensor:

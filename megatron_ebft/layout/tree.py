@@ -4,6 +4,8 @@ A node is the tokens of a rollout so far. Rollouts of a block share it while the
 they draw different ones. A decoding step computes one token for each of the W nodes of a row, not for each of its U
 rollouts. Nodes never join again: once every rollout has a node of its own, the steps are those of the row itself.
 
+As everywhere, W is that of the fullest row, rounded up (`RowLayout.room`).
+
 Suffixes: B rows, K blocks, N samples, U rollouts of a row, W nodes.
 """
 
@@ -14,80 +16,83 @@ from torch import Tensor
 
 from megatron_ebft.common.device import upload
 from megatron_ebft.layout.packed_row import RowLayout
-from megatron_ebft.layout.strided import computed_rollouts
+from megatron_ebft.layout.strided import computed_rollouts, first_alike
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """Who shares which node; int64. Nodes are in the order of the first rollout of each."""
+
+    first_BW: Tensor
+    """Number, in the row of the tree, of the first rollout of each node."""
+    block_BWN: Tensor
+    """Numbers of all rollouts of the node's block."""
+    node_BU: Tensor
+    """Node of each rollout. Arbitrary for rollouts that are not needed."""
+    sample_BU: Tensor
+    """Sample of each rollout."""
 
 
 @dataclass(frozen=True, eq=False)
 class Nodes:
-    """What one decoding step computes. Nodes are in the order of the first rollout of each. All tensors are int64."""
+    """What one decoding step computes."""
 
     row: RowLayout
     """A row that holds the first rollout of each node; the row of the tree where every rollout has its own node."""
-    first_BW: Tensor | None = None
-    """Number of that rollout in the row of the tree; None where every rollout has its own node."""
-    block_BWN: Tensor | None = None
-    """Numbers there of all rollouts of the node's block; None likewise."""
-    node_BU: Tensor | None = None
-    """Node of each rollout; None likewise. Arbitrary for rollouts that are not wanted."""
-    sample_BU: Tensor | None = None
-    """Sample of each rollout; None likewise."""
+    shared: Shared | None = None
+    """None where every rollout has its own node."""
     parent_BW: Tensor | None = None
-    """Number, in the step before, of the node that each continues; None: nodes are those of the step before."""
+    """The node of the step before that each continues, int64; None in the first step, and where nodes are those of the
+    step before."""
 
 
 class RolloutTree:
     """The nodes of a row, step by step."""
 
-    def __init__(self, row: RowLayout, wanted_BKN: Tensor):
+    def __init__(self, row: RowLayout, needed_BKN: Tensor):
         """
         Args:
             row: of all blocks; the rollouts that are decoded.
-            wanted_BKN: which of ALL rollouts these are, bool, on the host.
+            needed_BKN: which of ALL rollouts are needed, bool, on the host; the row has them all.
         """
         assert row.size == row.layout.num_blocks, "the row has a part of the blocks"
-        self.row, self._wanted_BKN = row, wanted_BKN
-        self._whole, batch = replace(row, kept=None), len(wanted_BKN)
-        self._pick_BU, self._where_BM = (x.expand(batch, -1) for x in (_pick(row), _where(row)))
-        self._alike: Tensor | bool = True
+        self.row, self._whole, self._needed_BKN = row, replace(row, kept=None), needed_BKN
+        self._tokens: list[Tensor] = []
         self._computed_BKN: Tensor | None = None
         self._nodes: Nodes | None = None
 
-    def grow(self, tokens_BKN: Tensor) -> Nodes:
-        """The nodes after each rollout has drawn one more token. Waits for the device while any are shared.
+    @property
+    def is_apart(self) -> bool:
+        """Whether every rollout has a node of its own."""
+        return self._nodes is not None and self._nodes.shared is None
+
+    def grow(self, tokens_BKN: Tensor | None) -> Nodes:
+        """The nodes after each rollout has drawn one more token. Waits for the device, unless all are apart.
 
         Args:
-            tokens_BKN: of ALL blocks, int64.
+            tokens_BKN: of ALL blocks, int64. Not read once all are apart.
         """
-        before = self._nodes
-        if before is not None and before.row is self.row:
-            return self._keep(replace(before, parent_BW=None))
-        self._alike = (tokens_BKN[..., :, None] == tokens_BKN[..., None, :]) & self._alike
-        first_BKN = self._alike.byte().argmax(-1).cpu()
-        computed_BKN = computed_rollouts(self._wanted_BKN, first_BKN)
+        if self.is_apart:
+            self._nodes = Nodes(self.row)
+            return self._nodes
+        self._tokens.append(tokens_BKN)
+        first_BKN = first_alike(torch.stack(self._tokens, dim=-1)).cpu()
+        computed_BKN, before = computed_rollouts(self._needed_BKN, first_BKN), self._nodes
         if before is not None and torch.equal(computed_BKN, self._computed_BKN):
-            return self._keep(replace(before, parent_BW=None))
-        self._computed_BKN, room = computed_BKN, self._whole.room(computed_BKN)
+            self._nodes = replace(before, parent_BW=None)
+        else:
+            self._computed_BKN, self._nodes = computed_BKN, self._after(before, computed_BKN, first_BKN)
+        return self._nodes
+
+    def _after(self, before: Nodes | None, computed_BKN: Tensor, first_BKN: Tensor) -> Nodes:
+        room, samples, batch = self._whole.room(computed_BKN), self.row.layout.num_samples, len(computed_BKN)
         if room >= self.row.num_rollouts:
-            return self._keep(Nodes(self.row, parent_BW=None if before is None else before.node_BU))
-        row, samples = self._whole.keep(computed_BKN, first_BKN, room), self.row.layout.num_samples
-        block_BW1 = (_pick(row) // samples * samples)[..., None]
-        block_BWN = self._where_BM[:, None].expand(-1, room, -1).gather(2, block_BW1 + torch.arange(samples))
-        return self._keep(Nodes(
-            row, first_BW=upload(self._where_BM.gather(1, _pick(row))), block_BWN=upload(block_BWN),
-            node_BU=upload(_where(row).gather(1, self._pick_BU)), sample_BU=upload(self._pick_BU % samples),
-            parent_BW=None if before is None else upload(_where(before.row).gather(1, _pick(row)))))
-
-    def _keep(self, nodes: Nodes) -> Nodes:
-        self._nodes = nodes
-        return nodes
-
-
-def _pick(row: RowLayout) -> Tensor:
-    """The rollouts of a row, each as block · n + sample, int64 [B, U]; [1, U] in a regular row."""
-    return torch.arange(row.num_rollouts)[None] if row.kept is None else row.kept.pick_BU
-
-
-def _where(row: RowLayout) -> Tensor:
-    """The inverse: for each rollout of each block the number of itself or its equal, int64 [B, M = K · N]; [1, M] in a
-    regular row."""
-    return _pick(row) if row.kept is None else row.kept.where_BKN.flatten(1)
+            return Nodes(self.row, parent_BW=None if before is None else before.shared.node_BU)
+        row = self._whole.keep(computed_BKN, first_BKN, room)
+        where_BM, block_BW1 = self.row.where_BM.expand(batch, -1), (row.pick_BU // samples * samples)[..., None]
+        pick_BU = self.row.pick_BU.expand(batch, -1)
+        return Nodes(row, Shared(
+            first_BW=upload(where_BM.gather(1, row.pick_BU)),
+            block_BWN=upload(where_BM[:, None].expand(-1, room, -1).gather(2, block_BW1 + torch.arange(samples))),
+            node_BU=upload(row.where_BM.gather(1, pick_BU)), sample_BU=upload(pick_BU % samples)),
+            parent_BW=None if before is None else upload(before.row.where_BM.gather(1, row.pick_BU)))

@@ -1,7 +1,7 @@
 """Which rows the encoder and the policy compute: all rollouts, or only those that can change the gradient.
 
-With `skip_duplicates`, loss and gradient stay the same, and these rollouts are left out. (In the policy, a fused step
-leaves out those of point 2; it computes what rollouts of a block have in common once.)
+With `skip_duplicates`, loss and gradient stay the same, and these rollouts are left out. (The policy of a fused step is
+different: it leaves out those of point 2, and computes once what rollouts of a block have in common, layout/tree.py.)
 
 1. Rollouts that equal an earlier one of their block token for token. Their features and log-probabilities are read
    where the first is; gradients add up there.

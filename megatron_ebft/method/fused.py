@@ -15,8 +15,8 @@ then runs its backward pass. What separate passes do (rollout/sampler.py, gradie
    bfloat16 that takes 2 bytes a parameter, and rounds G times: measured, gradients are as exact as those of separate
    passes (tests/method/test_fused_bf16.py).
 5. With `skip_duplicates`, rollouts of a block that begin alike share the decoding steps of what they have in common
-   (layout/tree.py), and their gradients add up there. So duplicates cost nothing, and neither do common beginnings.
-   Rollouts without advantage are differentiated like the others: they are known too late.
+   (layout/tree.py), and their gradients add up there. This costs a wait for the GPU in each step, until none have
+   anything in common. Rollouts without advantage are differentiated like the others: they are known too late.
 6. It needs one pipeline stage, no activation recomputation and no FP8 of the policy (run/flags/checks.py).
 """
 
@@ -103,9 +103,9 @@ def fused_gradient(policy: list, encoder, start, gold: GoldBatch, config: EBFTCo
         means: receives the parts of the loss, and the shares of tokens that were left out.
     """
     loss, parts, done = Loss(gold, config, means), _Parts(gold, config), []
-    length = config.layout.rollout_length
-    full, encoder_full = (split_blocks(config.layout, config.blocks_per_microbatch, steps)[0].length
-                          for steps in (length - 1, length))
+    layout = config.layout
+    whole = split_blocks(layout, config.blocks_per_microbatch, layout.rollout_length)[0]
+    full = layout.seq_length + (layout.rollout_length - 1) * whole.decode_length
     config = replace(config, blocks_per_microbatch=0)  # the encoder and the start do not split a part again
 
     def forward_step(iterator, model):
@@ -118,7 +118,7 @@ def fused_gradient(policy: list, encoder, start, gold: GoldBatch, config: EBFTCo
         rollouts = scored.rollouts
         with phase("features"):
             gram = feature_grams(encoder, part.gold, rollouts, config, means,
-                                 None if part.on_host_BK is None else part.decoded_BK, encoder_full)
+                                 None if part.on_host_BK is None else part.decoded_BK, whole.length)
             rewards = compute_rewards(gram, rollouts, config)
             advantage_BKN = compute_advantages(rewards, config)
         start_BKNG = None
@@ -126,7 +126,7 @@ def fused_gradient(policy: list, encoder, start, gold: GoldBatch, config: EBFTCo
             with phase("start_scores"):
                 needed_BKN = part.decoded_BK[..., None].expand_as(advantage_BKN)
                 start_BKNG = score(start, part.gold, rollouts, config, needed_BKN).rollout_BKNG
-        means.add("training_tokens_saved", float(max(0, full - scored.tokens_a_row)), float(full))
+        means.add("training_tokens_saved", float(full - scored.tokens_per_row), float(full))
         done.append((part, Computed(rollouts=rollouts, gram=gram, rewards=rewards, advantage_BKN=advantage_BKN,
                                     scores=_scores(scored, part.decoded_BK), start_BKNG=start_BKNG)))
         terms = LossTerms(advantage_BKN=advantage_BKN, valid_BK=part.valid_BK, sampled_BKNG=rollouts.log_probs_BKNG,

@@ -97,8 +97,8 @@ class DecodePattern:
 
     cache: RolloutCache
     step: int
-    parent_BU: Tensor | None = None
-    """Which rollouts of the step before these continue, int64; None: the same."""
+    parent_BW: Tensor | None = None
+    """Which rollouts of the step before these W continue, int64; None: the same."""
     _mask: TileMask | None = None
     """Made by the first layer, used by all."""
 
@@ -109,7 +109,7 @@ class DecodePattern:
             return self._attend_buffer(layer_number, q_BHSD, *new, scale)
         cache, groups = self.cache, k_BJSD.shape[1]
         before = cache.own.get(layer_number, (None, None))
-        cache.own[layer_number] = tuple(prefix_attention.append(*x, cache.row.steps, self.parent_BU)
+        cache.own[layer_number] = tuple(prefix_attention.append(*x, cache.row.steps, self.parent_BW)
                                         for x in zip(before, new))
         seen = cache.prefixes(q_BHSD.shape[1] // groups, q_BHSD.dtype, flex)
         attend = prefix_attention.attend_flex if flex else prefix_attention.attend
@@ -117,6 +117,7 @@ class DecodePattern:
         return torch.nn.functional.pad(out, (0, 0, 0, length - count)) if length > count else out
 
     def _attend_buffer(self, layer_number: int, q_BHSD, k_BJUD, v_BJUD, scale) -> Tensor:
+        assert self.parent_BW is None, "a buffer has the rollouts of the whole row"
         cache, heads, groups = self.cache, q_BHSD.shape[1], k_BJUD.shape[1]
         keys, values = cache.buffers[layer_number]
         cache.split(keys)[1][:, :, :, self.step] = k_BJUD

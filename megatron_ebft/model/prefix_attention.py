@@ -89,59 +89,61 @@ def prefixes(row: RowLayout, visible: VisibleKeys, steps: int, heads_per_group: 
     return Prefixes(chunks, additive(sees_own, torch.promote_types(dtype, torch.float32)))
 
 
-def append(before_BJUtD: Tensor | None, new_BJUD: Tensor, steps: int, parent_BU: Tensor | None = None) -> Tensor:
-    """Keys or values of the steps so far, with those of the next: [B, J, U, t + 1, D], differentiable, in at least
+def append(before_BJUtD: Tensor | None, new_BJWD: Tensor, steps: int, parent_BW: Tensor | None = None) -> Tensor:
+    """Keys or values of the steps so far, with those of the next: [B, J, W, t + 1, D], differentiable, in at least
     float32.
 
     Args:
         before_BJUtD: what the last call returned; None in the first step.
-        steps: of all calls. The first call makes room for them, and later ones do not copy what is there. So each
-            result can be appended to only once.
-        parent_BU: which of the U before each of the U continues, int64; these are copied. None: the same ones.
+        steps: of all calls. While W stay the same, only one call makes room for them, and later ones do not copy what
+            is there. So each result can be appended to only once.
+        parent_BW: which of the U before each of the W continues, int64; what these have is copied. None: the same.
     """
-    if before_BJUtD is None:
-        before_BJUtD = _room(new_BJUD, steps)[:, :, :, :0]
-    return _Append.apply(before_BJUtD, new_BJUD, parent_BU)
+    return _Append.apply(_room(new_BJWD, steps)[:, :, :, :0] if before_BJUtD is None else before_BJUtD, new_BJWD, steps,
+                         parent_BW)
 
 
-def _room(like_BJUD: Tensor, steps: int) -> Tensor:
-    """Memory for keys or values of so many steps, [B, J, U, steps, D]."""
-    shape = (*like_BJUD.shape[:3], steps, like_BJUD.shape[3])
-    return like_BJUD.new_empty(shape, dtype=torch.promote_types(like_BJUD.dtype, torch.float32))
+def _room(like_BJWD: Tensor, steps: int) -> Tensor:
+    """Memory for keys or values of so many steps, [B, J, W, steps, D]."""
+    shape = (*like_BJWD.shape[:3], steps, like_BJWD.shape[3])
+    return like_BJWD.new_empty(shape, dtype=torch.promote_types(like_BJWD.dtype, torch.float32))
 
 
 class _Append(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, before_BJUtD, new_BJUD, parent_BU):
-        ctx.dtype, ctx.before, ctx.parent_BU = new_BJUD.dtype, before_BJUtD.shape[2], parent_BU
-        filled, steps = before_BJUtD.shape[3], before_BJUtD.stride(2) // before_BJUtD.stride(3)
-        assert filled < steps, "more steps than there is room for"
-        if parent_BU is None:
+    def forward(ctx, before_BJUtD, new_BJWD, steps, parent_BW):
+        ctx.dtype, ctx.before, ctx.parent_BW = new_BJWD.dtype, before_BJUtD.shape[2], parent_BW
+        filled, held = before_BJUtD.shape[3], before_BJUtD.stride(2) // before_BJUtD.stride(3)
+        assert filled < steps, "more steps than announced"
+        if parent_BW is None and filled < held:
             # Through .data: autograd would take this for a change of what earlier steps have saved, which stays as it
             # is.
-            room = before_BJUtD.data.as_strided((*before_BJUtD.shape[:3], steps, before_BJUtD.shape[4]),
-                                                before_BJUtD.stride())
-        else:
-            room = _room(new_BJUD, steps)
-            room[:, :, :, :filled] = before_BJUtD.transpose(1, 2)[_rows(parent_BU), parent_BU].transpose(1, 2)
+            shape = (*before_BJUtD.shape[:3], held, before_BJUtD.shape[4])
+            room = before_BJUtD.data.as_strided(shape, before_BJUtD.stride())
+        elif parent_BW is None:
+            room = _room(new_BJWD, steps)
+            room[:, :, :, :filled] = before_BJUtD
+        else:  # no more than is needed: the next step may part again, and the graph keeps all of them
+            room = _room(new_BJWD, filled + 1)
+            room[:, :, :, :filled] = before_BJUtD.transpose(1, 2)[_rows(parent_BW), parent_BW].transpose(1, 2)
         after = room[:, :, :, : filled + 1]
-        after[:, :, :, filled] = new_BJUD
+        after[:, :, :, filled] = new_BJWD
         return after
 
     @staticmethod
-    def backward(ctx, grad_BJUtD):
-        grad_before, grad_new = grad_BJUtD[:, :, :, :-1], grad_BJUtD[:, :, :, -1].to(ctx.dtype)
-        if ctx.parent_BU is not None:  # gradients of those that continue the same one add up
-            grad_BUJtD = grad_before.transpose(1, 2)
-            summed_BUJtD = grad_BUJtD.new_zeros(len(grad_BUJtD), ctx.before, *grad_BUJtD.shape[2:])
-            place_BU = _rows(ctx.parent_BU) * ctx.before + ctx.parent_BU
-            summed_BUJtD.flatten(0, 1).index_add_(0, place_BU.flatten(), grad_BUJtD.flatten(0, 1))
-            grad_before = summed_BUJtD.transpose(1, 2)
-        return grad_before, grad_new, None
+    def backward(ctx, grad_BJWtD):
+        grad_before, grad_new = grad_BJWtD[:, :, :, :-1], grad_BJWtD[:, :, :, -1].to(ctx.dtype)
+        if ctx.parent_BW is not None:  # gradients of those that continue the same one add up
+            grad_BWJtD = grad_before.transpose(1, 2)
+            grad_BUJtD = grad_BWJtD.new_zeros(len(grad_BWJtD), ctx.before, *grad_BWJtD.shape[2:])
+            place_BW = _rows(ctx.parent_BW) * ctx.before + ctx.parent_BW
+            grad_BUJtD.flatten(0, 1).index_add_(0, place_BW.flatten(), grad_BWJtD.flatten(0, 1))
+            grad_before = grad_BUJtD.transpose(1, 2)
+        return grad_before, grad_new, None, None
 
 
-def _rows(index_BU: Tensor) -> Tensor:
-    return torch.arange(len(index_BU), device=index_BU.device)[:, None]
+def _rows(index_BW: Tensor) -> Tensor:
+    return torch.arange(len(index_BW), device=index_BW.device)[:, None]
 
 
 def attend(q_BHRD: Tensor, gold: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], seen: Prefixes,

@@ -1,8 +1,9 @@
 """Block-parallel sampling: all blocks and samples of a group of rows decode together, in G steps.
 
 The gold rows pass through the policy once. Their keys and values, and the logits before each anchor, serve all n
-samples. Then follow G − 1 cached steps with one token per rollout. With pipeline stages, several groups of rows are in
-flight at once (schedule.py).
+samples. Then follow G − 1 cached steps with one token per rollout, or, in a fused step, with one for all rollouts that
+have drawn the same so far (layout/tree.py). With pipeline stages, several groups of rows are in flight at once
+(schedule.py).
 """
 
 from dataclasses import dataclass
@@ -109,7 +110,7 @@ class ScoredRollouts:
     """float32, of the rollout tokens at the sampling temperature; differentiable."""
     gold_BT: Tensor
     """float32 [B, T−1]: of gold tokens 1..T−1 at temperature 1; differentiable."""
-    tokens_a_row: int
+    tokens_per_row: int
     """Tokens, and padding, of each row that went through the policy."""
 
 
@@ -127,31 +128,36 @@ def sample_and_score(model, gold: GoldBatch, layout: StridedLayout, config: Samp
             step, until none have anything in common.
     """
     row, tree = split_blocks(layout, 0, layout.rollout_length - 1)[0], None
-    wanted_BKN = torch.ones(len(gold.tokens_BT), row.size, layout.num_samples, dtype=torch.bool)
+    needed_BKN = torch.ones(len(gold.tokens_BT), row.size, layout.num_samples, dtype=torch.bool)
     if blocks_BK is not None:
-        wanted_BKN &= blocks_BK[..., None]
-        each_BKN = torch.arange(layout.num_samples).expand_as(wanted_BKN)
-        row = row.keep(wanted_BKN, each_BKN, row.room(wanted_BKN))
+        needed_BKN &= blocks_BK[..., None]
+        each_BKN = torch.arange(layout.num_samples).expand_as(needed_BKN)
+        row = row.keep(needed_BKN, each_BKN, row.room(needed_BKN))
     if share and layout.num_samples > 1:
-        tree = RolloutTree(row, wanted_BKN)
-    group = _Group([model], gold, row, config, iteration, link=None, scored=True, tree=tree)
+        assert torch.is_grad_enabled(), "buffers of a pass without gradient have no nodes"
+        tree = RolloutTree(row, needed_BKN)
+    group, decoded = _Group([model], gold, row, config, iteration, link=None, scored=True), 0
     for step in range(layout.rollout_length if row.num_rollouts else 1):
+        if step:
+            group.grow(tree, step)
+            decoded += group.nodes.row.decode_length
         group.work(step, 0, group.receive(step, 0))
     tokens, log_probs, entropy = group.drawn()
     return ScoredRollouts(Rollouts(tokens, log_probs.detach(), entropy), log_probs, group.gold_log_probs,
-                          layout.seq_length + group.decoded)
+                          layout.seq_length + decoded)
 
 
 class _Group:
     """Rows that decode together: their cache on this stage and, on the last one, what was drawn."""
 
     def __init__(self, policy: list, gold: GoldBatch, row: RowLayout, config: SamplingConfig, iteration: int,
-                 link: PipelineLink | None, scored: bool = False, tree: RolloutTree | None = None):
+                 link: PipelineLink | None, scored: bool = False):
         self.policy, self.gold, self.row, self.layout, self.link = policy, gold, row, row.layout, link
-        self.config, self.iteration, self.scored, self.tree = config, iteration, scored, tree
+        self.config, self.iteration, self.scored = config, iteration, scored
         self.starts_BT = starts_BT = None if gold.document_BT is None else document_starts(gold.document_BT)
         batch = len(gold.tokens_BT)
-        # Everything that the host computes is computed here: decoding launches work and never waits for the device.
+        # Everything that the host computes is computed here: but for `grow`, decoding launches work and never waits for
+        # the device.
         self.blocks, self.predictors = upload(row.blocks), upload(row.anchor_predictors())
         positions = upload(row.positions(starts_BT, batch))
         self.gold_positions = positions[:, : self.layout.seq_length]
@@ -165,17 +171,24 @@ class _Group:
         self.steps: list[tuple[Tensor, Tensor, Tensor]] = []
         self.gold_log_probs: Tensor | None = None
         self.nodes = Nodes(row)
-        self.decoded = 0  # tokens of all decoding steps of a row
+
+    def grow(self, tree: RolloutTree | None, step: int) -> None:
+        """Decode the nodes of the tree in the next step, which is this one."""
+        if tree is None:
+            return
+        tokens_BKN = None if tree.is_apart else self.row.of_slots(self._last_tokens(step)[..., None]).squeeze(-1)
+        self.nodes = tree.grow(tokens_BKN)
+        if self.nodes.row is not self.cache.row:
+            visible = self.visible if self.nodes.shared is None else visible_keys.decoding(
+                self.nodes.row, self.starts_BT, len(self.gold.tokens_BT))
+            self.cache.move_to(self.nodes.row, visible)
 
     def receive(self, step: int, virtual: int) -> Tensor | None:
         """Input of a task: tokens [b, length] where the model begins, else hidden states [length (/tp), b, H]."""
         if is_first_stage() and virtual == 0:
             if step == 0:
                 return self.gold.tokens_BT
-            tokens_BU = self._last_tokens(step)
-            self._grow(tokens_BU)
-            self.decoded += self.nodes.row.decode_length
-            return pad(self._of_nodes(tokens_BU), self.nodes.row.decode_length)
+            return pad(self._of_nodes(self._last_tokens(step)), self.nodes.row.decode_length)
         config = unwrap(self.policy[virtual]).config
         length = self.row.decode_length if step else self.layout.seq_length
         if config.sequence_parallel:
@@ -216,16 +229,9 @@ class _Group:
         return (pad(positions, self.nodes.row.decode_length),
                 DecodePattern(self.cache, step - 1, self.nodes.parent_BW), slice(0, positions.shape[1]))
 
-    def _grow(self, tokens_BU: Tensor) -> None:
-        """Go on with the nodes of the tree after these tokens."""
-        if self.tree is None:
-            return
-        self.nodes = self.tree.grow(self.row.of_slots(tokens_BU[..., None]).squeeze(-1))
-        if self.nodes.row is not self.cache.row:
-            self.cache.move_to(self.nodes.row, visible_keys.decoding(self.nodes.row, self.starts_BT, len(tokens_BU)))
-
     def _of_nodes(self, values_BU: Tensor) -> Tensor:
-        return values_BU if self.nodes.first_BW is None else values_BU.gather(1, self.nodes.first_BW)
+        """Of each node, the value of its first rollout."""
+        return values_BU if self.nodes.shared is None else values_BU.gather(1, self.nodes.shared.first_BW)
 
     def _last_tokens(self, step: int) -> Tensor:
         """Tokens of this row's rollouts drawn in the step before, [b, U]."""
@@ -241,11 +247,9 @@ class _Group:
     def _draws(self, rows: Tensor | slice, step: int) -> Draws | ScoredDraws:
         """The draws of a step: from one distribution per block in step 0, afterwards from one per rollout."""
         config, numbers_BPM = self.config, self.numbers_BUG[..., step, None] if step else self.first_numbers_BKN
-        draws = Draws(rows, numbers_BPM, config.temperature, config.top_p, config.top_k, self.nodes.node_BU)
-        if not self.scored:
-            return draws
-        return ScoredDraws(draws, None if step else self.gold.tokens_BT,
-                           None if self.nodes.node_BU is None else self.nodes)
+        draws = Draws(rows, numbers_BPM, config.temperature, config.top_p, config.top_k)
+        gold_BT = None if step else self.gold.tokens_BT
+        return ScoredDraws(draws, gold_BT, self.nodes.shared) if self.scored else draws
 
     def _numbers(self) -> Tensor:
         """The random numbers of all draws, float64 [b, K, N, G]."""

@@ -49,9 +49,6 @@ class Draws:
     temperature: float
     top_p: float
     top_k: int
-    source_BP: Tensor | None = None
-    """Draws may share a distribution: for each of the P draws, which of the rows it reads, int64. None: each its own.
-    Only `from_logits` knows it."""
 
     def __call__(self, hidden_SBH: Tensor, model) -> tuple[Tensor, Tensor, Tensor]:
         hidden_BPH = model.select_rows(hidden_SBH, self.rows).transpose(0, 1)
@@ -62,14 +59,20 @@ class Draws:
                  for i in range(0, len(hidden_RH), size)]
         return tuple(torch.cat(x).unflatten(0, hidden_BPH.shape[:2]) for x in zip(*parts))
 
-    def from_logits(self, logits_SBV: Tensor, model) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The same draws, from logits of all S rows; and the normalisers log Σ exp(logits / temperature), [B, P]."""
-        logits_PBV, source_R = logits_SBV.detach()[self.rows], None
-        if self.source_BP is not None:
-            batch = logits_PBV.shape[1]
-            source_R = (self.source_BP.t() * batch + torch.arange(batch, device=self.source_BP.device)).flatten()
+    def from_logits(self, logits_SBV: Tensor, model,
+                    source_BP: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same draws, from logits of all S rows; and the normalisers log Σ exp(logits / temperature), [B, P].
+
+        Args:
+            source_BP: where several of the P draws read one of the given rows, which of them each reads, int64. None:
+                each reads its own.
+        """
+        logits_LBV, source_R = logits_SBV.detach()[self.rows], None
+        if source_BP is not None:
+            batch = logits_LBV.shape[1]
+            source_R = (source_BP.t() * batch + torch.arange(batch, device=source_BP.device)).flatten()
         numbers_PBM = self.numbers_BPM.transpose(0, 1)
-        drawn = draw(logits_PBV.flatten(0, 1), model.num_real_ids, numbers_PBM.flatten(0, 1), self.temperature,
+        drawn = draw(logits_LBV.flatten(0, 1), model.num_real_ids, numbers_PBM.flatten(0, 1), self.temperature,
                      self.top_p, self.top_k, model.pg_collection.tp, source_R)
         return tuple(x.unflatten(0, numbers_PBM.shape[:2]).transpose(0, 1) for x in drawn)
 
@@ -145,29 +148,32 @@ def sample(logits_RV: Tensor, real: int, numbers_RM: Tensor, temperature: float,
     return draw(logits_RV, real, numbers_RM, temperature, top_p, top_k, group)[:3]
 
 
-def draw(logits_RV: Tensor, real: int, numbers_RM: Tensor, temperature: float, top_p: float, top_k: int,
+def draw(logits_LV: Tensor, real: int, numbers_RM: Tensor, temperature: float, top_p: float, top_k: int,
          group: dist.ProcessGroup, source_R: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`sample`, and log Σ exp(logits / temperature) of each row, float32 (float64 stays) [R].
 
     Args:
-        source_R: the row of logits that each row of draws reads, int64, where there are fewer of them; None: its own.
+        source_R: where draws share rows of logits, the one that each reads, int64. None: L = R, each reads its own.
     """
-    columns = logits_RV[:, :real] if real else logits_RV.new_full((len(logits_RV), 1), -torch.inf)
-    width = logits_RV.shape[1]  # not that of the columns: ranks exchange messages for each chunk, so chunks must agree
-    first_id, is_shared = dist.get_rank(group) * width, source_R is not None
-    source_R = source_R if is_shared else torch.arange(len(logits_RV), device=logits_RV.device)
+    columns = logits_LV[:, :real] if real else logits_LV.new_full((len(logits_LV), 1), -torch.inf)
+    width = logits_LV.shape[1]  # not that of the columns: ranks exchange messages for each chunk, so chunks must agree
+    first_id = dist.get_rank(group) * width
     if top_k > 0 or top_p < 1:  # their histograms have 257 entries a row
-        drawn = _by_rows(lambda source_R, numbers_RM: _draw_filtered(columns[source_R], numbers_RM, temperature, top_p,
-                                                                     top_k, first_id, group),
-                         max(width, 257), source_R, numbers_RM)
+        def filtered(rows, numbers_RM):
+            logits_RV = rows if source_R is None else columns[rows]
+            return _draw_filtered(logits_RV, numbers_RM, temperature, top_p, top_k, first_id, group)
+
+        drawn = _by_rows(filtered, max(width, 257), columns if source_R is None else source_R, numbers_RM)
     else:  # M segments of a row are looked at again
-        sums = _by_rows(lambda logits_RV: segment_sums(logits_RV, temperature), width, columns)
-        if is_shared:
+        sums = _by_rows(lambda logits_LV: segment_sums(logits_LV, temperature), width, columns)
+        if source_R is None:
+            source_R = torch.arange(len(columns), device=columns.device)
+        else:
             sums = (x[source_R] for x in sums)
         drawn = _by_rows(lambda *rows: _draw(columns, *rows, temperature, first_id, group),
                          SEGMENT * numbers_RM.shape[1], source_R, numbers_RM, *sums)
     tokens, log_probs, entropy, log_sum = drawn
-    log_sum = log_sum.to(torch.promote_types(logits_RV.dtype, torch.float32))
+    log_sum = log_sum.to(torch.promote_types(logits_LV.dtype, torch.float32))
     return tokens, log_probs.float(), entropy.float(), log_sum
 
 

@@ -129,7 +129,8 @@ def _passes():
             yield f"{name}, {label}", lambda: _row(row, batch, heads, torch.bfloat16, False)  # noqa: B023
         yield f"{name}, sampling", lambda: _decoding(training, args.global_batch_size, heads,  # noqa: B023
                                                      torch.bfloat16)
-        is_first = (torch.arange(training.num_rollouts) % ROW_SIZES == 0).view(1, training.size, -1).expand(batch, -1, -1)
+        is_first = (torch.arange(training.num_rollouts) % ROW_SIZES == 0).view(1, training.size, -1)
+        is_first = is_first.expand(batch, -1, -1)
         shared = training.keep(is_first, torch.zeros_like(is_first, dtype=torch.int64), training.room(is_first))
         for label, row in (("fused step", training), ("fused step, few nodes", shared)):
             yield f"{name}, {label}", lambda: _decoding(row, batch, heads, torch.bfloat16,  # noqa: B023

@@ -62,20 +62,22 @@ def test_a_fused_step_is_brute_force(case):
 
 
 def test_what_rollouts_have_in_common_is_decoded_once():
-    step, saved = Step(Case(T=20, c=1, G=5, n=4, rows=1, temperature=0.3)), Means()
-    computed = fused(step, saved)
-    tokens = computed.rollouts.tokens_BKNG[0].tolist()
-    distinct = [len({(block, *rollout[:length]) for block, rollouts in enumerate(tokens) for rollout in rollouts})
-                for length in range(1, 5)]
-    whole, room = len(tokens) * 4, -(-len(tokens) * 4 // 16)
-    decoded = sum(min(whole, -(-count // room) * room) for count in distinct)
-    share = (4 * whole - decoded) / (20 + 4 * whole)
+    """In as many places as the fullest row needs, rounded up twice: to a sixteenth of a row, and to `pad_to`."""
+    step, saved = Step(Case(T=20, c=1, G=5, n=4, rows=2, micro_batch_size=2, temperature=0.3)), Means()
+    computed = fused(step, saved, config=replace(step.method, layout=replace(step.method.layout, pad_to=4)))
+    distinct = [[len({(block, *rollout[:length]) for block, rollouts in enumerate(row) for rollout in rollouts})
+                 for length in range(1, 5)] for row in computed.rollouts.tokens_BKNG.tolist()]
+    whole = step.method.layout.num_blocks * 4
+    room = -(-whole // 16)
+    decoded = [min(whole, -(-max(counts) // room) * room) for counts in zip(*distinct)]
+    full, padded = -(-whole // 4) * 4, sum(-(-count // 4) * 4 for count in decoded)
+    share = (4 * full - padded) / (20 + 4 * full)
     assert saved.reduce()["training_tokens_saved"] == pytest.approx(share) and share > 0.1
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
 def test_the_kl_term_is_brute_force(estimator):
-    step = Step(Case(eods=(6,), blocks_per_microbatch=3), kl_coef=0.5, kl_estimator=estimator)
+    step = Step(Case(n=4, temperature=0.4, eods=(6,), blocks_per_microbatch=3), kl_coef=0.5, kl_estimator=estimator)
     means = Means()
     fused(step, means, models.build_start(step.config, step.reference_weights))
     expected = step.brute_force()

@@ -228,10 +228,12 @@ def test_decoding_of_a_tree_with_gradient(name, has_documents, monkeypatch):
     tree, cache = RolloutTree(row, torch.ones(shape[:3]).bool()), {}
     for step in range(row.steps):
         nodes = tree.grow(tokens_BKNt[..., step])
-        first_BW, node_BU = (torch.arange(row.num_rollouts).expand(2, -1) if x is None else x
-                             for x in (nodes.first_BW, nodes.node_BU))
+        same = torch.arange(row.num_rollouts).expand(2, -1)
+        first_BW, node_BU = (nodes.shared.first_BW, nodes.shared.node_BU) if nodes.shared else (same, same)
         of_steps.append((nodes, gold + first_BW * row.steps + step, node_BU))
-    assert 0 < sum(nodes.row is not row for nodes, *_ in of_steps) and of_steps[1][0].parent_BW is not None
+    assert of_steps[0][0].shared and of_steps[1][0].parent_BW is not None
+    if name == "parts":  # of more steps: some part again, and in the end all are apart
+        assert of_steps[1][0].shared and of_steps[-1][0].row is row
     of_rollouts = torch.stack([index.gather(1, node_BU) for _, index, node_BU in of_steps], -1).flatten(1)
     whole_BS = torch.cat([*of_whole, of_rollouts], 1)
 

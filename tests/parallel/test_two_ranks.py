@@ -131,17 +131,19 @@ def test_groups_of_the_same_ranks_are_one():
 
 
 def draws_of_both(top_p: float, top_k: int) -> list[list[int]]:
-    """Tokens drawn by two ranks, of which the second has fewer ids, in several chunks; and by this rank alone."""
+    """Tokens drawn by two ranks, of which the second has fewer ids, in several chunks, some from the same row of
+    logits; and by this rank alone."""
     enter_world(2)
     rank, shard, ids = dist.get_rank(), 600, 900
     generator = torch.Generator().manual_seed(0)
     logits_RV = torch.randn(5, 2 * shard, generator=generator) * 3
     numbers_RM = torch.rand(5, 2, generator=generator, dtype=torch.float64)
+    source_R = torch.tensor([3, 0, 0, 4, 3])
     alone = [dist.new_group([rank]) for rank in range(2)][rank]
     with mock.patch.object(token_sampling, "temporary_elements", lambda: 1200):
-        both, _, _ = token_sampling.sample(logits_RV[:, rank * shard :][:, :shard], min(shard, ids - rank * shard),
-                                           numbers_RM, 0.7, top_p, top_k, dist.group.WORLD)
-    single, _, _ = token_sampling.sample(logits_RV, ids, numbers_RM, 0.7, top_p, top_k, alone)
+        both, *_ = token_sampling.draw(logits_RV[:, rank * shard :][:, :shard], min(shard, ids - rank * shard),
+                                       numbers_RM, 0.7, top_p, top_k, dist.group.WORLD, source_R)
+    single, *_ = token_sampling.draw(logits_RV[source_R], ids, numbers_RM, 0.7, top_p, top_k, alone)
     dist.destroy_process_group()
     return [both.flatten().tolist(), single.flatten().tolist()]
 

@@ -334,8 +334,7 @@ def test_gradient_as_one_kernel_writes_it(real):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(5, 2, 24, generator=generator)
     targets = torch.randint(24, (5, 2, 3), generator=generator)
-    is_local = torch.rand(5, 2, 3, generator=generator) < 0.7
-    is_local &= targets < real
+    is_local = (torch.rand(5, 2, 3, generator=generator) < 0.7) & (targets < real)
     lse = logits[..., : max(real, 1)].logsumexp(-1)
     logits[..., real:] = torch.nan
     grad = torch.randn(5, 2, 3, generator=generator)
@@ -358,7 +357,7 @@ def test_decoding_needs_nothing_of_the_host(policy, documents, monkeypatch):
         if step == 0:
             return work(self, step, virtual, given)
         with pytest.MonkeyPatch.context() as patch, NothingForTheHost():
-            for name in ("blocks", "anchors", "is_real", "rollout_number", "rollout_anchor", "rollout_step"):
+            for name in ("blocks", "anchors", "is_real", "pick_BU", "rollout_number", "rollout_anchor", "rollout_step"):
                 vars(self.row).pop(name, None)
                 patch.setattr(RowLayout, name, property(refuse))
             for name in ("positions", "rollout_index", "anchor_predictors"):
@@ -393,7 +392,8 @@ def test_a_gpu_and_a_cpu_find_the_same_place():
 
 
 @pytest.mark.parametrize("top_p, top_k, width", [(1.0, 0, 30), (1.0, 0, 2500), (0.8, 7, 30)])
-def test_draws_from_a_shared_row_are_those_from_copies(top_p, top_k, width):
+def test_draws_from_a_shared_row_are_those_from_copies(top_p, top_k, width, monkeypatch):
+    monkeypatch.setattr(token_sampling, "temporary_elements", lambda: 2 * max(width, token_sampling.SEGMENT))  # chunks
     logits, source_R = random_logits(5, width), torch.tensor([4, 0, 0, 2, 4, 4, 1]).to(device())
     options = (width, numbers((7, 1, 1)).flatten(1).to(device()), 0.7, top_p, top_k, dist.group.WORLD)
     copies = token_sampling.draw(logits[source_R], *options)

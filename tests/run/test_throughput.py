@@ -123,6 +123,8 @@ def test_savings_and_stages_count():
     saved = {"training_tokens_saved": 0.25, "encoder_tokens_saved": 0.5}
     assert throughput.computed_flops(planned, saved, is_fused=False) == 3 + 6
     assert throughput.computed_flops(planned, saved, is_fused=True) == 2.25 + 6
+    planned.flops["start_scores"] = 10.0
+    assert throughput.computed_flops(planned, saved, is_fused=True) == 2.25 + 6 + 5
 
 
 def test_a_plan_that_fails_costs_a_warning(arguments, tmp_path, one_rank, capsys, monkeypatch):

@@ -16,8 +16,7 @@ def force_tokens(monkeypatch, tokens_BKNG: torch.Tensor) -> None:
         tokens = tokens_BKNG[group.gold.index_B]
         drawn = group.row.of_rollouts(tokens)[..., step, None] if step else tokens[..., 0]
         readout = by_numbers(group, rows, step)
-        forced = _Forced(rows, drawn, group.config.temperature, 1.0, 0, readout.draws.source_BP)
-        return replace(readout, draws=forced)
+        return replace(readout, draws=_Forced(rows, drawn, group.config.temperature, 1.0, 0))
 
     monkeypatch.setattr(sampler._Group, "_draws", draws)
 
@@ -25,10 +24,10 @@ def force_tokens(monkeypatch, tokens_BKNG: torch.Tensor) -> None:
 class _Forced(Draws):
     """Its numbers are the tokens."""
 
-    def from_logits(self, logits_SBV, model):
+    def from_logits(self, logits_SBV, model, source_BP=None):
         tokens_BPM = self.numbers_BPM
         x_PBV = logits_SBV.detach()[self.rows][..., : model.num_real_ids] / self.temperature
         log_sum_BP = x_PBV.logsumexp(-1).t()
-        if self.source_BP is not None:
-            log_sum_BP = log_sum_BP.gather(1, self.source_BP)
+        if source_BP is not None:
+            log_sum_BP = log_sum_BP.gather(1, source_BP)
         return tokens_BPM, None, torch.zeros(tokens_BPM.shape[:2]).to(tokens_BPM.device), log_sum_BP

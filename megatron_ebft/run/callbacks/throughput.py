@@ -58,7 +58,8 @@ def slowest_rank(own: list[dict[str, float]], stages: int) -> Slowest:
 def computed_flops(planned: Planned, metrics: dict[str, float], is_fused: bool) -> float:
     """Operations of a step on a mean rank, without those of tokens that were left out."""
     trained, encoded = (1 - metrics.get(f"{name}_tokens_saved", 0.0) for name in ("training", "encoder"))
-    kept = {"features": encoded, "train": trained, "start_scores": trained} | ({"rollout": trained} if is_fused else {})
+    # The start computes the rollouts that the encoder does, in whole rows.
+    kept = {"features": encoded, "train": trained, "start_scores": encoded} | ({"rollout": trained} if is_fused else {})
     return sum(flops * kept.get(phase, 1.0) for phase, flops in planned.flops.items())
 
 
