@@ -78,6 +78,27 @@ def test_decoding_does_not_wait_for_the_device(path, monkeypatch):
     assert torch.equal(draw().tokens_BKNG, expected.tokens_BKNG)
 
 
+def test_shared_beginnings(path):
+    """Rollouts that share decoding steps: log-probabilities are those of packed rows. In float32, where the tokens are
+    the same, so are gradients without sharing."""
+    policy, gold, layout, _ = small_sampler(path)
+    config = models.ebft_config(bf.Settings(bf.Geometry(8, 8, 8, 4), temperature=0.2), 128, 4)
+    tokens, gradients, is_bf16 = [], [], "bf16" in path
+    for share in (True, False):
+        scored = sampler.sample_and_score(policy[0], gold, layout, config.sampling, 3, share=share)
+        assert (scored.tokens_per_row < 128 + 7 * len(layout.anchors()) * 4) == share
+        scores = gradient.score(policy[0], gold, scored.rollouts, config)
+        difference = (scores.rollout_BKNG - scored.log_probs_BKNG).abs().mean().item()
+        assert difference < (LIMIT_BF16 if is_bf16 else LIMIT_FLOAT32)
+        policy[0].zero_grad_buffer()
+        scored.log_probs_BKNG.sum().backward()
+        tokens.append(scored.rollouts.tokens_BKNG)
+        gradients.append(torch.cat([p.main_grad.flatten() for p in policy[0].parameters()]))
+    if torch.equal(*tokens):
+        assert relative_error(*gradients) <= (0.08 if is_bf16 else 1e-3)
+    assert is_bf16 or (tokens[0] == tokens[1]).float().mean() > 0.999
+
+
 def test_kernels_draw_the_same_tokens():
     """In float32, where they differ by roundings too small to move a draw."""
     drawn = []
