@@ -14,7 +14,7 @@ step, then an EBFT step; the table has medians.
    are short, and a GPU that takes them one by one may wait for launches.
    "ebft, separate": if EBFT steps are fused (--ebft-step), a step with separate passes for sampling and training.
    "ebft, whole rows": on a CPU, if the first EBFT step skips rollouts (--ebft-skip-duplicates), an EBFT step on the
-   same rows that skips none. It shows what skipping is worth. Rollouts of random weights have next to nothing in common.
+   same rows that skips none. It shows what skipping is worth. Rollouts of random weights have nothing in common.
    "ebft, no FP8": with --ebft-rollout-fp8 or --ebft-encoder-fp8, an EBFT step with neither.
 2. On a GPU, operations and the expected peak of memory come from tools/plan.py, because torch's counter sees neither
    Transformer Engine's kernels nor compiled ones. Attention counts as torch's SDPA in chunks.

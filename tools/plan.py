@@ -11,9 +11,9 @@
    without data, among ranks that do not exist (megatron_ebft/run/plan). There is no second model of the code, so
    memory, operations and messages are those of the code.
 2. The plan skips no rollouts (--ebft-skip-duplicates is off), since savings depend on the policy. A fused step copies
-   keys where rollouts part; if they share little, this may take a little more memory than sharing saves. It plans nothing
-   in FP8, which needs a GPU. FP8 pads rows a little; the weights of a rollout or encoder pass in FP8 take half as much
-   again during the pass, and with --fp8-format the policy's weights take twice as much all the time.
+   keys where rollouts part; if they share little, this may take a little more memory than sharing saves. It plans
+   nothing in FP8, which needs a GPU. FP8 pads rows a little; the weights of a rollout or encoder pass in FP8 take half
+   as much again during the pass, and with --fp8-format the policy's weights take twice as much all the time.
 3. The plan leaves out CUDA's context, NCCL's buffers and fragmentation, for which it sets aside UNUSABLE of the memory,
    and temporaries inside operations. Evaluation needs less than training: its rows are cut to the length of training's,
    without a backward pass.

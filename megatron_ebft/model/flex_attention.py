@@ -36,8 +36,8 @@ ROW_SIZES = 8
 COMPILATIONS = 5 * (ROW_SIZES + 1) + 10
 """The most kernels that a run compiles. ROW_SIZES + 1 lengths of rows, in five passes: training with gradients and
 without, encoder, and the encoder and the scores of evaluation. 8 for sampling: prefill with documents and decoding, in
-training and evaluation, for two numbers of rows each. 2 for the cross entropy with documents. (Torch's limit is 8.) The
-decoding of a fused step is a function of its own, of up to ROW_SIZES lengths: as many as nodes have (layout/tree.py)."""
+training and evaluation, for two numbers of rows each. 2 for the cross entropy with documents. (Torch's limit is 8.)
+The decoding of a fused step is a function of its own, of up to ROW_SIZES lengths (layout/tree.py)."""
 OPTIONS = {"BACKEND": "TRITON"}
 """Excludes torch's decoding kernel, which it may choose for few queries. With grouped heads, its tile of queries need
 not divide TILE, and then torch finds no kernel."""
