@@ -1,6 +1,6 @@
 """How the cost of an EBFT step grows with the length of rows, the blocks, the samples, the model and a split of blocks.
 
-    python tools/cost_growth.py                        # all tables, about 15 minutes on two CPU cores
+    python tools/cost_growth.py                        # all tables, about half an hour on two CPU cores
     python tools/cost_growth.py --only length parts
 
 Each line is a run of tools/benchmark.py on random weights with one thing changed, a row of 512 tokens otherwise. Times
@@ -19,14 +19,14 @@ BASE = ["--micro-batch-size", "1", "--global-batch-size", "1", "--ebft-step", "f
 BLOCKS = 63
 """Of a row of 512 tokens."""
 CASES = {
-    "length": ("T, one row of", [(str(t), ["--seq-length", str(t)]) for t in (256, 512, 1024, 2048)]),
+    "length": ("T, one row of", [(str(t), ["--seq-length", str(t)]) for t in (256, 512, 1024, 2048, 4096)]),
     "samples": ("n", [(str(n), ["--ebft-num-samples", str(n)]) for n in (2, 4, 8, 16)]),
     "rollout": ("G, with s = 8", [(str(g), ["--ebft-rollout-length", str(g)]) for g in (2, 4, 8, 16)]),
     "stride": ("s, with G = 8", [(str(s), ["--ebft-stride", str(s)]) for s in (2, 4, 8, 16)]),
     "model": ("layers × width", [(f"{layers} × {width}", [
         "--num-layers", str(layers), "--hidden-size", str(width), "--ffn-hidden-size", str(3 * width),
         "--num-attention-heads", str(width // 32), "--num-query-groups", str(width // 64)])
-        for layers, width in ((4, 128), (8, 256), (8, 512), (12, 768))]),
+        for layers, width in ((2, 64), (4, 128), (8, 256), (8, 512), (12, 768))]),
     "parts": ("micro-batches of a row", [(str(parts), ["--ebft-blocks-per-microbatch", str(-(-BLOCKS // parts))])
                                          for parts in (1, 2, 4, 8)])}
 GROWTH = Group("measurement", (

@@ -17,7 +17,9 @@ then runs its backward pass. What separate passes do (rollout/sampler.py, gradie
 5. With `skip_duplicates`, rollouts of a block that begin alike share the decoding steps of what they have in common
    (layout/tree.py), and their gradients add up there. This costs a wait for the GPU in each step, until none have
    anything in common. Rollouts without advantage are differentiated like the others: they are known too late.
-6. It needs one pipeline stage, no activation recomputation and no FP8 of the policy (run/flags/checks.py).
+6. Logits are kept until the backward pass, which recomputes their softmax alone. Recomputing them as well would add the
+   operations of the output head once more.
+7. It needs one pipeline stage, no activation recomputation and no FP8 of the policy (run/flags/checks.py).
 """
 
 from collections.abc import Callable, Iterator

@@ -37,10 +37,12 @@ def path(request):
     return options
 
 
+@pytest.mark.parametrize("is_fused", [False, True])
 @pytest.mark.parametrize("name", STEPS)
-def test_golden_step(name, path):
+def test_golden_step(name, is_fused, path, monkeypatch):
     case, is_bf16 = Case(name, 1, 3, **path), "bf16" in path
-    rewards, scores = case.rewards(), case.gradient()
+    rewards = case.rewards()
+    scores = case.fused_gradient(monkeypatch).scores if is_fused else case.gradient()
     golden = {key: by_sample(case.golden[key], case.docs) for key in ("alignment", "advantage")}
     T, (_, K, _, G) = case.docs.shape[1], case.tokens.shape
     log_probs = case.golden["log_probs"].unflatten(0, (len(case.docs), -1))

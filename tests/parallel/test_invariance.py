@@ -32,7 +32,7 @@ from megatron_ebft.run.loop import train_step
 from megatron_ebft.run.models import build_models
 from megatron_ebft.run.state import Run
 
-ROWS, T, VOCAB, EOD, STEPS = 4, 20, 24, 0, 2
+ROWS, T, VOCAB, EOD, STEPS = 4, 20, 24, 0, 3
 FLAGS = """--train-iters 3 --global-batch-size 4 --seq-length 20 --num-layers 4 --hidden-size 16 --ffn-hidden-size 24
     --num-attention-heads 8 --num-query-groups 4 --lr 1e-3 --clip-grad 0.5 --untie-embeddings-and-output-weights
     --ebft-rollout-length 3 --ebft-stride 2 --ebft-context-length 4 --ebft-num-samples 4 --ebft-ce-coef 0.3
@@ -74,6 +74,8 @@ def grid() -> dict[str, tuple[int, list[str]]]:
         "pp4": (4, [PP, "4", "--ebft-rollout-rows", "1"]),
         "virtual stages": (4, [TP, "2", SP, PP, "2", VIRTUAL, "2"]),
         "uneven stages": (2, [PP, "2", "--decoder-first-pipeline-num-layers", "1", BLOCKS, "3"]),
+        "dp2, 2 sample ranks": (4, [SAMPLES, "2"]),
+        "tp2, dp2, 2 sample ranks": (8, [TP, "2", SAMPLES, "2"]),
         "4 sample ranks": (8, [TP, "2", SP, SAMPLES, "4", "--micro-batch-size", "2"]),  # rows and steps are padded
         "separate passes": (1, [*alone, "--ebft-step", "separate"]),
         "separate passes, 3 blocks": (2, [*two, BLOCKS, "3", "--ebft-step", "separate"]),
@@ -180,6 +182,7 @@ def parsed(name: str):
 def train_steps(folder: str, name: str) -> list[dict[str, float]]:
     """Metrics of each step; rank 0 leaves rollouts and final weights in the folder."""
     gold, run = gold_rows(), build_run(parsed(name), f"{folder}/other.pt" if name.startswith("other") else None)
+    assert run.config.fused == is_fused(name)
     metrics, state = [], {"rollouts": []}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "ebft_step", watched(state["rollouts"]))
@@ -286,6 +289,7 @@ def test_steps_are_the_same(results, name):
     (metrics, state), (expected, expected_state) = results[0][name], results[0][alone]
     for actual, wanted in zip(metrics, expected, strict=True):
         assert actual.keys() == wanted.keys()
+        assert actual["mismatch"] == 0 or not is_fused(name)  # then the sampler is the training pass
         for key in actual.keys() - set(SAVED):
             assert actual[key] == pytest.approx(wanted[key], rel=1e-5, abs=1e-6), key
     for actual, wanted in zip(state["rollouts"], expected_state["rollouts"], strict=True):
@@ -298,6 +302,13 @@ def test_steps_are_the_same(results, name):
         assert largest_difference(state["weights"][key][:rows], wanted[:rows]) <= 1e-5, key
 
 
+def is_fused(name: str) -> bool:
+    """Whether `auto` fuses: one stage, nothing recomputed."""
+    flags = GRID[name][1]
+    stages = flags[flags.index(PP) + 1] if PP in flags else "1"
+    return stages == "1" and not name.startswith(("other", "separate"))
+
+
 def test_the_steps_moved_something(results):
     metrics, state = results[0]["tp1 pp1 dp1"]
     assert len(metrics) == STEPS and metrics[0]["grad_norm"] > 0.5  # clipping had something to do
@@ -307,7 +318,7 @@ def test_the_steps_moved_something(results):
         "nothing left out", "other, nothing left out"}
     assert sum(min(shares) > 0.1 for shares in saved.values()) > len(GRID) / 2  # few samples a rank: few duplicates
     assert results[0]["other alone"][0][0]["zero_spread"] > 0.2
-    before, after = state["rollouts"]
+    before, *_, after = state["rollouts"]
     assert (before != after).any()
 
 

@@ -1,6 +1,8 @@
-"""What two ranks must tell each other: one step at TP 2, at PP 2 and at DP 2 against this process alone, and a request
-to stop. Takes seconds; test_invariance.py and test_parallel.py have every layout."""
+"""What two ranks must tell each other: one step at TP 2, at PP 2, at DP 2 and with 2 sample ranks against this process
+alone, and a request to stop. Takes seconds; test_invariance.py and test_parallel.py have every layout."""
 
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -10,6 +12,7 @@ import plain_llama
 import pytest
 import torch
 import torch.distributed as dist
+from forced import force_tokens
 from megatron.core.distributed import DistributedDataParallelConfig
 from models import largest_difference, relative_error
 from ranks import enter_world, run_ranks
@@ -17,6 +20,7 @@ from ranks import enter_world, run_ranks
 from megatron_ebft.common import signals
 from megatron_ebft.common.device import init_device
 from megatron_ebft.method import gradient
+from megatron_ebft.method.fused import fused_gradient
 from megatron_ebft.method.means import Means
 from megatron_ebft.model import build
 from megatron_ebft.parallel import groups
@@ -24,15 +28,15 @@ from megatron_ebft.rollout import token_sampling
 from megatron_ebft.rollout.sampler import Rollouts
 from megatron_ebft.run.stopping import CannotGoOn, StopAsked, Stopper
 
-LAYOUTS = {"tensor": (2, 1), "pipeline": (1, 2), "data": (1, 1)}
-"""TP and PP on two ranks."""
+LAYOUTS = {"tensor": (2, 1, 1), "pipeline": (1, 2, 1), "data": (1, 1, 1), "samples": (1, 1, 2)}
+"""TP, PP and sample ranks on two ranks."""
 SETTINGS = bf.Settings(bf.Geometry(context=3, stride=3, rollout_length=3, num_samples=2), temperature=0.8, ce_coef=0.3)
 ROWS, T, BLOCKS, VOCAB = 2, 15, 4, 24
 
 
 def one_step(tp: int, pp: int) -> dict:
     """Gram matrices of this rank's rows, 0 for blocks that do not count, and the gradient of the whole batch by Hugging
-    Face name.
+    Face name, in separate passes and, with one stage, by a fused step.
 
     Row 1 has fewer answers, so that data-parallel ranks have other numbers of valid tokens. Embeddings are tied.
     """
@@ -43,30 +47,42 @@ def one_step(tp: int, pp: int) -> dict:
     generator = torch.Generator().manual_seed(1)
     gold_BT = torch.randint(VOCAB, (ROWS, T), generator=generator)
     tokens_BKNG = torch.randint(VOCAB, (ROWS, BLOCKS, 2, 3), generator=generator)
+    tokens_BKNG[:, ::2, :, 0] = tokens_BKNG[:, ::2, :1, 0]  # half of the rollouts begin alike
     answer_BT = torch.arange(T) >= torch.tensor([[0], [8]])
     here = torch.arange(ROWS).chunk(groups.document_size())[groups.document_rank()]
-    gold, rollouts = models.gold_batch(gold_BT[here], None, answer_BT[here]), Rollouts(tokens_BKNG[here], None, None)
+    mine = tokens_BKNG[here].chunk(groups.sample_size(), dim=2)[groups.sample_rank()]
+    gold, rollouts = models.gold_batch(gold_BT[here], None, answer_BT[here]), Rollouts(mine, None, None)
     method = models.ebft_config(SETTINGS, T, config["num_hidden_layers"])
-    rewards = models.rewarded(models.build_encoder(config, weights, **sizes), gold, rollouts, method)
+    method = replace(method, layout=replace(method.layout, num_samples=mine.shape[2]))
+    encoder = models.build_encoder(config, weights, **sizes)
+    rewards = models.rewarded(encoder, gold, rollouts, method)
     policy = build.build_policy(models.architecture(config), DistributedDataParallelConfig(), **sizes)
     models.load(policy, config, weights)
     policy[0].zero_grad_buffer()
     gradient.policy_gradient(policy, gold, rollouts, rewards.advantage, method, Means())
+    gradients = {"separate": models.gradients(policy, config)}
+    if pp == 1:
+        policy[0].zero_grad_buffer()
+        with pytest.MonkeyPatch.context() as patch:
+            force_tokens(patch, mine)
+            fused_gradient(policy, encoder, None, gold, method, 0, Means(), lambda phase: nullcontext(), lambda: None)
+        gradients["fused"] = models.gradients(policy, config)
     gram = rewards.gram * gold.valid_blocks(method.layout)[..., None, None]
-    return {"rows": here, "gram": gram, "gradients": models.gradients(policy, config)}
+    return {"rows": here, "gram": gram, "gradients": gradients}
 
 
 def differences(expected_file: str) -> dict[str, dict[str, float]]:
     """By layout, what this rank has against the step on one rank."""
     init_device()
     by_layout, expected = {}, torch.load(expected_file)
-    for name, (tp, pp) in LAYOUTS.items():
+    for name, (tp, pp, samples) in LAYOUTS.items():
         enter_world(2)
-        groups.init_parallel(tp, pp, seed=1)
+        groups.init_parallel(tp, pp, seed=1, sample_parallel_size=samples)
         step = one_step(tp, pp)
         by_layout[name] = {
             "gram": largest_difference(step["gram"], expected["gram"][step["rows"]]),
-            "gradient": max(relative_error(step["gradients"][key], x) for key, x in expected["gradients"].items())}
+            "gradient": max(relative_error(gradients[key], x) for gradients in step["gradients"].values()
+                            for key, x in expected["gradients"]["separate"].items())}
         groups.shut_down()
     return by_layout
 
@@ -85,6 +101,7 @@ def test_gram_matrices(by_rank, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradient(by_rank, layout):
+    """Of separate passes and of a fused step, both against separate passes on one rank."""
     assert max(rank[layout]["gradient"] for rank in by_rank) <= 1e-5
 
 
