@@ -26,7 +26,7 @@ CASES = {
     "model": ("layers × width", [(f"{layers} × {width}", [
         "--num-layers", str(layers), "--hidden-size", str(width), "--ffn-hidden-size", str(3 * width),
         "--num-attention-heads", str(width // 32), "--num-query-groups", str(width // 64)])
-        for layers, width in ((2, 64), (4, 128), (8, 256), (8, 512), (12, 768))]),
+        for layers, width in ((4, 64), (4, 128), (8, 256), (8, 512), (12, 768))]),
     "parts": ("micro-batches of a row", [(str(parts), ["--ebft-blocks-per-microbatch", str(-(-BLOCKS // parts))])
                                          for parts in (1, 2, 4, 8)])}
 GROWTH = Group("measurement", (
