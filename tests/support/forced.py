@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 
+from megatron_ebft.model.log_probabilities import log_sum_exp
 from megatron_ebft.rollout import sampler
 from megatron_ebft.rollout.token_sampling import Draws
 
@@ -26,8 +27,8 @@ class _Forced(Draws):
 
     def from_logits(self, logits_SBV, model, source_BP=None):
         tokens_BPM = self.numbers_BPM
-        x_PBV = logits_SBV.detach()[self.rows][..., : model.num_real_ids] / self.temperature
-        log_sum_BP = x_PBV.logsumexp(-1).t()
+        log_sum_BP = log_sum_exp(logits_SBV.detach()[self.rows], model.num_real_ids, self.temperature,
+                                 model.pg_collection.tp).t()
         if source_BP is not None:
             log_sum_BP = log_sum_BP.gather(1, source_BP)
         return tokens_BPM, None, torch.zeros(tokens_BPM.shape[:2]).to(tokens_BPM.device), log_sum_BP
