@@ -128,7 +128,7 @@ def fused_gradient(policy: list, encoder, start, gold: GoldBatch, config: EBFTCo
             with phase("start_scores"):
                 needed_BKN = part.decoded_BK[..., None].expand_as(advantage_BKN)
                 start_BKNG = score(start, part.gold, rollouts, config, needed_BKN).rollout_BKNG
-        means.add("training_tokens_saved", float(full - scored.tokens_per_row), float(full))
+        means.add("training_tokens_saved", float(max(0, full - scored.tokens_per_row)), float(full))
         done.append((part, Computed(rollouts=rollouts, gram=gram, rewards=rewards, advantage_BKN=advantage_BKN,
                                     scores=_scores(scored, part.decoded_BK), start_BKNG=start_BKNG)))
         terms = LossTerms(advantage_BKN=advantage_BKN, valid_BK=part.valid_BK, sampled_BKNG=rollouts.log_probs_BKNG,

@@ -75,6 +75,13 @@ def test_what_rollouts_have_in_common_is_decoded_once():
     assert saved.reduce()["training_tokens_saved"] == pytest.approx(share) and share > 0.1
 
 
+def test_small_parts_save_nothing():
+    """Rounded up, such a part has room for more rollouts than it has."""
+    means = Means()
+    fused(Step(Case(T=40, c=2, s=1, n=4, rows=1, temperature=1.0, blocks_per_microbatch=2)), means)
+    assert means.reduce()["training_tokens_saved"] == 0
+
+
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
 def test_the_kl_term_is_brute_force(estimator):
     step = Step(Case(n=4, temperature=0.4, eods=(6,), blocks_per_microbatch=3), kl_coef=0.5, kl_estimator=estimator)
