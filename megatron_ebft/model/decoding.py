@@ -5,8 +5,7 @@ that they keep.
    rollout], written step by step.
 2. Otherwise gold tokens and rollouts have separate tensors, and those of rollouts grow by a step in a way that autograd
    knows (`prefix_attention.append`: in place, past what earlier steps see), so that all steps may be differentiated
-   together (`sampler.sample_and_score`).
-   Their rollouts may then be the nodes of a tree, other ones in each step (layout/tree.py).
+   together (`sampler.sample_and_score`). Each step may then have other rollouts: the nodes of a tree (layout/tree.py).
 
 Suffixes: B rows, S row length, T gold tokens, K blocks, N samples, H query heads, J key heads, D head dimension.
 """

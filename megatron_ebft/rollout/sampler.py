@@ -173,7 +173,7 @@ class _Group:
         self.nodes = Nodes(row)
 
     def grow(self, tree: RolloutTree | None, step: int) -> None:
-        """Decode the nodes of the tree in the next step, which is this one."""
+        """Before a step: let it decode the tree's next nodes."""
         if tree is None:
             return
         tokens_BKN = None if tree.is_apart else self.row.of_slots(self._last_tokens(step)[..., None]).squeeze(-1)
